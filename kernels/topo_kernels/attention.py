@@ -1,0 +1,460 @@
+"""Hard topology attention, forward only: a tree pass and a local pass (kernels/README.md).
+
+Each query attends to three contiguous ranges of sorted keys: its ball (tree pass, keys sorted by ball), its
+window and its document's sinks (local pass, keys sorted by position). The ranges are disjoint. The tree pass
+leaves a normalised output and its log-sum-exp; the local pass takes these as the state its online softmax
+starts from, which is the log-sum-exp merge. No `T x S` tensor, no atomics, fixed summation order.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
+
+_NEVER = tl.constexpr(2**31 - 1)  # above any rank
+_LOG2E = tl.constexpr(1 / math.log(2))
+
+
+@triton.jit
+def _tanh(b_x):
+    """tanh in float32: Cephes' polynomial near 0, where the quotient of exponentials cancels."""
+    b_z = b_x * b_x
+    b_poly = -5.70498872745e-3 * b_z + 2.06390887954e-2
+    b_poly = b_poly * b_z - 5.37397155531e-2
+    b_poly = b_poly * b_z + 1.33314422036e-1
+    b_poly = b_poly * b_z - 3.33332819422e-1
+    b_near = b_poly * b_z * b_x + b_x
+    b_decay = tl.exp2(-2 * _LOG2E * tl.abs(b_x))  # in (0, 1]: never overflows
+    b_far = (1 - b_decay) / (1 + b_decay)
+    return tl.where(tl.abs(b_x) < 0.625, b_near, tl.where(b_x < 0, -b_far, b_far))
+
+
+@triton.jit
+def _attend(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_acc,  # [BLOCK_M, BLOCK_D] fp32, unnormalised output
+    b_max,  # [BLOCK_M] fp32, largest score so far, base 2
+    b_sum,  # [BLOCK_M] fp32
+    b_start,  # [BLOCK_M] int32, ranks in p_order
+    b_end,  # [BLOCK_M] int32
+    p_order,
+    p_k,
+    p_v,
+    stride_ks,
+    stride_vs,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Go on with the online softmax over each row's own range `[b_start, b_end)` of `p_order`."""
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_start = tl.where(b_start < b_end, b_start, _NEVER)
+    lo = tl.min(b_start, 0)
+    while lo < _NEVER:
+        # one run: grow it until the next row's range starts more than a tile away, so that a block which
+        # straddles a ball nobody asks for jumps over that ball
+        hi = lo
+        reach = tl.max(tl.where(b_start <= lo, b_end, 0), 0)
+        while reach > hi:
+            hi = reach
+            reach = tl.max(tl.where(b_start <= hi + BLOCK_N, b_end, 0), 0)
+        for i_n in range(lo, hi, BLOCK_N):
+            o_rank = i_n + o_n
+            m_n = o_rank < hi
+            o_key = tl.load(p_order + o_rank, mask=m_n, other=0).to(tl.int64)
+            p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
+            b_kt = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
+            b_s = tl.dot(b_q, b_kt, input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
+            if HAS_CAP:
+                b_s = score_cap * _tanh(b_s)
+            m_s = (o_rank[None, :] >= b_start[:, None]) & (o_rank[None, :] < b_end[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
+            b_decay = tl.exp2(b_max - b_shift)
+            b_probs = tl.exp2(b_s - b_shift[:, None])
+            b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
+            p_vt = p_v + o_key[:, None] * stride_vs + o_d[None, :]  # [BLOCK_N, BLOCK_D]
+            b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
+            b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+            b_max = b_new
+        lo = tl.min(tl.where(b_start > hi, b_start, _NEVER), 0)
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _tree_kernel(
+    q,
+    k,
+    v,
+    query_order,  # [B, R, T]
+    range_start,  # [B, R, T], sorted query order
+    range_end,
+    key_order,  # [B, R, S]
+    tree_out,  # [B, H, T, D] fp32
+    tree_lse,  # [B, H, T] fp32, base 2
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    T,
+    S,
+    H,
+    KV_GROUP,
+    ROUTE_GROUP,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    n_m = tl.cdiv(T, BLOCK_M)
+    i_m = n_m - 1 - tl.program_id(0) % n_m  # within a ball the last queries have most keys: start them first
+    i_bh = tl.program_id(0) // n_m
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+    i_kv = (i_h // KV_GROUP).to(tl.int64)
+    i_br = i_b * (H // ROUTE_GROUP) + i_h // ROUTE_GROUP
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < T
+    b_query = tl.load(query_order + i_br * T + o_m, mask=m_m, other=0).to(tl.int64)
+    b_start = tl.load(range_start + i_br * T + o_m, mask=m_m, other=0)
+    b_end = tl.load(range_end + i_br * T + o_m, mask=m_m, other=0)
+    m_some = b_start < b_end
+    m_md = m_some[:, None] & (o_d < D)[None, :]
+
+    p_q = q + i_b * stride_qb + i_h.to(tl.int64) * stride_qh + b_query[:, None] * stride_qt + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_md, other=0.0)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_acc, b_max, b_sum = _attend(
+        b_q,
+        b_acc,
+        b_max,
+        b_sum,
+        b_start,
+        b_end,
+        key_order + i_br * S,
+        k + i_b * stride_kb + i_kv * stride_kh,
+        v + i_b * stride_vb + i_kv * stride_vh,
+        stride_ks,
+        stride_vs,
+        score_scale,
+        score_cap,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        HAS_CAP,
+    )
+    b_sum = tl.where(m_some, b_sum, 1.0)
+    o_row = i_bh.to(tl.int64) * T + b_query
+    tl.store(tree_lse + o_row, b_max + tl.log2(b_sum), mask=m_m)  # -inf where the range is empty
+    tl.store(tree_out + o_row[:, None] * D + o_d[None, :], b_acc / b_sum[:, None], mask=m_md)
+
+
+@triton.jit(do_not_specialize=["T", "S", "num_sink_tokens"])
+def _local_kernel(
+    q,
+    k,
+    v,
+    local_order,  # [B, S]
+    document_start,  # [B, T]
+    local_start,
+    local_end,
+    tree_out,  # [B, H, T, D] fp32
+    tree_lse,  # [B, H, T] fp32, base 2
+    out,  # [B, T, H, D]
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    T,
+    S,
+    num_sink_tokens,
+    H,
+    KV_GROUP,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    n_m = tl.cdiv(T, BLOCK_M)
+    i_m = tl.program_id(0) % n_m
+    i_bh = tl.program_id(0) // n_m
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = (i_bh % H).to(tl.int64)
+    i_kv = i_h // KV_GROUP
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < T
+    b_first = tl.load(document_start + i_b * T + o_m, mask=m_m, other=0)
+    b_start = tl.load(local_start + i_b * T + o_m, mask=m_m, other=0)
+    b_end = tl.load(local_end + i_b * T + o_m, mask=m_m, other=0)
+    m_some = b_start < b_end  # a real query sees itself; padding sees nothing, so its start bounds no loop
+    m_md = m_some[:, None] & (o_d < D)[None, :]
+
+    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_md, other=0.0)
+    o_row = i_bh.to(tl.int64) * T + o_m
+    b_max = tl.load(tree_lse + o_row, mask=m_some, other=float("-inf"))
+    m_tree = b_max > float("-inf")  # the tree pass wrote no other rows
+    p_tree = tree_out + o_row[:, None] * D + o_d[None, :]
+    b_acc = tl.load(p_tree, mask=m_md & m_tree[:, None], other=0.0)
+    b_sum = tl.where(m_tree, 1.0, 0.0)
+
+    p_order = local_order + i_b * S
+    p_k = k + i_b * stride_kb + i_kv * stride_kh
+    p_v = v + i_b * stride_vb + i_kv * stride_vh
+    for i_pass in tl.static_range(2):
+        if i_pass == 1:  # sinks: the part of [first, first + num_sink_tokens) before the window
+            b_end = tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0)
+            b_start = b_first
+        b_acc, b_max, b_sum = _attend(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_start,
+            b_end,
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            HAS_CAP,
+        )
+    b_out = b_acc / tl.where(m_some, b_sum, 1.0)[:, None]  # 0 in padding rows
+    o_out = (i_b * T + o_m) * H + i_h
+    p_out = out + o_out[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+class Blocks(NamedTuple):
+    """Tile of one program (queries x keys) and how it is compiled."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
+    """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
+    if dtype == torch.float32:
+        return Blocks(32, 16, 8, 2)
+    if head_dim <= 128:
+        return Blocks(64, 64, 4, 3)
+    return Blocks(64, 32, 8, 3)
+
+
+def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+    """What both kernels are launched with."""
+    strides = {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
+        for i, axis in enumerate(axes)
+    }
+    log2e = 1 / math.log(2)
+    return strides | {
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "H": q.shape[1],
+        "KV_GROUP": q.shape[1] // k.shape[1],
+        "score_scale": scale * log2e if softcap is None else scale / softcap,
+        "score_cap": 0.0 if softcap is None else softcap * log2e,
+        "D": q.shape[3],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "HAS_CAP": softcap is not None,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+def run_passes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: tuple[Tensor, Tensor, Tensor, Tensor],
+    local: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks,
+) -> Tensor:
+    """Launch both passes on checked arguments; `tree` and `local` are the plan's tensors in the order of `Plan`."""
+    B, H, T, D = q.shape
+    out = q.new_empty(B, T, H, D)
+    tree_out = torch.empty(B, H, T, D, dtype=torch.float32, device=q.device)
+    tree_lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    grid = (B * H * triton.cdiv(T, blocks.m),)
+    arguments = _launch_arguments(q, k, v, scale, softcap, blocks)
+    with torch.cuda.device_of(q):
+        route_group = H // tree[0].shape[1]
+        _tree_kernel[grid](q, k, v, *tree, tree_out, tree_lse, ROUTE_GROUP=route_group, **arguments)
+        _local_kernel[grid](
+            q, k, v, *local, tree_out, tree_lse, out, num_sink_tokens=num_sink_tokens, **arguments
+        )
+    return out.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_tokens: int) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
+    B, H, T, D = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    if k.shape != (B, kv_heads, S, D):
+        raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
+    if kv_heads == 0 or H == 0 or H % kv_heads:
+        raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
+    if not 16 <= D <= 256:
+        raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
+    routes = plan["query_order"].shape[1] if plan["query_order"].ndim == 3 else 0
+    if routes == 0 or H % routes:
+        raise ValueError(
+            f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
+            f"got {tuple(plan['query_order'].shape)}."
+        )
+    needs = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
+    needs |= {"key_order": (B, routes, S), "local_order": (B, S)}
+    needs |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
+    for name, shape in needs.items():
+        if plan[name].shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(plan[name].shape)}.")
+        if plan[name].dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {plan[name].dtype}.")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
+    for name, tensor in (("k", k), ("v", v), *plan.items()):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
+    if num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
+
+
+def _check_device(q: Tensor) -> None:
+    if INTERPRETED:
+        if q.dtype == torch.bfloat16:
+            raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
+    elif not q.is_cuda:
+        raise RuntimeError(
+            f"topology_attention needs CUDA tensors, got q on {q.device}. Use the torch path, or set "
+            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
+        )
+    elif torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(q.device)
+        raise RuntimeError(
+            f"topology_attention needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
+            f"({torch.cuda.get_device_name(q.device)}). Use the torch path."
+        )
+
+
+def topology_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: Tensor,
+    range_start: Tensor,
+    range_end: Tensor,
+    key_order: Tensor,
+    local_order: Tensor,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    *,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention over the visible pairs of docs/method.md, section 2, executed as section 6 says.
+
+    The plan's tensors are those of `topo_adapter.plan.Plan`, int32 and contiguous or made so. Their values are
+    trusted: checking them would wait for the GPU. Not differentiable.
+
+    Args:
+        q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
+        k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
+        query_order, range_start, range_end: `[B, R, T]`, H a multiple of R; head `h` takes route `h // (H // R)`.
+            Sorted query `i` is query `query_order[i]` and sees `key_order[range_start[i]:range_end[i]]`.
+        key_order: `[B, R, S]`.
+        local_order: `[B, S]`.
+        document_start, local_start, local_end: `[B, T]`; query `i` also sees `local_order[local_start:local_end]`
+            and `local_order[document_start:min(document_start + num_sink_tokens, local_start)]`.
+        num_sink_tokens: >= 0.
+        scale: factor on the scores.
+        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
+
+    Returns:
+        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
+        (`local_start == local_end`) are 0.
+
+    Raises:
+        ValueError: a shape, dtype, device or option does not fit; the message names the argument.
+        RuntimeError: the device cannot run the kernels, or a gradient was asked for.
+    """
+    plan = {
+        "query_order": query_order,
+        "range_start": range_start,
+        "range_end": range_end,
+        "key_order": key_order,
+        "local_order": local_order,
+        "document_start": document_start,
+        "local_start": local_start,
+        "local_end": local_end,
+    }
+    _check(q, k, v, plan, num_sink_tokens)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    _check_device(q)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            "topology_attention is forward only, but q, k or v requires a gradient: use the torch path for training, "
+            "or call it under torch.no_grad()."
+        )
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    order = [t.contiguous() for t in plan.values()]
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    blocks = choose_blocks(q.shape[3], q.dtype)
+    return run_passes(q, k, v, order[:4], order[4:], num_sink_tokens, scale, softcap, blocks)

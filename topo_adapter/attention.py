@@ -1,0 +1,161 @@
+"""Hard attention: executes a plan exactly, in Triton on CUDA and in plain torch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def _triton_available() -> bool:
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "triton is not installed: the merged topology runs exactly but slowly on this GPU. pip install triton",
+        stacklevel=2,
+    )
+    return False
+
+
+def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None) -> Tensor:
+    """Attention over exactly the visible pairs of `plan`, without an `N x N` tensor.
+
+    Args:
+        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`; `H` a multiple of `H_kv` and of the plan's route heads.
+
+    Returns:
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable on the torch path, which
+        also serves float64, inputs that require gradients, and machines without a GPU.
+    """
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.is_cuda and not needs_grad and q.dtype in _KERNEL_DTYPES and q.shape[-1] <= 256 and _triton_available():
+        from topo_kernels import topology_attention
+
+        return topology_attention(
+            q,
+            k,
+            v,
+            plan.query_order,
+            plan.range_start,
+            plan.range_end,
+            plan.key_order,
+            plan.local_order,
+            plan.document_start,
+            plan.local_start,
+            plan.local_end,
+            num_sink_tokens=plan.num_sink_tokens,
+            scale=scale,
+            softcap=softcap,
+        )
+    return _torch_attention(q, k, v, plan, scale, softcap)
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None, block: int = 128
+) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows = []
+    for b in range(q.shape[0]):
+        qb, kb, vb = (x[b].to(dtype) for x in (q, k, v))
+        tree_out, tree_lse = _tree_pass(qb, kb, vb, plan, b, scale, softcap, block)
+        local_out, local_lse = _local_pass(qb, kb, vb, plan, b, scale, softcap, block)
+        rows.append(_merge(tree_out, tree_lse, local_out, local_lse))
+    return torch.stack(rows).to(q.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over visible entries and its log-sum-exp; rows that see nothing give 0 and -inf.
+
+    Empty rows are filled before the softmax: its gradient over nothing but -inf would be NaN.
+    """
+    empty = ~visible.any(-1)
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty[..., None], 0.0)
+    lse = scores.logsumexp(-1)
+    probs = (scores - lse[..., None]).exp().masked_fill(empty[..., None], 0.0)
+    return probs, lse.masked_fill(empty, float("-inf"))
+
+
+def _tree_pass(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """The ball, without sinks and window, of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
+    heads, length, _ = q.shape
+    per_route, per_kv = heads // plan.query_order.shape[1], heads // k.shape[0]
+    outs, lses = [], []
+    for h in range(heads):
+        r, order = h // per_route, plan.query_order[b, h // per_route].long()
+        starts, ends = plan.range_start[b, r], plan.range_end[b, r]
+        qs, key_order = q[h][order], plan.key_order[b, r].long()
+        ks, vs = k[h // per_kv][key_order], v[h // per_kv][key_order]
+        out, lse = [], []
+        for i in range(0, length, block):
+            start, end = starts[i : i + block, None], ends[i : i + block, None]
+            low, high = _bounds(start, end)
+            rank = torch.arange(low, high, device=q.device)
+            scores = _scores(qs[i : i + block], ks[low:high], scale, softcap)
+            probs, total = _masked_softmax(scores, (rank >= start) & (rank < end))
+            out.append(probs @ vs[low:high])
+            lse.append(total)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(length, device=q.device))
+        outs.append(torch.cat(out)[inverse])
+        lses.append(torch.cat(lse)[inverse])
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _bounds(start: Tensor, end: Tensor) -> tuple[int, int]:
+    """The range of ranks that non-empty rows of a block touch, on the host (this is the CPU path)."""
+    filled = end > start
+    if not bool(filled.any()):
+        return 0, 0
+    return int(start[filled].min()), int(end[filled].max())
+
+
+def _local_pass(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Window and sinks of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
+    heads, length, _ = q.shape
+    group, sinks = heads // k.shape[0], plan.num_sink_tokens
+    order = plan.local_order[b].long()
+    ks, vs = k[:, order], v[:, order]  # [H_kv, S, D]
+    outs, lses = [], []
+    for i in range(0, length, block):
+        rows = slice(i, i + block)
+        first, start, end = (x[b, rows].long()[:, None] for x in (plan.document_start, plan.local_start, plan.local_end))
+        low, high = _bounds(start, end)
+        rank = torch.arange(low, high, device=q.device)
+        qg = q[:, rows].unflatten(0, (-1, group))  # [H_kv, G, M, D]
+        scores = [_scores(qg, ks[:, None, low:high], scale, softcap)]
+        visible = [(rank >= start) & (rank < end)]
+        sink = first + torch.arange(sinks, device=q.device)  # [M, num_sinks], one set per query: packing
+        visible.append(sink < start)
+        sink = sink.clamp(max=order.numel() - 1)
+        scores.append(_scores(qg[..., None, :], ks[:, sink][:, None], scale, softcap)[..., 0, :])
+        probs, lse = _masked_softmax(torch.cat(scores, -1), torch.cat(visible, -1))
+        window, far = probs.split([high - low, sinks], -1)
+        out = window @ vs[:, None, low:high] + (far[..., None, :] @ vs[:, sink][:, None])[..., 0, :]
+        outs.append(out.flatten(0, 1))
+        lses.append(lse.flatten(0, 1))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Combine two disjoint attentions by log-sum-exp; 0 where both are empty."""
+    top = torch.maximum(lse_a, lse_b)
+    top = top.masked_fill(top.isinf(), 0.0).detach()
+    weight_a, weight_b = (lse_a - top).exp()[..., None], (lse_b - top).exp()[..., None]
+    total = weight_a + weight_b
+    return (out_a * weight_a + out_b * weight_b) / total.masked_fill(total == 0, 1.0)

@@ -1,0 +1,187 @@
+"""`TopologyConfig`: every setting of a topology adapter, documented and checked once."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .errors import TopologyConfigError
+
+#: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
+#: head, and ride through attention as values during training, so it is a head dimension: keep it small.
+MAX_LEAVES = 4096
+
+VisibleDepth = int | dict[int, int | list[int]]
+
+
+@dataclass
+class TopologyConfig(PeftConfig):
+    """Configuration of a learned p-adic attention topology (docs/method.md, sections 1 to 5).
+
+    Raises:
+        TopologyConfigError: a value is out of range or of the wrong type; the message names the field.
+    """
+
+    arity: int = field(default=2, metadata={"help": "p: children per tree vertex, >= 2 (a prime by convention)."})
+    depth: int = field(
+        default=8,
+        metadata={"help": f"L: number of digits the router learns, >= 1, with arity ** depth <= {MAX_LEAVES}."},
+    )
+    visible_depth: VisibleDepth = field(
+        default=5,
+        metadata={
+            "help": "D: a query sees the keys that share its first D digits; 0..depth, 0 is dense, deeper is sparser. "
+            "One integer, or a dict from layer index to one integer or to a list with one per query head (with "
+            "route_per='kv_head' also one per KV head). Layers that a dict leaves out stay dense."
+        },
+    )
+    router_dim: int | None = field(
+        default=32, metadata={"help": "Width of the router's hidden layer, >= 1; None is the model's hidden size."}
+    )
+    tie_query_key: bool = field(
+        default=False, metadata={"help": "One address for both roles (the paper) instead of one per role on one tree."}
+    )
+    route_per: Literal["query_head", "kv_head"] = field(
+        default="query_head", metadata={"help": "One route per query head, or one shared by the heads of a KV head."}
+    )
+    local_window: int = field(
+        default=128, metadata={"help": "W >= 1: a query always sees its last W tokens, itself included."}
+    )
+    num_sink_tokens: int = field(
+        default=4, metadata={"help": "The first tokens of each document that every query sees, >= 0."}
+    )
+    init_weights: Literal["random", "collapse"] = field(
+        default="random",
+        metadata={
+            "help": "'random': small random addresses. 'collapse': the paper's start, every token in one ball with "
+            "probability 1 - 4.5e-5 per level. Both start as exactly the base model, because homotopy starts at 0; "
+            "the collapsed start is saturated and learns very slowly."
+        },
+    )
+    homotopy: float = field(
+        default=0.0,
+        metadata={
+            "help": "c in [0, 1]: attention weights are multiplied by 1 - c + c * mask. 0 is the base model exactly, "
+            "1 the topology in full force. Raised by TopologyCallback and saved with the adapter."
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Current Gumbel-Softmax temperature in training, > 0. Annealed by the callback."}
+    )
+    gumbel_noise: bool = field(
+        default=True, metadata={"help": "Sample digits in training (Gumbel-Softmax); False takes the plain softmax."}
+    )
+    gradient_bridge: Literal["full", "masked", "marginal"] = field(
+        default="full",
+        metadata={
+            "help": "How gradients pass the hard mask. 'full': hard forward, soft gradient for every causal pair. "
+            "'masked': the paper's, hidden pairs get -inf before softmax and no gradient. 'marginal': soft forward, "
+            "log of the shared-prefix probability added to the logits."
+        },
+    )
+    balance_weight: float = field(
+        default=0.01, metadata={"help": "Weight of the per-level Switch load-balancing loss, >= 0."}
+    )
+    density_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the expected share of causal pairs that share a ball (the cost), >= 0."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only these layer indices get a router; the others stay dense."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.TOPOLOGY  # type: ignore[attr-defined]
+        self._check_int("arity", self.arity, 2)
+        self._check_int("depth", self.depth, 1)
+        if self.arity**self.depth > MAX_LEAVES:
+            raise TopologyConfigError(
+                f"arity ** depth must be at most {MAX_LEAVES} (leaf distributions have that many entries per token "
+                f"and head), got {self.arity} ** {self.depth}; lower depth or arity."
+            )
+        if self.router_dim is not None:
+            self._check_int("router_dim", self.router_dim, 1)
+        self._check_int("local_window", self.local_window, 1)
+        self._check_int("num_sink_tokens", self.num_sink_tokens, 0)
+        self._check_choice("route_per", self.route_per, ("query_head", "kv_head"))
+        self._check_choice("init_weights", self.init_weights, ("random", "collapse"))
+        self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked", "marginal"))
+        self._check_bool("tie_query_key", self.tie_query_key)
+        self._check_bool("gumbel_noise", self.gumbel_noise)
+        self._check_float("homotopy", self.homotopy, 0.0, 1.0)
+        self._check_float("temperature", self.temperature, 0.0, float("inf"), open_low=True)
+        self._check_float("balance_weight", self.balance_weight, 0.0, float("inf"))
+        self._check_float("density_weight", self.density_weight, 0.0, float("inf"))
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            for index in [layers] if isinstance(layers, int) else layers:
+                self._check_int("layers_to_transform", index, 0)
+        self.visible_depth = self._checked_visible_depth()
+
+    def depths_of_layer(self, layer: int, num_heads: int, num_kv_heads: int) -> list[int]:
+        """The visible depth of each query head of one layer.
+
+        Raises:
+            TopologyConfigError: `visible_depth` lists another number of heads than the layer has.
+        """
+        if isinstance(self.visible_depth, int):
+            return [self.visible_depth] * num_heads
+        depths = self.visible_depth.get(layer, 0)
+        if isinstance(depths, int):
+            return [depths] * num_heads
+        if len(depths) == num_heads:
+            return list(depths)
+        if self.route_per == "kv_head" and len(depths) == num_kv_heads:
+            return [d for d in depths for _ in range(num_heads // num_kv_heads)]
+        wanted = f"{num_heads} entries (query heads)"
+        if self.route_per == "kv_head":
+            wanted += f" or {num_kv_heads} (KV heads)"
+        raise TopologyConfigError(f"visible_depth[{layer}] must have {wanted}, got {len(depths)}: {depths}")
+
+    def _checked_visible_depth(self) -> VisibleDepth:
+        value = self.visible_depth
+        if not isinstance(value, dict):
+            self._check_int("visible_depth", value, 0, self.depth)
+            return value
+        checked: dict[int, int | list[int]] = {}
+        for layer, depths in value.items():
+            # JSON turns integer keys into strings
+            index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+            self._check_int("visible_depth keys (layer indices)", index, 0)
+            for d in depths if isinstance(depths, (list, tuple)) else [depths]:
+                self._check_int(f"visible_depth[{layer}]", d, 0, self.depth)
+            checked[index] = list(depths) if isinstance(depths, (list, tuple)) else depths
+        return checked
+
+    @staticmethod
+    def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            wanted = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
+            raise TopologyConfigError(f"{name} must be {wanted}, got {value!r}")
+
+    @staticmethod
+    def _check_float(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+        ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+        if not ok or (open_low and value == low) or value == float("inf"):
+            raise TopologyConfigError(
+                f"{name} must be a finite number in {'(' if open_low else '['}{low}, {high}], got {value!r}"
+            )
+
+    @staticmethod
+    def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise TopologyConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    @staticmethod
+    def _check_bool(name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TopologyConfigError(f"{name} must be True or False, got {value!r}")

@@ -1,0 +1,520 @@
+"""The child module of an attention module, the pre-hook that routes, and the attention function.
+
+Data flow of one attention forward: the pre-hook sees hidden states, mask and cache, asks the child for a
+`TopologyCall` and passes it on as a keyword argument; the attention module projects and rotates as
+always and calls the attention function registered here, which finds the call among its arguments. No
+state is kept between the two, so gradient checkpointing may run a layer as often as it likes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from .attention import hard_attention
+from .cache import KeyRecords
+from .config import TopologyConfig
+from .errors import MergeError, UnsupportedModelError
+from .layout import (
+    SequenceLayout,
+    contiguous_layout,
+    continued_layout,
+    layout_from_mask,
+    layout_from_padding,
+    layout_from_position_ids,
+)
+from .objective import attach_loss, balance_loss, distillation_loss, expected_density
+from .plan import Plan, build_plan
+from .relaxation import bridged_attention, leaf_distribution
+from .router import RoleDigits, Routes, TopologyRouter
+from .tree import ball
+
+#: Name of the child module and of the attention implementation. It must contain none of the substrings
+#: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
+CHILD = "topo_adapter"
+IMPLEMENTATION = "topology"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the child needs to know of its attention module."""
+
+    layer: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
+class RecordedRoutes:
+    """Digits of one layer, for anyone who wants to rebuild the mask of docs/method.md section 2.
+
+    query_digits, key_digits: int64 `[B, H, T, L]`, `H` query heads. visible_depth: int64 `[H]`.
+    """
+
+    query_digits: Tensor
+    key_digits: Tensor
+    visible_depth: Tensor
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Turns a forward into one of layer-local distillation: the base runs, each layer reports a loss."""
+
+    num_queries: int
+    density_weight: float
+    losses: list[Tensor]
+
+
+@dataclass(frozen=True)
+class TopologyCall:
+    """Everything the attention function needs beside q, k and v."""
+
+    host: TopologyHost
+    config: TopologyConfig
+    routes: Routes | None
+    query_address: Tensor
+    key_address: Tensor
+    query: SequenceLayout
+    key: SequenceLayout
+    merged: bool
+    training: bool
+
+
+class TopologyHost(nn.Module):
+    """Routing of one attention module; the subclasses decide which router is in force."""
+
+    def __init__(self, attention: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.base_config = attention.config
+        self.auxiliary_scale = 1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
+        self.auxiliary_ramp = 1.0  # factor on its weights; the callback sets it
+        self.metrics: dict[str, Tensor] = {}
+        self.recorder: dict[int, RecordedRoutes] | None = None
+        self.distillation: Distillation | None = None
+
+    def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
+        """The active router, its configuration and whether it is merged; None if the base is to run."""
+        raise NotImplementedError
+
+    def depths(self, config: TopologyConfig) -> list[int]:
+        """Visible depth of each query head."""
+        return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
+
+    def prepare(self, attention: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
+        """Route the hidden states `[B, T, hidden_size]` that enter the attention module.
+
+        Returns None where the base attention is all there is to run.
+        """
+        active = self.in_force()
+        if active is None:
+            return None
+        router, config, merged = active
+        distilling = self.distillation is not None
+        training = self.training and not merged and not distilling
+        dense = config.homotopy == 0 and not merged
+        if dense and not (training or distilling or self.recorder is not None):
+            return None
+
+        differentiable = distilling or (not merged and torch.is_grad_enabled())
+        with torch.set_grad_enabled(differentiable):
+            if training or distilling:
+                routes = router.route(hidden_states, config.temperature, training and config.gumbel_noise)
+            else:
+                routes = router.route(hidden_states)
+        if self.recorder is not None:
+            self.recorder[self.geometry.layer] = self._record(routes, config)
+
+        query_address, key_address = routes.query.address(config.arity), routes.key.address(config.arity)
+        cache = kwargs.get("past_key_values")
+        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer)
+        query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
+        key = query
+        if records is not None:
+            if training and records.length:
+                raise UnsupportedModelError(
+                    "past_key_values must be empty in training: cached keys have addresses but no gradient. "
+                    "Train on whole sequences, or call model.eval()."
+                )
+            key_address, key = records.append(key_address, query)
+            if records.length or key_address.shape[-1] != query_address.shape[-1]:
+                routes = None
+        if merged or (not differentiable):
+            routes = None
+        return TopologyCall(self, config, routes, query_address, key_address, query, key, merged, training)
+
+    def _record(self, routes: Routes, config: TopologyConfig) -> RecordedRoutes:
+        heads = self.geometry.num_heads
+        query, key = (_per_head(role.digits, heads) for role in routes)
+        return RecordedRoutes(query, key, torch.tensor(self.depths(config), device=query.device))
+
+
+class TopologyLayer(TopologyHost, BaseTunerLayer):
+    """PEFT layer of a topology adapter: a child module that holds one router per adapter name."""
+
+    adapter_layer_names = ("topo_routers",)
+    other_param_names = ("topo_configs",)
+
+    def __init__(self, attention: nn.Module, geometry: Geometry) -> None:
+        super().__init__(attention, geometry)
+        self.topo_routers = nn.ModuleDict({})
+        self.topo_configs: dict[str, TopologyConfig] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: TopologyConfig, device: torch.device) -> None:
+        """Add a router. Raises TopologyConfigError if `config` does not fit this layer."""
+        self.depths(config)
+        geometry = self.geometry
+        heads = geometry.num_heads if config.route_per == "query_head" else geometry.num_kv_heads
+        router = TopologyRouter(
+            geometry.hidden_size,
+            heads,
+            config.arity,
+            config.depth,
+            config.router_dim,
+            config.tie_query_key,
+            config.init_weights,
+        )
+        # under PEFT's low_cpu_mem_usage the parameters are created on meta and stay there until loaded
+        self.topo_routers[adapter_name] = router if router.down.weight.is_meta else router.to(device)
+        self.topo_configs[adapter_name] = config
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
+        names = self.merged_adapters or [name for name in self.active_adapters if name in self.topo_routers]
+        if self.disable_adapters or not names:
+            return None
+        if len(names) > 1:
+            raise MergeError(f"one topology adapter can be active at a time, got {names}; call set_adapter with one")
+        router = self.topo_routers[names[0]]
+        assert isinstance(router, TopologyRouter)  # narrows the type; a ModuleDict holds plain Modules
+        return router, self.topo_configs[names[0]], bool(self.merged_adapters)
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+        """The one adapter to merge here, or none. Raises MergeError if merging is refused."""
+        names = [n for n in (adapter_names or self.active_adapters) if n in self.topo_routers]
+        if len(names) > 1:
+            raise MergeError(f"merging needs exactly one active topology adapter, got {names}; call set_adapter first")
+        for name in names:
+            homotopy = self.topo_configs[name].homotopy
+            if homotopy < 1:
+                raise MergeError(
+                    f"homotopy must be 1 to merge adapter {name!r}, got {homotopy}: the topology is not fully in "
+                    "force, so the merged model would differ. Finish training, or set config.homotopy = 1."
+                )
+        return names
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Freeze routing to the hard choice at the configured depths and switch to the hard path."""
+        names = check_adapters_to_merge(self, self.check_merge(adapter_names))
+        if self.merged_adapters and names:
+            raise MergeError(f"adapter {self.merged_adapters[0]!r} is merged already; call unmerge_adapter first")
+        for name in names:
+            if safe_merge:
+                for key, value in self.topo_routers[name].state_dict().items():
+                    if not torch.isfinite(value).all():
+                        raise MergeError(f"router weight {key} of adapter {name!r} must be finite, got NaN or infinity")
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Back to the unmerged path. No weight was changed, so this is exact."""
+        self.merged_adapters.clear()
+
+
+class MergedTopology(TopologyHost):
+    """The hard topology of a model without PEFT wrapper; what `merge_and_unload` leaves behind."""
+
+    def __init__(
+        self, attention: nn.Module, geometry: Geometry, router: TopologyRouter, config: TopologyConfig
+    ) -> None:
+        super().__init__(attention, geometry)
+        self.router = router.requires_grad_(False)
+        self.topology_config = config
+
+    def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
+        return self.router, self.topology_config, True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Installing the child
+
+
+def geometry_of(attention: nn.Module, name: str) -> Geometry:
+    """Read the geometry of an attention module and check that it can be routed.
+
+    Raises:
+        UnsupportedModelError: the module is not a causal full-attention module that dispatches through
+            transformers' attention interface, or it uses a feature the topology does not model.
+    """
+
+    def refuse(why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {why}")
+
+    config = getattr(attention, "config", None)
+    forward = inspect.unwrap(type(attention).forward)
+    if config is None or not isinstance(getattr(attention, "layer_idx", None), int):
+        raise refuse("it needs the attributes `config` and `layer_idx` of a transformers attention module.")
+    parameters = inspect.signature(forward).parameters.values()
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__ or all(p.kind != p.VAR_KEYWORD for p in parameters):
+        raise refuse("its forward must pass **kwargs to transformers' attention interface.")
+    if not getattr(attention, "is_causal", True):
+        raise refuse("it is not causal.")
+    if sliding_window_of(attention) is not None:
+        raise refuse("it has a sliding window; route full-attention layers only (see layers_to_transform).")
+    if isinstance(getattr(attention, "sinks", None), nn.Parameter):
+        raise refuse("its softmax has learned sink logits, which the topology does not model.")
+    if getattr(attention, "is_kv_shared_layer", False):
+        raise refuse("it reuses the keys of another layer.")
+    projection = next((getattr(attention, n) for n in ("q_proj", "qkv_proj") if hasattr(attention, n)), None)
+    hidden_size = getattr(projection, "in_features", config.hidden_size)
+    heads = config.num_attention_heads
+    return Geometry(attention.layer_idx, hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads)
+
+
+def sliding_window_of(attention: nn.Module) -> int | None:
+    """The sliding window in force in this layer, None for full attention."""
+    types = getattr(attention.config, "layer_types", None)
+    if types is not None:
+        kind = types[attention.layer_idx]
+        return None if kind == "full_attention" else getattr(attention.config, "sliding_window", None) or 1
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)
+
+
+def install(attention: nn.Module, host: TopologyHost) -> None:
+    """Make `host` the child of `attention` and route its forwards."""
+    setattr(attention, CHILD, host)
+    routed = copy.copy(host.base_config)
+    # the public setter would recurse into sub-configs that are shared with the rest of the model
+    routed._attn_implementation_internal = IMPLEMENTATION
+    attention.config = routed
+    attention.register_forward_pre_hook(_route_forward, with_kwargs=True)
+
+
+def uninstall(attention: nn.Module) -> None:
+    """Undo `install`."""
+    host = getattr(attention, CHILD)
+    attention.config = host.base_config
+    for key, hook in list(attention._forward_pre_hooks.items()):
+        if hook is _route_forward:
+            del attention._forward_pre_hooks[key]
+            attention._forward_pre_hooks_with_kwargs.pop(key, None)
+    delattr(attention, CHILD)
+
+
+def hosts(model: nn.Module) -> list[TopologyHost]:
+    """The topology children of a model, in layer order of its modules."""
+    return [module for module in model.modules() if isinstance(module, TopologyHost)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running it
+
+
+def _route_forward(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    host = getattr(attention, CHILD)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    call = host.prepare(attention, hidden_states, kwargs)
+    return args, kwargs if call is None else {**kwargs, "topology": call}
+
+
+def _layout(
+    hidden_states: Tensor, mask: Any, position_ids: Tensor | None, records: KeyRecords | None
+) -> SequenceLayout:
+    """Documents and positions of the tokens of this forward, from whatever the model passes down."""
+    batch, length = hidden_states.shape[:2]
+    past = None if records is None else records.layout
+    past_length = 0 if records is None else records.length
+    if position_ids is not None:
+        # rotary sections of multimodal models have a leading axis; text tokens restart in all of them alike
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
+        position_ids = position_ids.expand(batch, -1)
+    if mask is None:
+        if past is not None:
+            return continued_layout(past, length, position_ids)
+        if position_ids is not None:
+            return layout_from_position_ids(position_ids)
+        return contiguous_layout(batch, length, hidden_states.device)
+    if not isinstance(mask, Tensor):
+        raise UnsupportedModelError(
+            f"attention_mask must be a tensor or None, got {type(mask).__name__}; load the model with "
+            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+        )
+    if mask.ndim == 2:
+        real = mask.bool()[:, : past_length + length]
+        return layout_from_padding(real).last(length)
+    return layout_from_mask(mask, past, past_length)
+
+
+def base_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function the module would call without a topology."""
+    host = getattr(attention, CHILD)
+    eager = inspect.unwrap(type(attention).forward).__globals__["eager_attention_forward"]
+    return AttentionInterface().get_interface(host.base_config._attn_implementation, eager)
+
+
+def topology_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    topology: TopologyCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function of a routed module (signature of transformers' attention interface).
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, H_kv, S, D]`, cached tokens included.
+        topology: what the pre-hook prepared; None runs the base attention.
+
+    Returns:
+        `[B, T, H, D]` and None (attention weights are not materialised).
+    """
+    base = base_attention(module)
+    if topology is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    _refuse_unmodelled(query, topology.host.geometry, kwargs)
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    softcap = kwargs.get("softcap")
+    call, config, host = topology, topology.config, topology.host
+    heads, depths = query.shape[1], topology.host.depths(topology.config)
+    setting: dict[str, Any] = {
+        "arity": config.arity,
+        "local_window": config.local_window,
+        "num_sink_tokens": config.num_sink_tokens,
+        "scale": scale,
+        "softcap": softcap,
+    }
+
+    if host.distillation is not None:
+        assert call.routes is not None  # prepare() keeps them when distilling
+        with torch.enable_grad():
+            loss = distillation_loss(
+                query,
+                key,
+                _routes_per_head(call.routes, heads),
+                call.key,
+                depth=config.depth,
+                num_queries=host.distillation.num_queries,
+                density_weight=host.distillation.density_weight,
+                **setting,
+            )
+        host.distillation.losses.append(loss)
+        return base(module, query, key, value, attention_mask, **kwargs)
+
+    if call.merged:
+        out = hard_attention(query, key, value, plan_of(call, depths), scale, softcap)
+        return out.transpose(1, 2), None
+
+    bridge: dict[str, Any] = {
+        **setting,
+        "depths": depths,
+        "homotopy": config.homotopy,
+        "bridge": config.gradient_bridge,
+    }
+    routes = None if call.routes is None else _routes_per_head(call.routes, heads)
+    addresses = (_per_head(call.query_address, heads), _per_head(call.key_address, heads), call.query, call.key)
+    if config.homotopy == 0:
+        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        if routes is not None and routes.query.probs.requires_grad:
+            # adds exactly zero to the base's output and the router's gradient to the backward pass
+            detached = (query.detach(), key.detach(), value.detach())
+            extra = bridged_attention(*detached, routes, *addresses, **bridge).transpose(1, 2)
+            out = out + (extra - extra.detach())
+    else:
+        out = bridged_attention(query, key, value, routes, *addresses, **bridge).transpose(1, 2)
+        weights = None
+    if call.training and call.routes is not None:
+        out = _with_auxiliary_loss(out, call, depths)
+    return out, weights
+
+
+def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> Tensor:
+    host, config, routes = call.host, call.config, call.routes
+    assert routes is not None
+    with torch.no_grad():
+        plan = plan_of(call, depths)
+        host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
+    balance = balance_loss(routes, call.query.real)
+    heads = _routes_per_head(routes, len(depths))
+    shares = [
+        expected_density(
+            leaf_distribution(heads.query.probs[:, [h for h, d in enumerate(depths) if d == depth]], depth),
+            leaf_distribution(heads.key.probs[:, [h for h, d in enumerate(depths) if d == depth]], depth),
+            call.query,
+        )
+        for depth in set(depths)
+        if depth > 0
+    ]
+    density = torch.cat(shares).sum() / len(depths) if shares else balance.new_zeros(())
+    loss = config.balance_weight * balance + config.density_weight * density
+    host.metrics["auxiliary_loss"] = loss.detach()
+    host.metrics["balance"] = balance.detach()
+    return attach_loss(out, host.auxiliary_ramp * loss, host) if loss.requires_grad else out
+
+
+def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
+    """The plan of a call: one per route head, or one per query head where depths differ within a route."""
+    routed = call.query_address.shape[1]
+    group = len(depths) // routed
+    shared = [depths[r * group] for r in range(routed)]
+    same = all(depths[h] == shared[h // group] for h in range(len(depths)))
+    heads = routed if same else len(depths)
+    depth = torch.tensor(shared if same else depths, device=call.query_address.device)[:, None]
+    query_ball = ball(_per_head(call.query_address, heads), call.config.arity, depth)
+    key_ball = ball(_per_head(call.key_address, heads), call.config.arity, depth)
+    return build_plan(
+        query_ball, key_ball, call.query, call.key, call.config.local_window, call.config.num_sink_tokens
+    )
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Repeat `[B, R, ...]` to `[B, heads, ...]`: the heads of a KV head share its route."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _routes_per_head(routes: Routes, heads: int) -> Routes:
+    query = RoleDigits(*(_per_head(x, heads) for x in routes.query))
+    if routes.key is routes.query:
+        return Routes(query, query)
+    return Routes(query, RoleDigits(*(_per_head(x, heads) for x in routes.key)))
+
+
+def _refuse_unmodelled(query: Tensor, geometry: Geometry, kwargs: dict[str, Any]) -> None:
+    layer = geometry.layer
+    if query.shape[1] != geometry.num_heads:
+        raise UnsupportedModelError(
+            f"layer {layer} must have {geometry.num_heads} query heads as its config says, got {query.shape[1]}"
+        )
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(
+            f"attention dropout must be 0 in routed layers, got {kwargs['dropout']} in layer {layer}; set "
+            "model.config.attention_dropout = 0 before loading."
+        )
+    for name in ("sliding_window", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"layer {layer} passes {name!r} to its attention, which the topology does not model; leave the "
+                "layer out with layers_to_transform."
+            )
+
+
+AttentionInterface.register(IMPLEMENTATION, topology_attention_forward)
+# Nothing asks for this mask today: the model keeps its own implementation, only single modules carry ours. If
+# a user sets it for a whole model, masks must not silently become None, which would lose padding.
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

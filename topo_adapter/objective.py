@@ -1,0 +1,180 @@
+"""Training objectives of the router (docs/method.md, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .layout import SequenceLayout, causal_pairs
+from .relaxation import coarsen, leaf_distribution, scaled_scores
+from .router import RoleDigits, Routes
+from .visibility import always_visible
+
+
+def balance_loss(routes: Routes, real: Tensor) -> Tensor:
+    """Switch Transformer load balance per level: `p * sum_c f_c P_c`, averaged over roles, heads and levels.
+
+    `f_c` is the share of tokens whose hard digit is `c` (no gradient), `P_c` the mean probability of `c`.
+    1 when balanced, `p` when every token takes one child.
+
+    Args:
+        routes: digits of `[B, H, T]` tokens. real: bool `[B, T]`, padding is left out.
+    """
+    weight = real.float() / real.sum().clamp(min=1)
+
+    def of(role: RoleDigits) -> Tensor:
+        arity = role.probs.shape[-1]
+        hard = torch.nn.functional.one_hot(role.digits, arity).float()
+        f = torch.einsum("bhtlc,bt->hlc", hard, weight)
+        mean = torch.einsum("bhtlc,bt->hlc", role.probs, weight)
+        return arity * (f * mean).sum(-1).mean()
+
+    return of(routes.query) if routes.key is routes.query else 0.5 * (of(routes.query) + of(routes.key))
+
+
+def expected_density(query_leaves: Tensor, key_leaves: Tensor, layout: SequenceLayout) -> Tensor:
+    """Expected share of causal pairs that share a ball, per head: the tree's cost itself.
+
+    `sum_i <P_q(i), sum_{j <= i} P_k(j)> / sum_i (i + 1)` within documents; `O(N p**D)` by a running sum.
+
+    Args:
+        query_leaves, key_leaves: `[B, H, N, p**D]`. layout: of the same tokens; documents are contiguous.
+
+    Returns:
+        `[H]`, in `[0, 1]`.
+    """
+    real = layout.real[:, None, :, None]
+    running = (key_leaves * real).cumsum(2)
+    index = torch.arange(layout.position.shape[1], device=real.device).expand_as(layout.position)
+    starts = torch.where(layout.position == 0, index, 0).cummax(1).values
+    before = torch.cat([torch.zeros_like(running[:, :, :1]), running], dim=2)
+    before = before.gather(2, starts[:, None, :, None].expand_as(running))
+    pairs = (query_leaves * (running - before) * real).sum((0, 2, 3))
+    return pairs / (layout.position + 1).sum().clamp(min=1)
+
+
+class AuxiliaryLossHost(Protocol):
+    """What `attach_loss` reads at backward time."""
+
+    auxiliary_scale: float
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor:
+        ctx.host = host
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.tensor(ctx.host.auxiliary_scale, device=grad.device), None
+
+
+def attach_loss(output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor:
+    """Return `output` unchanged and give `loss` the gradient `host.auxiliary_scale` when `output` gets its own.
+
+    An identity in the graph, so it is right under both kinds of gradient checkpointing, where a tensor
+    carried out of the layer would double or lose its gradient. The scale is read during backward: the
+    trainer sets it to what the main loss is scaled by (gradient accumulation, fp16 loss scaling).
+    """
+    return _AttachLoss.apply(output, loss.float(), host)
+
+
+def kept_mass(
+    q: Tensor,
+    k: Tensor,
+    routes: Routes,
+    layout: SequenceLayout,
+    rows: Tensor,
+    *,
+    arity: int,
+    depths: Sequence[int],
+    local_window: int,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Share of each sampled query's dense attention that the soft mask keeps, at every depth of `depths`.
+
+    `kept_i(d) = local_i + <P_q^d(i), sum_{j far} A_ij P_k^d(j)>` with `A` the dense attention, `local` its
+    mass on window and sinks and `far` the other causal keys. The leaf distributions ride through attention
+    as values, so all depths come from one product; `-log kept` is KL(masked || dense) for a 0/1 mask.
+
+    Args:
+        q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
+        routes: `[B, H, N, L, p]` per role. rows: int64 `[M]`, indices of the sampled queries.
+
+    Returns:
+        float32 `[len(depths), B, H, M]` in `(0, 1]`; memory is `O(M * N)`, with `M` fixed by the caller.
+    """
+    part = SequenceLayout(layout.document[:, rows], layout.position[:, rows])
+    with torch.no_grad():
+        scores = scaled_scores(q[:, :, rows], k, scale, softcap)
+        causal = causal_pairs(part, layout)[:, None]
+        always = always_visible(part, layout, local_window, num_sink_tokens)[:, None]
+        scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
+        attention = torch.where(causal, scores.softmax(-1), 0.0)
+        local = torch.where(always, attention, 0.0).sum(-1)
+        far = torch.where(always, 0.0, attention).float()
+    deepest = max(depths)
+    values = far @ leaf_distribution(routes.key.probs, deepest)
+    query_probs = routes.query.probs[:, :, rows]
+    kept = []
+    for depth in depths:
+        tree = (leaf_distribution(query_probs, depth) * coarsen(values, arity, depth)).sum(-1)
+        kept.append(local.float() + tree)
+    # rows of padding have no attention; they count as kept, that is as no loss
+    return torch.where(part.real[:, None], torch.stack(kept), 1.0).clamp(1e-6, 1.0)
+
+
+def distillation_loss(
+    q: Tensor,
+    k: Tensor,
+    routes: Routes,
+    layout: SequenceLayout,
+    *,
+    arity: int,
+    depth: int,
+    local_window: int,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    num_queries: int = 256,
+    density_weight: float = 0.3,
+) -> Tensor:
+    """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
+
+    `mean over depths d and heads of -log kept(d) + density_weight * log(density(d))`. The logarithm makes the
+    price scale-free: one nat of kept mass buys the same factor of density at every depth.
+    `num_queries` queries are sampled per call, which leaves the gradient unbiased.
+
+    Args: as `kept_mass`. Returns a float32 scalar.
+    """
+    length = q.shape[2]
+    count = min(num_queries, length)
+    rows = torch.randperm(length, device=q.device)[:count].sort().values
+    depths = range(1, depth + 1)
+    kept = kept_mass(
+        q,
+        k,
+        routes,
+        layout,
+        rows,
+        arity=arity,
+        depths=depths,
+        local_window=local_window,
+        num_sink_tokens=num_sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )
+    lost = -kept.log().mean()
+    query_leaves = leaf_distribution(routes.query.probs, depth)
+    key_leaves = query_leaves if routes.key is routes.query else leaf_distribution(routes.key.probs, depth)
+    prices = [
+        expected_density(coarsen(query_leaves, arity, d), coarsen(key_leaves, arity, d), layout).log().mean()
+        for d in depths
+    ]
+    return lost + density_weight * torch.stack(prices).mean()

@@ -1,0 +1,151 @@
+"""Differentiable relaxations of the tree mask and the bridge to the hard one (docs/method.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .layout import SequenceLayout, causal_pairs
+from .router import Routes
+from .tree import ball
+from .visibility import always_visible
+
+#: Hidden pairs may exceed the largest visible logit without limit; their weight enters only the gradient,
+#: where exp(10) keeps it finite and bounded while ordering is preserved up to that gap.
+_MAX_GAP = 10.0
+
+
+def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
+    """Distribution over the balls at `depth`: the outer product of the first `depth` level distributions.
+
+    Args:
+        probs: `[..., L, p]`, `L >= depth`.
+
+    Returns:
+        `[..., p**depth]`; entry `b` belongs to ball `b` of `topo_adapter.tree.ball`. Products only, so the
+        gradient is finite at one-hot input, where the gradient of `cumprod` divides by zero.
+    """
+    leaves = probs.new_ones((*probs.shape[:-2], 1))
+    for level in range(depth):
+        leaves = (probs[..., level, :, None] * leaves[..., None, :]).flatten(-2)
+    return leaves
+
+
+def coarsen(leaves: Tensor, arity: int, depth: int) -> Tensor:
+    """Sum a leaf distribution `[..., p**L]` over the digits after the first `depth`: `[..., p**depth]`."""
+    return leaves.unflatten(-1, (-1, arity**depth)).sum(-2)
+
+
+def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
+    """`S_ij(D_h) = <P_q(i), P_k(j)>`: the probability that query and key share their first `D_h` digits.
+
+    Args:
+        query_probs: `[B, H, T, L, p]`; key_probs: `[B, H, S, L, p]`; depths: `D_h` for each of the `H` heads.
+
+    Returns:
+        `[B, H, T, S]`, differentiable. One matrix product per distinct depth; no `T x S x L` tensor.
+    """
+    rows: list[Tensor | None] = [None] * len(depths)
+    for depth in set(depths):
+        heads = [h for h, d in enumerate(depths) if d == depth]
+        query, key = leaf_distribution(query_probs[:, heads], depth), leaf_distribution(key_probs[:, heads], depth)
+        for h, shared in zip(heads, (query @ key.transpose(-1, -2)).unbind(1), strict=True):
+            rows[h] = shared
+    return torch.stack([row for row in rows if row is not None], dim=1)
+
+
+def scaled_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention logits `[B, H, T, S]` from `q` `[B, H, T, D]` and `k` `[B, H_kv, S, D]`.
+
+    At least float32: in float16 a dot product overflows at 65504 (one of the paper's fp16 traps).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    scores = (grouped @ k.to(dtype).transpose(-1, -2)[:, :, None] * scale).flatten(1, 2)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def bridged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    query_address: Tensor,
+    key_address: Tensor,
+    query: SequenceLayout,
+    key: SequenceLayout,
+    *,
+    arity: int,
+    depths: Sequence[int],
+    local_window: int,
+    num_sink_tokens: int,
+    homotopy: float,
+    bridge: Literal["full", "masked", "marginal"],
+    scale: float,
+    softcap: float | None = None,
+    block: int = 256,
+) -> Tensor:
+    """Attention whose weights are multiplied by `1 - c + c m` and renormalised (docs/method.md, section 3).
+
+    `m` is 1 for window and sink pairs, else the tree mask. Forward uses the hard mask ('full', 'masked') or
+    the shared-prefix probability ('marginal'); backward uses the latter, unscaled by `c`, for every causal
+    pair ('full', 'marginal') or for visible ones only ('masked', the paper's form).
+
+    Args:
+        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`.
+        routes: probabilities of the same `T = S` tokens, `[B, H, T, L, p]` per role; None = no gradient to
+            the router, hard mask only.
+        query_address, key_address: int64 `[B, H, T]`, `[B, H, S]`.
+        depths: visible depth of each of the `H` heads. homotopy: `c` in `[0, 1]`.
+        block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed).
+
+    Returns:
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
+    """
+    depth_of_head = torch.tensor(depths, device=q.device)[:, None]
+    key_ball = ball(key_address, arity, depth_of_head)
+    query_ball = ball(query_address, arity, depth_of_head)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice) -> Tensor:
+        part = SequenceLayout(query.document[:, rows], query.position[:, rows])
+        causal = causal_pairs(part, key)[:, None]
+        always = always_visible(part, key, local_window, num_sink_tokens)[:, None]
+        hard = always | ((query_ball[:, :, rows, None] == key_ball[:, :, None]) & causal)
+        scores = scaled_scores(q, k, scale, softcap)
+        target = hard.to(scores.dtype)
+        gate = target.new_zeros(())
+        if probs is not None and key_probs is not None:
+            soft = shared_prefix_probability(probs, key_probs, depths).to(scores.dtype)
+            soft = torch.where(always, 1.0, soft)
+            reach = hard if bridge == "masked" else causal
+            gate = torch.where(reach, soft - soft.detach(), 0.0)
+            if bridge == "marginal":
+                target = soft.detach()
+        weight = (1 - homotopy + homotopy * target) + gate
+        # shift by the largest logit that carries weight, or a hidden maximum would underflow the visible ones
+        carried = causal & (weight > 0)
+        top = scores.detach().masked_fill(~carried, float("-inf")).amax(-1, keepdim=True)
+        gap = (scores - top.clamp(min=torch.finfo(scores.dtype).min)).clamp(max=_MAX_GAP)
+        weighted = torch.where(causal, gap.exp() * weight, 0.0)
+        total = weighted.sum(-1, keepdim=True)
+        values = v.to(scores.dtype)
+        out = (weighted.unflatten(1, (v.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
+        return out / torch.where(total == 0, 1.0, total)
+
+    needs_grad = torch.is_grad_enabled()
+    out = []
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, q.shape[2], block):
+            rows = slice(start, min(start + block, q.shape[2]))
+            probs = None if routes is None else routes.query.probs[:, :, rows]
+            key_probs = None if routes is None else routes.key.probs
+            arguments = (q[:, :, rows], k, v, probs, key_probs, rows)
+            if needs_grad:
+                out.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+            else:
+                out.append(attend(*arguments))
+    return torch.cat(out, dim=2).to(q.dtype)

@@ -1,0 +1,123 @@
+"""The router: hidden states to digits (docs/method.md, section 3). fp32 inside, whatever the model's dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tree import digits_to_address
+
+
+class RoleDigits(NamedTuple):
+    """Digits of one role (query or key).
+
+    probs: float32 `[B, H, T, L, p]`, level probabilities (relaxed in training, softmax at evaluation).
+    digits: int64 `[B, H, T, L]`, the hard choice: argmax, ties towards the lower digit.
+    """
+
+    probs: Tensor
+    digits: Tensor
+
+    def address(self, arity: int) -> Tensor:
+        """int64 `[B, H, T]`."""
+        return digits_to_address(self.digits, arity)
+
+
+class Routes(NamedTuple):
+    """Query and key digits of one attention layer; the two are the same object if tied."""
+
+    query: RoleDigits
+    key: RoleDigits
+
+
+class TopologyRouter(nn.Module):
+    """`h = GELU(W_down x)`, then one projection per role to the digit logits of every head and level.
+
+    Each level has `arity - 1` logits; child 0 is the reference with logit 0. That is the softmax over
+    `arity` children without its redundant degree of freedom: one logit per level for `arity = 2`.
+
+    Args:
+        hidden_size: width of the hidden states that enter the attention module.
+        num_heads: number of routes (query heads, or KV heads).
+        arity, depth: the tree. router_dim: width of `h`; None = `hidden_size`.
+        tie_query_key: one projection serves both roles.
+        init_weights: 'random', or 'collapse': projection 0 and bias -10 for every child but child 0, the
+            paper's +5 / -5 written with child 0 as reference.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        arity: int,
+        depth: int,
+        router_dim: int | None = 32,
+        tie_query_key: bool = False,
+        init_weights: Literal["random", "collapse"] = "random",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.arity, self.depth = num_heads, arity, depth
+        width = hidden_size if router_dim is None else router_dim
+        logits = num_heads * depth * (arity - 1)
+        self.down = nn.Linear(hidden_size, width, bias=False, dtype=torch.float32)
+        self.query = nn.Linear(width, logits, dtype=torch.float32)
+        self.key = None if tie_query_key else nn.Linear(width, logits, dtype=torch.float32)
+        nn.init.normal_(self.down.weight, std=1 / math.sqrt(hidden_size))
+        for projection in (self.query, self.key):
+            if projection is None:
+                continue
+            if init_weights == "collapse":
+                nn.init.zeros_(projection.weight)
+                nn.init.constant_(projection.bias, -10.0)
+            else:
+                nn.init.normal_(projection.weight, std=1 / math.sqrt(width))
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Digit logits of both roles.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`, any float dtype.
+
+        Returns:
+            query and key logits, float32 `[B, H, T, L, p]`; the same tensor if tied.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            h = F.gelu(F.linear(hidden_states.float(), self.down.weight.float()))
+            query = self._logits(h, self.query)
+            key = query if self.key is None else self._logits(h, self.key)
+        return query, key
+
+    def _logits(self, h: Tensor, projection: nn.Linear) -> Tensor:
+        free = F.linear(h, projection.weight.float(), projection.bias.float())
+        free = free.unflatten(-1, (self.num_heads, self.depth, self.arity - 1)).transpose(1, 2)
+        return F.pad(free, (1, 0))  # child 0 is the reference
+
+    def route(self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False) -> Routes:
+        """Digits and level probabilities for both roles.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            temperature: > 0; softmax temperature of the probabilities.
+            sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
+        """
+        query_logits, key_logits = self.forward(hidden_states)
+        query = relax(query_logits, temperature, sample)
+        return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
+
+
+def relax(logits: Tensor, temperature: float, sample: bool) -> RoleDigits:
+    """Factorised Gumbel-Softmax of logits `[..., p]` in float32.
+
+    The noise is drawn in float32: in half precision the uniform variate rounds to 0 or 1 and its double
+    logarithm is infinite (one of the paper's fp16 traps).
+    """
+    logits = logits.float()
+    if sample:
+        logits = logits - torch.empty_like(logits).exponential_().clamp_min_(1e-30).log()
+    probs = torch.softmax(logits / temperature, dim=-1)
+    return RoleDigits(probs, logits.argmax(-1))  # torch.argmax returns the first of equal maxima

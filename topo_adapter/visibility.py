@@ -1,0 +1,40 @@
+"""The one definition of what a query sees (docs/method.md, section 2).
+
+Query `i` sees key `j` iff `j <= i`, both are real tokens of one document, and the ball of `i` is the
+ball of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document.
+Everything else in this library - soft masks, the sorted plan, the kernels - is tested against this.
+"""
+
+from torch import Tensor
+
+from .layout import SequenceLayout, causal_pairs
+
+
+def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
+    """bool `[B, T, S]`: pairs visible whatever the addresses are (local window and attention sinks)."""
+    gap = query.position[:, :, None] - key.position[:, None, :]
+    sink = key.position[:, None, :] < num_sink_tokens
+    return causal_pairs(query, key) & ((gap < local_window) | sink)
+
+
+def visible_pairs(
+    query_ball: Tensor,
+    key_ball: Tensor,
+    query: SequenceLayout,
+    key: SequenceLayout,
+    local_window: int,
+    num_sink_tokens: int,
+) -> Tensor:
+    """Section 2's mask.
+
+    Args:
+        query_ball, key_ball: integer `[B, H, T]`, `[B, H, S]`; balls at each head's visible depth.
+        query, key: layouts of the `T` queries and the `S` keys.
+
+    Returns:
+        bool `[B, H, T, S]`. Rows of padding queries are empty; every other row holds at least its own token.
+    """
+    tree = query_ball[..., :, None] == key_ball[..., None, :]
+    tree &= causal_pairs(query, key)[:, None]
+    tree |= always_visible(query, key, local_window, num_sink_tokens)[:, None]
+    return tree
