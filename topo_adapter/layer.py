@@ -97,7 +97,7 @@ class TopologyHost(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.base_config = attention.config
-        self.auxiliary_scale = 1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
+        self.auxiliary_scale: float | Tensor = 1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
         self.auxiliary_ramp = 1.0  # factor on its weights; the callback sets it
         self.metrics: dict[str, Tensor] = {}
         self.recorder: dict[int, RecordedRoutes] | None = None
@@ -128,6 +128,7 @@ class TopologyHost(nn.Module):
 
         differentiable = distilling or (not merged and torch.is_grad_enabled())
         with torch.set_grad_enabled(differentiable):
+            hidden_states = hidden_states.detach() if distilling else hidden_states
             if training or distilling:
                 routes = router.route(hidden_states, config.temperature, training and config.gumbel_noise)
             else:
@@ -401,12 +402,17 @@ def topology_attention_forward(
         "softcap": softcap,
     }
 
+    if call.training or host.distillation is not None:
+        with torch.no_grad():
+            plan = plan_of(call, depths)
+            host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
+
     if host.distillation is not None:
         assert call.routes is not None  # prepare() keeps them when distilling
         with torch.enable_grad():
             loss = distillation_loss(
-                query,
-                key,
+                query.detach(),
+                key.detach(),
                 _routes_per_head(call.routes, heads),
                 call.key,
                 depth=config.depth,
@@ -447,9 +453,6 @@ def topology_attention_forward(
 def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> Tensor:
     host, config, routes = call.host, call.config, call.routes
     assert routes is not None
-    with torch.no_grad():
-        plan = plan_of(call, depths)
-        host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
     balance = balance_loss(routes, call.query.real)
     heads = _routes_per_head(routes, len(depths))
     shares = [

@@ -59,7 +59,7 @@ def expected_density(query_leaves: Tensor, key_leaves: Tensor, layout: SequenceL
 class AuxiliaryLossHost(Protocol):
     """What `attach_loss` reads at backward time."""
 
-    auxiliary_scale: float
+    auxiliary_scale: float | Tensor
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.tensor(ctx.host.auxiliary_scale, device=grad.device), None
+        return grad, torch.as_tensor(ctx.host.auxiliary_scale, dtype=torch.float32, device=grad.device), None
 
 
 def attach_loss(output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor:

@@ -327,9 +327,7 @@ def run_passes(
     with torch.cuda.device_of(q):
         route_group = H // tree[0].shape[1]
         _tree_kernel[grid](q, k, v, *tree, tree_out, tree_lse, ROUTE_GROUP=route_group, **arguments)
-        _local_kernel[grid](
-            q, k, v, *local, tree_out, tree_lse, out, num_sink_tokens=num_sink_tokens, **arguments
-        )
+        _local_kernel[grid](q, k, v, *local, tree_out, tree_lse, out, num_sink_tokens=num_sink_tokens, **arguments)
     return out.transpose(1, 2)
 
 
@@ -341,10 +339,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_to
     kv_heads, S = k.shape[1], k.shape[2]
     if k.shape != (B, kv_heads, S, D):
         raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
     if kv_heads == 0 or H == 0 or H % kv_heads:
         raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
     if not 16 <= D <= 256:
         raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -1,0 +1,217 @@
+"""Training: schedules, the auxiliary loss under any trainer, and layer-local distillation.
+
+Everything here rides on `transformers.Trainer`; nothing is a trainer of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import TopologyConfig
+from .errors import TopologyConfigError, UnsupportedModelError
+from .layer import Distillation, TopologyHost, hosts
+
+
+def active_configs(model: nn.Module) -> list[TopologyConfig]:
+    """The configurations in force in a model, each once.
+
+    Raises:
+        UnsupportedModelError: the model has no active topology adapter.
+    """
+    found = {id(active[1]): active[1] for host in hosts(model) if (active := host.in_force()) is not None}
+    if not found:
+        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
+    return list(found.values())
+
+
+def topology_metrics(model: nn.Module) -> dict[str, float]:
+    """Temperature, homotopy and the layers' mean density, balance and auxiliary loss at the last step."""
+    config = active_configs(model)[0]
+    values: dict[str, list[Tensor]] = {}
+    for host in hosts(model):
+        for name, value in host.metrics.items():
+            values.setdefault(name, []).append(value.float().cpu())
+    metrics = {f"topology/{name}": torch.stack(v).mean().item() for name, v in sorted(values.items())}
+    return {"topology/temperature": config.temperature, "topology/homotopy": config.homotopy, **metrics}
+
+
+class TopologyCallback(TrainerCallback):
+    """Drives temperature, homotopy and the auxiliary loss's ramp; each is a function of the global step alone.
+
+    That makes a resumed run continue where it stopped. After the last step homotopy is 1.
+
+    Args:
+        temperature: first and last Gumbel-Softmax temperature, interpolated geometrically.
+        homotopy: first and last homotopy coefficient, reached linearly after `homotopy_share` of training;
+            None leaves it alone until the last step (distillation trains at 0).
+        homotopy_share, ramp_share: share of training, in (0, 1], after which homotopy and the weight of the
+            auxiliary loss have reached their final values.
+
+    Alone, with a trainer that lacks `TopologyTrainerMixin`, it refuses fp16 and gradient accumulation, where the
+    auxiliary gradient would be scaled wrongly.
+    """
+
+    def __init__(
+        self,
+        temperature: tuple[float, float] = (1.0, 0.1),
+        homotopy: tuple[float, float] | None = (0.0, 1.0),
+        homotopy_share: float = 0.7,
+        ramp_share: float = 0.1,
+    ) -> None:
+        if min(temperature) <= 0:
+            raise TopologyConfigError(f"temperature must hold two numbers > 0, got {temperature}")
+        if homotopy is not None and not all(0 <= c <= 1 for c in homotopy):
+            raise TopologyConfigError(f"homotopy must hold two numbers in [0, 1], got {homotopy}")
+        for name, share in (("homotopy_share", homotopy_share), ("ramp_share", ramp_share)):
+            if not 0 < share <= 1:
+                raise TopologyConfigError(f"{name} must be in (0, 1], got {share}")
+        self.temperature, self.homotopy = temperature, homotopy
+        self.homotopy_share, self.ramp_share = homotopy_share, ramp_share
+        self.scale_is_exact = False  # set by TopologyTrainerMixin
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        active_configs(model)
+        if not self.scale_is_exact and (args.fp16 or args.gradient_accumulation_steps > 1):
+            raise TopologyConfigError(
+                "TopologyCallback alone needs fp16=False and gradient_accumulation_steps=1, got "
+                f"fp16={args.fp16} and {args.gradient_accumulation_steps}: the auxiliary gradient would not be scaled "
+                "with the loss. Use TopologySFTTrainer, or put TopologyTrainerMixin before your trainer class."
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        progress = state.global_step / max(state.max_steps, 1)
+        first, last = self.temperature
+        for config in active_configs(model):
+            config.temperature = first * (last / first) ** progress
+            if self.homotopy is not None:
+                begin, end = self.homotopy
+                config.homotopy = begin + (end - begin) * min(progress / self.homotopy_share, 1.0)
+        for host in hosts(model):
+            host.auxiliary_ramp = min(progress / self.ramp_share, 1.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:  # before the last checkpoint is written
+            for config in active_configs(model):
+                config.temperature, config.homotopy = self.temperature[1], 1.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if "topology/homotopy" not in state.log_history[-1]:  # the mixin has put them there for all reporters
+            state.log_history[-1].update(topology_metrics(model))
+
+
+class _RememberScale(torch.autograd.Function):
+    """Identity on the loss; its backward runs first and tells the layers what the loss is scaled by."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, layers: list[TopologyHost], share: float) -> Tensor:
+        ctx.layers, ctx.share = layers, share
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scale = grad.detach() * ctx.share
+        for layer in ctx.layers:
+            layer.auxiliary_scale = scale
+        return grad, None, None
+
+
+class TopologyTrainerMixin(Trainer):
+    """Put before a `transformers.Trainer` class: `class MyTrainer(TopologyTrainerMixin, SFTTrainer): ...`.
+
+    Adds a `TopologyCallback` if none is given, scales the auxiliary gradient exactly as the main loss (fp16 loss
+    scaling, gradient accumulation, anything a backward multiplies in), and logs the topology's metrics.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = [c for c in self.callback_handler.callbacks if isinstance(c, TopologyCallback)]
+        if not given:
+            given = [self.default_topology_callback()]
+            self.add_callback(given[0])
+        for callback in given:
+            callback.scale_is_exact = True
+
+    def default_topology_callback(self) -> TopologyCallback:
+        return TopologyCallback()
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return result
+        # A loss summed over tokens and divided by their number in the whole batch is not divided again by the
+        # number of accumulation steps; the auxiliary loss is a mean per forward and has to be.
+        whole_batch = kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
+        share = 1 / self.current_gradient_accumulation_steps if whole_batch else 1.0
+        if isinstance(result, tuple):
+            return (_RememberScale.apply(result[0], hosts(model), share), *result[1:])
+        return _RememberScale.apply(result, hosts(model), share)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def distilling(model: nn.Module, num_queries: int, density_weight: float) -> Iterator[list[Tensor]]:
+    """While active, a forward runs the base and every routed layer appends its distillation loss to the list."""
+    layers, losses = hosts(model), []
+    for layer in layers:
+        layer.distillation = Distillation(num_queries, density_weight, losses)
+    try:
+        yield losses
+    finally:
+        for layer in layers:
+            layer.distillation = None
+
+
+class DistillationTrainer(TopologyTrainerMixin):
+    """Layer-local distillation of the frozen model's own attention (docs/method.md, section 5.2).
+
+    No backward through the LLM and no language-model loss: every routed layer learns on its own to keep its
+    dense attention's mass at every depth of the tree. Any tokenised text will do; labels are not used.
+
+    Args:
+        num_queries: queries sampled per layer and step; cost is linear in it.
+        density_weight: nats of kept mass that a factor e of density may cost.
+        Other arguments: as `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, num_queries: int = 256, density_weight: float = 0.3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_queries, self.density_weight = num_queries, density_weight
+        self.model_accepts_loss_kwargs = False  # our loss is a mean; let the trainer divide it when accumulating
+
+    def default_topology_callback(self) -> TopologyCallback:
+        return TopologyCallback(homotopy=None)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs["logits_to_keep"] = 1  # nobody looks at the logits
+        with distilling(model, self.num_queries, self.density_weight) as losses:
+            outputs = model(**inputs)
+        if not losses:
+            raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
+        loss = torch.stack([value.to(losses[0].device) for value in losses]).mean()
+        return (loss, outputs) if return_outputs else loss
