@@ -415,10 +415,9 @@ def topology_attention_forward(
                 key.detach(),
                 _routes_per_head(call.routes, heads),
                 call.key,
-                depth=config.depth,
                 num_queries=host.distillation.num_queries,
                 density_weight=host.distillation.density_weight,
-                **setting,
+                **{name: value for name, value in setting.items() if name != "arity"},
             )
         host.distillation.losses.append(loss)
         return base(module, query, key, value, attention_mask, **kwargs)

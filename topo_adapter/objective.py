@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import SequenceLayout, causal_pairs
-from .relaxation import coarsen, leaf_distribution, scaled_scores
+from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
 from .visibility import always_visible
 
@@ -86,18 +86,17 @@ def attach_loss(output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor
 def kept_mass(
     q: Tensor,
     k: Tensor,
-    routes: Routes,
+    query_leaves: Sequence[Tensor],
+    key_leaves: Tensor,
     layout: SequenceLayout,
     rows: Tensor,
     *,
-    arity: int,
-    depths: Sequence[int],
     local_window: int,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Share of each sampled query's dense attention that the soft mask keeps, at every depth of `depths`.
+    """Share of each sampled query's dense attention that the soft mask keeps, at every depth.
 
     `kept_i(d) = local_i + <P_q^d(i), sum_{j far} A_ij P_k^d(j)>` with `A` the dense attention, `local` its
     mass on window and sinks and `far` the other causal keys. The leaf distributions ride through attention
@@ -105,27 +104,22 @@ def kept_mass(
 
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
-        routes: `[B, H, N, L, p]` per role. rows: int64 `[M]`, indices of the sampled queries.
+        query_leaves: for each depth `d` in question `[B, H, M, p**d]`, of the sampled queries.
+        key_leaves: `[B, H, N, p**L]` at the deepest of them. rows: int64 `[M]`, indices of the sampled queries.
 
     Returns:
-        float32 `[len(depths), B, H, M]` in `(0, 1]`; memory is `O(M * N)`, with `M` fixed by the caller.
+        float32 `[len(query_leaves), B, H, M]` in `(0, 1]`; memory is `O(M * N)`, with `M` fixed by the caller.
     """
     part = SequenceLayout(layout.document[:, rows], layout.position[:, rows])
     with torch.no_grad():
         scores = scaled_scores(q[:, :, rows], k, scale, softcap)
         causal = causal_pairs(part, layout)[:, None]
         always = always_visible(part, layout, local_window, num_sink_tokens)[:, None]
-        scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
-        attention = torch.where(causal, scores.softmax(-1), 0.0)
-        local = torch.where(always, attention, 0.0).sum(-1)
-        far = torch.where(always, 0.0, attention).float()
-    deepest = max(depths)
-    values = far @ leaf_distribution(routes.key.probs, deepest)
-    query_probs = routes.query.probs[:, :, rows]
-    kept = []
-    for depth in depths:
-        tree = (leaf_distribution(query_probs, depth) * coarsen(values, arity, depth)).sum(-1)
-        kept.append(local.float() + tree)
+        attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1).float()
+        far = attention.masked_fill(always | ~causal, 0.0)
+        local = attention.masked_fill(~always, 0.0).sum(-1)
+    values = far @ key_leaves
+    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
     # rows of padding have no attention; they count as kept, that is as no loss
     return torch.where(part.real[:, None], torch.stack(kept), 1.0).clamp(1e-6, 1.0)
 
@@ -136,8 +130,6 @@ def distillation_loss(
     routes: Routes,
     layout: SequenceLayout,
     *,
-    arity: int,
-    depth: int,
     local_window: int,
     num_sink_tokens: int,
     scale: float,
@@ -147,34 +139,46 @@ def distillation_loss(
 ) -> Tensor:
     """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
 
-    `mean over depths d and heads of -log kept(d) + density_weight * log(density(d))`. The logarithm makes the
-    price scale-free: one nat of kept mass buys the same factor of density at every depth.
+    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * log(density(d) + p**-d)`, with
+    the leaf-level `density(d) = sum_b mean P_q(b) mean P_k(b)`. The logarithm makes the price scale-free: a nat
+    of kept mass buys the same factor of density at every depth. The balanced share `p**-d` under it is where the
+    price fades; without it separate query and key addresses flee from each other to density 0.
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
-    Args: as `kept_mass`. Returns a float32 scalar.
+    Args:
+        q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`. routes: `[B, H, N, L, p]` per role.
+
+    Returns:
+        float32 scalar.
     """
-    length = q.shape[2]
-    count = min(num_queries, length)
-    rows = torch.randperm(length, device=q.device)[:count].sort().values
-    depths = range(1, depth + 1)
+    length, depth = q.shape[2], routes.query.probs.shape[-2]
+    rows = torch.randperm(length, device=q.device)[: min(num_queries, length)].sort().values
+    query_leaves = leaf_distributions(routes.query.probs[:, :, rows], depth)[1:]
+    key_leaves = leaf_distribution(routes.key.probs, depth)
     kept = kept_mass(
         q,
         k,
-        routes,
+        query_leaves,
+        key_leaves,
         layout,
         rows,
-        arity=arity,
-        depths=depths,
         local_window=local_window,
         num_sink_tokens=num_sink_tokens,
         scale=scale,
         softcap=softcap,
     )
-    lost = -kept.log().mean()
-    query_leaves = leaf_distribution(routes.query.probs, depth)
-    key_leaves = query_leaves if routes.key is routes.query else leaf_distribution(routes.key.probs, depth)
-    prices = [
-        expected_density(coarsen(query_leaves, arity, d), coarsen(key_leaves, arity, d), layout).log().mean()
-        for d in depths
-    ]
-    return lost + density_weight * torch.stack(prices).mean()
+    weight = layout.real.float() / layout.real.sum().clamp(min=1)
+    key_mean = torch.einsum("bhnl,bn->hl", key_leaves, weight)
+    weight = layout.real[:, rows].float() / layout.real[:, rows].sum().clamp(min=1)
+    query_mean = torch.einsum("bhnl,bn->hl", query_leaves[-1], weight)
+    price = torch.zeros_like(kept[0, 0, 0, 0])
+    for leaves in query_leaves:
+        balls = leaves.shape[-1]
+        density = (_coarsen_to(query_mean, balls) * _coarsen_to(key_mean, balls)).sum(-1)
+        price = price + (density + 1 / balls).log().mean() / depth
+    return -kept.log().mean() + density_weight * price
+
+
+def _coarsen_to(leaves: Tensor, balls: int) -> Tensor:
+    """Sum `[..., p**L]` over the digits after the first `d`, where `balls = p**d`."""
+    return leaves if leaves.shape[-1] == balls else leaves.unflatten(-1, (-1, balls)).sum(-2)

@@ -19,25 +19,25 @@ from .visibility import always_visible
 _MAX_GAP = 10.0
 
 
-def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
-    """Distribution over the balls at `depth`: the outer product of the first `depth` level distributions.
+def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
+    """Distributions over the balls at depths `0..depth`: outer products of the first level distributions.
 
     Args:
         probs: `[..., L, p]`, `L >= depth`.
 
     Returns:
-        `[..., p**depth]`; entry `b` belongs to ball `b` of `topo_adapter.tree.ball`. Products only, so the
-        gradient is finite at one-hot input, where the gradient of `cumprod` divides by zero.
+        One tensor `[..., p**d]` for each `d`; entry `b` belongs to ball `b` of `topo_adapter.tree.ball`. Products
+        only, so the gradient is finite at one-hot input, where the gradient of `cumprod` divides by zero.
     """
-    leaves = probs.new_ones((*probs.shape[:-2], 1))
+    leaves = [probs.new_ones((*probs.shape[:-2], 1))]
     for level in range(depth):
-        leaves = (probs[..., level, :, None] * leaves[..., None, :]).flatten(-2)
+        leaves.append((probs[..., level, :, None] * leaves[-1][..., None, :]).flatten(-2))
     return leaves
 
 
-def coarsen(leaves: Tensor, arity: int, depth: int) -> Tensor:
-    """Sum a leaf distribution `[..., p**L]` over the digits after the first `depth`: `[..., p**depth]`."""
-    return leaves.unflatten(-1, (-1, arity**depth)).sum(-2)
+def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
+    """The last of `leaf_distributions`: `[..., p**depth]`."""
+    return leaf_distributions(probs, depth)[-1]
 
 
 def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
