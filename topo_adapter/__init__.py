@@ -17,23 +17,28 @@ from .errors import (  # noqa: E402
 from .layer import RecordedRoutes, TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
 from .router import TopologyRouter  # noqa: E402
-from .routes import record_routes  # noqa: E402
+from .routes import measure_density, record_routes  # noqa: E402
+from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
     "CacheError",
+    "DistillationTrainer",
     "MergeError",
     "RecordedRoutes",
+    "TopologyCallback",
     "TopologyConfig",
     "TopologyConfigError",
     "TopologyError",
     "TopologyLayer",
     "TopologyModel",
     "TopologyRouter",
+    "TopologyTrainerMixin",
     "UnsupportedModelError",
     "load_merged",
+    "measure_density",
     "record_routes",
     "save_merged",
 ]

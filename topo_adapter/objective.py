@@ -135,7 +135,7 @@ def distillation_loss(
     scale: float,
     softcap: float | None = None,
     num_queries: int = 256,
-    density_weight: float = 0.3,
+    density_weight: float = 0.1,
 ) -> Tensor:
     """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
 

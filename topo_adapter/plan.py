@@ -69,7 +69,7 @@ def build_plan(
         local_window: >= 1. num_sink_tokens: >= 0.
     """
     span = key.position.shape[1] + 1  # larger than any position
-    balls = torch.maximum(query_ball.amax(), key_ball.amax()).long() + 1
+    balls = torch.maximum(query_ball.amax(), key_ball.amax()).long() + 1  # a tensor: no host synchronisation
 
     def rank(position: Tensor, ball: Tensor, layout: SequenceLayout) -> Tensor:
         """(document, ball, position) as one integer, ordered lexicographically."""

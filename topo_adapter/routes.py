@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
 from .layer import RecordedRoutes, hosts
+from .layout import SequenceLayout, layout_from_padding
+from .plan import build_plan
+from .tree import ball, digits_to_address
 
 
 @torch.no_grad()
@@ -43,3 +46,36 @@ def record_routes(
     if not records:
         raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
     return records
+
+
+@torch.no_grad()
+def measure_density(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Realised density of every routed layer and head on a text: visible pairs over causal pairs.
+
+    Counted exactly from the hard routes, window and sinks included, in `O(N log N)`.
+
+    Args: as `record_routes`.
+
+    Returns:
+        Layer index -> float64 `[H]`, in `(0, 1]`.
+    """
+    records = record_routes(model, input_ids, attention_mask)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    layout = layout_from_padding(real)
+    densities = {}
+    for host in hosts(model):
+        active = host.in_force()
+        if active is None:
+            continue
+        _, config, _ = active
+        record = records[host.geometry.layer]
+        query_ball, key_ball = (
+            ball(digits_to_address(digits, config.arity), config.arity, record.visible_depth[:, None])
+            for digits in (record.query_digits, record.key_digits)
+        )
+        tokens = SequenceLayout(layout.document.to(query_ball.device), layout.position.to(query_ball.device))
+        plan = build_plan(query_ball, key_ball, tokens, tokens, config.local_window, config.num_sink_tokens)
+        densities[host.geometry.layer] = (plan.visible_count() / plan.causal_count()).cpu()
+    return densities

@@ -190,7 +190,7 @@ class DistillationTrainer(TopologyTrainerMixin):
         Other arguments: as `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, num_queries: int = 256, density_weight: float = 0.3, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_queries: int = 256, density_weight: float = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_queries, self.density_weight = num_queries, density_weight
         self.model_accepts_loss_kwargs = False  # our loss is a mean; let the trainer divide it when accumulating
