@@ -153,10 +153,13 @@ class TopologyTrainerMixin(Trainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if not model.training:
             return result
-        # A loss summed over tokens and divided by their number in the whole batch is not divided again by the
-        # number of accumulation steps; the auxiliary loss is a mean per forward and has to be.
-        whole_batch = kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
-        share = 1 / self.current_gradient_accumulation_steps if whole_batch else 1.0
+        # Trainer divides the loss by the number of accumulation steps unless it was normalised over the whole batch
+        # already; the auxiliary loss is a mean per forward and has to be divided either way.
+        normalised = getattr(self, "loss_is_scaled_for_ga", None)
+        if normalised is None:
+            by_model = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            normalised = by_model or self.compute_loss_func is not None
+        share = 1 / self.current_gradient_accumulation_steps if normalised else 1.0
         if isinstance(result, tuple):
             return (_RememberScale.apply(result[0], hosts(model), share), *result[1:])
         return _RememberScale.apply(result, hosts(model), share)

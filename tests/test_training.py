@@ -1,0 +1,357 @@
+"""Trainers: schedules, the auxiliary loss under accumulation and loss scaling, resume, distillation, TRL."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from topo_adapter import (
+    DistillationTrainer,
+    TopologyCallback,
+    TopologyConfig,
+    TopologyConfigError,
+    TopologyTrainerMixin,
+    UnsupportedModelError,
+)
+from topo_adapter.layer import hosts
+from topo_adapter.objective import attach_loss
+from topo_adapter.training import _RememberScale, distilling, topology_metrics
+
+LENGTH = 48
+
+
+def tiny_base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_peft(**settings: Any) -> PeftModel:
+    settings = {"depth": 3, "visible_depth": 2, "local_window": 4, "num_sink_tokens": 1, **settings}
+    base = tiny_base()
+    torch.manual_seed(1)
+    return get_peft_model(base, TopologyConfig(**settings))
+
+
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 64, (count, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(path: Path, **settings: Any) -> TrainingArguments:
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    return TrainingArguments(output_dir=str(path), **settings)
+
+
+def router_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "topo_routers" in name}
+
+
+class LMTrainer(TopologyTrainerMixin, Trainer):
+    pass
+
+
+class FullWeight(TopologyCallback):
+    """No schedule: the auxiliary loss has its full weight from the first step."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class TestSchedule:
+    def test_is_a_function_of_the_step_and_ends_in_force(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        config = model.peft_config["default"]
+        seen = []
+
+        class Watch(TopologyCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                super().on_step_begin(*args, **kwargs)
+                seen.append((config.temperature, config.homotopy, hosts(model)[0].auxiliary_ramp))
+
+        callback = Watch(temperature=(1.0, 0.1), homotopy=(0.0, 1.0), homotopy_share=0.5, ramp_share=0.25)
+        LMTrainer(
+            model=model, args=arguments(tmp_path, max_steps=8), train_dataset=rows(8), callbacks=[callback]
+        ).train()
+        assert [round(h, 4) for _, h, _ in seen] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+        assert [round(r, 4) for _, _, r in seen] == [0, 0.5, 1, 1, 1, 1, 1, 1]
+        assert [t for t, _, _ in seen] == pytest.approx([10 ** (-s / 8) for s in range(8)])
+        assert (config.temperature, config.homotopy) == (0.1, 1.0)
+        model.save_pretrained(tmp_path / "adapter")
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["homotopy"] == 1.0
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"temperature": (1.0, 0.0)},
+            {"homotopy": (0.0, 1.5)},
+            {"homotopy_share": 0.0},
+            {"ramp_share": 2.0},
+        ],
+    )
+    def test_refuses_bad_values(self, bad: dict[str, Any]) -> None:
+        with pytest.raises(TopologyConfigError, match=next(iter(bad))):
+            TopologyCallback(**bad)
+
+    def test_needs_a_topology(self, tmp_path: Path) -> None:
+        trainer = Trainer(
+            model=tiny_base(), args=arguments(tmp_path), train_dataset=rows(1), callbacks=[TopologyCallback()]
+        )
+        with pytest.raises(UnsupportedModelError, match="active"):
+            trainer.train()
+
+    @pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}, {"fp16": True}])
+    def test_alone_refuses_what_it_cannot_scale(self, settings: dict[str, Any]) -> None:
+        class Arguments:
+            fp16, gradient_accumulation_steps = False, 1
+
+        args = Arguments()
+        for name, value in settings.items():
+            setattr(args, name, value)
+        with pytest.raises(TopologyConfigError, match="TopologySFTTrainer"):
+            TopologyCallback().on_train_begin(args, None, None, model=tiny_peft())  # type: ignore[arg-type]
+
+    def test_resumes_where_it_stopped(self, tmp_path: Path) -> None:
+        def run(path: Path, resume: bool) -> tuple[PeftModel, list[float]]:
+            model = tiny_peft()
+            trainer = LMTrainer(
+                model=model,
+                args=arguments(path, max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2),
+                train_dataset=rows(6),
+            )
+            trainer.train(resume_from_checkpoint=str(path / "checkpoint-3") if resume else None)
+            return model, [log["topology/homotopy"] for log in trainer.state.log_history if "loss" in log]
+
+        whole, whole_log = run(tmp_path, resume=False)
+        resumed, resumed_log = run(tmp_path, resume=True)
+        assert resumed_log == whole_log and len(set(whole_log)) > 3
+        for name, value in router_state(whole).items():
+            torch.testing.assert_close(router_state(resumed)[name], value, rtol=0, atol=0)
+
+
+class TestAuxiliaryLoss:
+    """The density loss is a mean over equal rows, so micro-batches must add up to the whole batch."""
+
+    settings = {"gumbel_noise": False, "balance_weight": 0.0, "density_weight": 3.0, "homotopy": 0.5}
+
+    def step(self, path: Path, accumulation: int, trainer_class: type[Trainer] = LMTrainer) -> dict[str, torch.Tensor]:
+        model = tiny_peft(**self.settings)
+        args = arguments(
+            path,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+        )
+        trainer = trainer_class(model=model, args=args, train_dataset=rows(4), callbacks=[FullWeight()])
+        before = router_state(model)
+        trainer.train()
+        return {name: before[name] - value for name, value in router_state(model).items()}
+
+    def test_is_right_under_gradient_accumulation(self, tmp_path: Path) -> None:
+        whole = self.step(tmp_path, 1)
+        for accumulation in (2, 4):
+            parts = self.step(tmp_path, accumulation)
+            for name, value in whole.items():
+                assert value.abs().max() > 0
+                torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-6)
+
+    def test_would_be_wrong_without_the_scale(self, tmp_path: Path) -> None:
+        class Naive(LMTrainer):
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+                return Trainer.compute_loss(self, *args, **kwargs)
+
+        whole, naive = self.step(tmp_path, 1), self.step(tmp_path, 4, Naive)
+        assert any((naive[name] - value).abs().max() > 0.1 * value.abs().max() for name, value in whole.items())
+
+    def test_follows_loss_scaling(self) -> None:
+        model = tiny_peft(**self.settings).train()
+        ids = rows(1)[0]["input_ids"][None]
+
+        def gradients(factor: float) -> list[torch.Tensor]:
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            (_RememberScale.apply(loss, hosts(model), 1.0) * factor).backward()
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        for scaled, plain in zip(gradients(1024.0), gradients(1.0), strict=True):
+            torch.testing.assert_close(scaled, plain * 1024, rtol=1e-4, atol=1e-4)
+
+    def test_reaches_the_router_alone(self) -> None:
+        model = tiny_peft(density_weight=1.0).train()
+        ids = rows(1)[0]["input_ids"][None]
+        out = model(input_ids=ids).logits
+        (out * 0).sum().backward()  # the main loss has no gradient, so all of it is the auxiliary one's
+        touched = [p.grad for n, p in model.named_parameters() if "topo_routers" in n]
+        assert all(g is not None and torch.isfinite(g).all() for g in touched)
+        assert max(g.abs().max() for g in touched) > 0
+
+    def test_attach_leaves_the_output_alone(self) -> None:
+        host = hosts(tiny_peft())[0]
+        out = torch.randn(3, requires_grad=True)
+        assert torch.equal(attach_loss(out, torch.ones(()), host), out)
+
+
+class TestLog:
+    def test_every_step_reports_the_topology(self, tmp_path: Path) -> None:
+        trainer = LMTrainer(model=tiny_peft(), args=arguments(tmp_path, max_steps=3), train_dataset=rows(3))
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert len(logs) == 3
+        for log in logs:
+            assert 0 < log["topology/density"] <= 1
+            assert {"topology/temperature", "topology/homotopy", "topology/auxiliary_loss"} <= log.keys()
+
+    def test_density_is_the_realised_one(self) -> None:
+        model = tiny_peft(visible_depth=0).train()
+        ids = rows(1)[0]["input_ids"][None]
+        model(input_ids=ids)
+        assert topology_metrics(model)["topology/density"] == pytest.approx(1.0)
+        model.peft_config["default"].visible_depth = 3
+        model(input_ids=ids)
+        assert topology_metrics(model)["topology/density"] < 0.9
+
+
+class TestDistillation:
+    def test_learns_layer_by_layer_and_leaves_the_base_alone(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        before = copy.deepcopy({n: p for n, p in model.named_parameters() if "topo_routers" not in n})
+        trainer = DistillationTrainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=40, learning_rate=1e-2),
+            train_dataset=rows(40),
+            num_queries=32,
+        )
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert sum(losses[-5:]) < sum(losses[:5])
+        assert model.peft_config["default"].homotopy == 1.0
+        for name, parameter in model.named_parameters():
+            if "topo_routers" not in name:
+                assert parameter.grad is None and torch.equal(parameter, before[name])
+        model.merge_adapter()  # only a finished adapter can be merged
+
+    def test_each_layer_reports_one_loss_and_the_base_runs(self) -> None:
+        model = tiny_peft().train()
+        ids = rows(1)[0]["input_ids"][None]
+        with distilling(model, num_queries=16, density_weight=0.1) as losses:
+            out = model(input_ids=ids).logits
+        assert len(losses) == 2 and all(loss.requires_grad for loss in losses) and not out.requires_grad
+        with model.disable_adapter():
+            assert torch.equal(out, model(input_ids=ids).logits)
+        assert all(host.distillation is None for host in hosts(model))
+
+    def test_accumulation_divides_the_loss(self, tmp_path: Path) -> None:
+        trainer = DistillationTrainer(model=tiny_peft(), args=arguments(tmp_path), train_dataset=rows(1))
+        assert trainer.model_accepts_loss_kwargs is False
+
+    def test_needs_an_enabled_adapter(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        model.base_model.disable_adapter_layers()
+        trainer = DistillationTrainer(model=model, args=arguments(tmp_path), train_dataset=rows(1))
+        with pytest.raises(UnsupportedModelError):
+            trainer.train()
+
+
+class TestTRL:
+    @pytest.fixture
+    def tokenizer(self) -> Any:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {f"t{i}": i for i in range(64)}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t1", pad_token="t2"
+        )
+
+    def run(self, trainer_class: type, tokenizer: Any, path: Path, callbacks: list, **settings: Any) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig
+
+        torch.manual_seed(1)
+        trainer = trainer_class(
+            model=tiny_base(),
+            args=SFTConfig(
+                output_dir=str(path),
+                max_steps=3,
+                per_device_train_batch_size=1,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=1,
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+                **settings,
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in rows(8)]}),
+            processing_class=tokenizer,
+            peft_config=TopologyConfig(depth=3, visible_depth=2, local_window=4, task_type="CAUSAL_LM"),
+            callbacks=callbacks,
+        )
+        before = router_state(trainer.model)
+        trainer.train()
+        moved = [(before[name] - value).abs().max() for name, value in router_state(trainer.model).items()]
+        assert max(moved) > 0
+        return trainer
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"gradient_accumulation_steps": 2},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            {"packing": True, "packing_strategy": "wrapped", "max_length": 32},
+        ],
+    )
+    def test_sft_trainer(self, tokenizer: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+        pytest.importorskip("trl")
+        from topo_adapter.sft import TopologySFTTrainer
+
+        trainer = self.run(TopologySFTTrainer, tokenizer, tmp_path, [], **settings)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert len(logs) == 3 and all("topology/density" in log for log in logs)
+        assert trainer.model.peft_config["default"].homotopy == 1.0
+        trainer.save_model(str(tmp_path / "adapter"))
+        reloaded = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "adapter"))
+        reloaded.merge_adapter()
+
+    def test_plain_sft_trainer_with_the_callback(self, tokenizer: Any, tmp_path: Path) -> None:
+        trl = pytest.importorskip("trl")
+        trainer = self.run(
+            trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_checkpointing=False
+        )
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert all("topology/density" in log for log in logs)
+
+    def test_plain_sft_trainer_refuses_accumulation(self, tokenizer: Any, tmp_path: Path) -> None:
+        trl = pytest.importorskip("trl")
+        with pytest.raises(TopologyConfigError, match="gradient_accumulation_steps"):
+            self.run(trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_accumulation_steps=2)
