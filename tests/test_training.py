@@ -345,9 +345,7 @@ class TestTRL:
 
     def test_plain_sft_trainer_with_the_callback(self, tokenizer: Any, tmp_path: Path) -> None:
         trl = pytest.importorskip("trl")
-        trainer = self.run(
-            trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_checkpointing=False
-        )
+        trainer = self.run(trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_checkpointing=False)
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert all("topology/density" in log for log in logs)
 

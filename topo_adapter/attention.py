@@ -36,7 +36,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
         also serves float64, inputs that require gradients, and machines without a GPU.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.is_cuda and not needs_grad and q.dtype in _KERNEL_DTYPES and q.shape[-1] <= 256 and _triton_available():
+    if q.is_cuda and not needs_grad and q.dtype in _KERNEL_DTYPES and 16 <= q.shape[-1] <= 256 and _triton_available():
         from topo_kernels import topology_attention
 
         return topology_attention(
@@ -134,7 +134,9 @@ def _local_pass(
     outs, lses = [], []
     for i in range(0, length, block):
         rows = slice(i, i + block)
-        first, start, end = (x[b, rows].long()[:, None] for x in (plan.document_start, plan.local_start, plan.local_end))
+        first, start, end = (
+            x[b, rows].long()[:, None] for x in (plan.document_start, plan.local_start, plan.local_end)
+        )
         low, high = _bounds(start, end)
         rank = torch.arange(low, high, device=q.device)
         qg = q[:, rows].unflatten(0, (-1, group))  # [H_kv, G, M, D]

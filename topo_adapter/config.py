@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -14,6 +15,19 @@ from .errors import TopologyConfigError
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
 #: head, and ride through attention as values during training, so it is a head dimension: keep it small.
 MAX_LEAVES = 4096
+
+_USAGE = """
+
+## How to load
+
+```python
+import topo_adapter  # registers the adapter type; without it PEFT raises KeyError: 'TOPOLOGY'
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this/repository")
+model.merge_adapter()  # hard sparse attention
+```
+"""
 
 VisibleDepth = int | dict[int, int | list[int]]
 
@@ -100,7 +114,7 @@ class TopologyConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.TOPOLOGY  # type: ignore[attr-defined]
+        self.peft_type = PeftType.TOPOLOGY
         self._check_int("arity", self.arity, 2)
         self._check_int("depth", self.depth, 1)
         if self.arity**self.depth > MAX_LEAVES:
@@ -126,6 +140,14 @@ class TopologyConfig(PeftConfig):
             for index in [layers] if isinstance(layers, int) else layers:
                 self._check_int("layers_to_transform", index, 0)
         self.visible_depth = self._checked_visible_depth()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and say in the model card beside it how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        if _USAGE not in text:
+            card.write_text(text.rstrip() + _USAGE, encoding="utf-8")
 
     def depths_of_layer(self, layer: int, num_heads: int, num_kv_heads: int) -> list[int]:
         """The visible depth of each query head of one layer.
@@ -170,8 +192,9 @@ class TopologyConfig(PeftConfig):
 
     @staticmethod
     def _check_float(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-        ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-        if not ok or (open_low and value == low) or value == float("inf"):
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+        inside = low < number if open_low else low <= number
+        if not inside or not number <= high or number == float("inf"):
             raise TopologyConfigError(
                 f"{name} must be a finite number in {'(' if open_low else '['}{low}, {high}], got {value!r}"
             )

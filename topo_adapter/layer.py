@@ -96,8 +96,10 @@ class TopologyHost(nn.Module):
     def __init__(self, attention: nn.Module, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.base_config = attention.config
-        self.auxiliary_scale: float | Tensor = 1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
+        self.base_config: Any = attention.config
+        self.auxiliary_scale: float | Tensor = (
+            1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
+        )
         self.auxiliary_ramp = 1.0  # factor on its weights; the callback sets it
         self.metrics: dict[str, Tensor] = {}
         self.recorder: dict[int, RecordedRoutes] | None = None
@@ -129,14 +131,12 @@ class TopologyHost(nn.Module):
         differentiable = distilling or (not merged and torch.is_grad_enabled())
         with torch.set_grad_enabled(differentiable):
             hidden_states = hidden_states.detach() if distilling else hidden_states
-            if training or distilling:
-                routes = router.route(hidden_states, config.temperature, training and config.gumbel_noise)
-            else:
-                routes = router.route(hidden_states)
+            temperature = config.temperature if training or distilling else 1.0
+            chosen = router.route(hidden_states, temperature, training and config.gumbel_noise)
         if self.recorder is not None:
-            self.recorder[self.geometry.layer] = self._record(routes, config)
+            self.recorder[self.geometry.layer] = self._record(chosen, config)
 
-        query_address, key_address = routes.query.address(config.arity), routes.key.address(config.arity)
+        query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
         cache = kwargs.get("past_key_values")
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
@@ -148,10 +148,9 @@ class TopologyHost(nn.Module):
                     "Train on whole sequences, or call model.eval()."
                 )
             key_address, key = records.append(key_address, query)
-            if records.length or key_address.shape[-1] != query_address.shape[-1]:
-                routes = None
-        if merged or (not differentiable):
-            routes = None
+        # cached keys have addresses only: no bridge to them
+        whole = key_address.shape[-1] == query_address.shape[-1]
+        routes = chosen if differentiable and whole else None
         return TopologyCall(self, config, routes, query_address, key_address, query, key, merged, training)
 
     def _record(self, routes: Routes, config: TopologyConfig) -> RecordedRoutes:
@@ -191,10 +190,13 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         # under PEFT's low_cpu_mem_usage the parameters are created on meta and stay there until loaded
         self.topo_routers[adapter_name] = router if router.down.weight.is_meta else router.to(device)
         self.topo_configs[adapter_name] = config
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        BaseTunerLayer.set_adapter(self, self._active(), inference_mode=config.inference_mode)
+
+    def _active(self) -> list[str]:
+        return list(self.active_adapters)  # type: ignore[arg-type]  # BaseTunerLayer is untyped, Module says Tensor
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
-        names = self.merged_adapters or [name for name in self.active_adapters if name in self.topo_routers]
+        names = self.merged_adapters or [name for name in self._active() if name in self.topo_routers]
         if self.disable_adapters or not names:
             return None
         if len(names) > 1:
@@ -205,7 +207,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
         """The one adapter to merge here, or none. Raises MergeError if merging is refused."""
-        names = [n for n in (adapter_names or self.active_adapters) if n in self.topo_routers]
+        names = [n for n in (adapter_names or self._active()) if n in self.topo_routers]
         if len(names) > 1:
             raise MergeError(f"merging needs exactly one active topology adapter, got {names}; call set_adapter first")
         for name in names:
@@ -252,7 +254,7 @@ class MergedTopology(TopologyHost):
 # Installing the child
 
 
-def geometry_of(attention: nn.Module, name: str) -> Geometry:
+def geometry_of(attention: Any, name: str) -> Geometry:
     """Read the geometry of an attention module and check that it can be routed.
 
     Raises:
@@ -284,7 +286,7 @@ def geometry_of(attention: nn.Module, name: str) -> Geometry:
     return Geometry(attention.layer_idx, hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads)
 
 
-def sliding_window_of(attention: nn.Module) -> int | None:
+def sliding_window_of(attention: Any) -> int | None:
     """The sliding window in force in this layer, None for full attention."""
     types = getattr(attention.config, "layer_types", None)
     if types is not None:
@@ -295,7 +297,7 @@ def sliding_window_of(attention: nn.Module) -> int | None:
     return getattr(attention.config, "sliding_window", None)
 
 
-def install(attention: nn.Module, host: TopologyHost) -> None:
+def install(attention: Any, host: TopologyHost) -> None:
     """Make `host` the child of `attention` and route its forwards."""
     setattr(attention, CHILD, host)
     routed = copy.copy(host.base_config)
@@ -433,7 +435,12 @@ def topology_attention_forward(
         "bridge": config.gradient_bridge,
     }
     routes = None if call.routes is None else _routes_per_head(call.routes, heads)
-    addresses = (_per_head(call.query_address, heads), _per_head(call.key_address, heads), call.query, call.key)
+    addresses: tuple[Any, ...] = (
+        _per_head(call.query_address, heads),
+        _per_head(call.key_address, heads),
+        call.query,
+        call.key,
+    )
     if config.homotopy == 0:
         out, weights = base(module, query, key, value, attention_mask, **kwargs)
         if routes is not None and routes.query.probs.requires_grad:
@@ -480,9 +487,7 @@ def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
     depth = torch.tensor(shared if same else depths, device=call.query_address.device)[:, None]
     query_ball = ball(_per_head(call.query_address, heads), call.config.arity, depth)
     key_ball = ball(_per_head(call.key_address, heads), call.config.arity, depth)
-    return build_plan(
-        query_ball, key_ball, call.query, call.key, call.config.local_window, call.config.num_sink_tokens
-    )
+    return build_plan(query_ball, key_ball, call.query, call.key, call.config.local_window, call.config.num_sink_tokens)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

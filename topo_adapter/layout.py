@@ -78,9 +78,10 @@ def layout_from_mask(mask: Tensor, past: SequenceLayout | None = None, past_leng
         UnsupportedModelError: the mask is not "causal within documents, padding hidden", so that
             `(document, position)` cannot express it.
     """
+    version = None if mask.is_inference() else mask._version  # a mask changed in place is another mask
     known = _FROM_MASK.get(mask)
-    if known is not None:
-        return known
+    if known is not None and known[0] == version:
+        return known[1]
     length = mask.shape[-2]
     total = past_length + length
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < total:
@@ -100,7 +101,7 @@ def layout_from_mask(mask: Tensor, past: SequenceLayout | None = None, past_leng
             "attention_mask must be causal within documents with padding hidden; this one is not (a prefix-LM, "
             "sliding-window, chunked or hand-made mask). Route full-attention layers only, see layers_to_transform."
         )
-    _FROM_MASK[mask] = layout
+    _FROM_MASK[mask] = (version, layout)
     return layout
 
 

@@ -79,10 +79,10 @@ class TopologyModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            for layer in _layers(self.model):
-                layer.check_merge(layer.merged_adapters or adapter_names)
+            for each in _layers(self.model):
+                each.check_merge(each.merged_adapters or adapter_names)
         for module in list(self.model.modules()):
-            layer = getattr(module, CHILD, None)
+            layer: Any = getattr(module, CHILD, None)
             if not isinstance(layer, TopologyLayer):
                 continue
             if merge and not layer.merged_adapters:
@@ -141,7 +141,7 @@ class TopologyModel(BaseTuner):
         return {expected[key]: value for key, value in given.items()}
 
 
-def find_full_attention(model: nn.Module) -> list[str]:
+def find_full_attention(model: Any) -> list[str]:
     """Names of the full-attention modules of the text decoder, as suffixes where a suffix is enough.
 
     Raises:

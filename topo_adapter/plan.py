@@ -94,14 +94,14 @@ def build_plan(
     local_end = torch.where(query.real, local_end, document_start)
     local_start = torch.maximum(document_start, local_end - local_window)
 
-    tensors = [
-        query_order,
-        start.gather(-1, query_order),
-        end.gather(-1, query_order),
-        key_order,
-        local_order,
-        document_start,
-        local_start,
-        local_end,
-    ]
-    return Plan(*(t.to(torch.int32) for t in tensors), num_sink_tokens=num_sink_tokens)
+    return Plan(
+        query_order=query_order.int(),
+        range_start=start.gather(-1, query_order).int(),
+        range_end=end.gather(-1, query_order).int(),
+        key_order=key_order.int(),
+        local_order=local_order.int(),
+        document_start=document_start.int(),
+        local_start=local_start.int(),
+        local_end=local_end.int(),
+        num_sink_tokens=num_sink_tokens,
+    )

@@ -34,6 +34,14 @@ class Routes(NamedTuple):
     key: RoleDigits
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever its weights were rounded to and autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class TopologyRouter(nn.Module):
     """`h = GELU(W_down x)`, then one projection per role to the digit logits of every head and level.
 
@@ -63,9 +71,9 @@ class TopologyRouter(nn.Module):
         self.num_heads, self.arity, self.depth = num_heads, arity, depth
         width = hidden_size if router_dim is None else router_dim
         logits = num_heads * depth * (arity - 1)
-        self.down = nn.Linear(hidden_size, width, bias=False, dtype=torch.float32)
-        self.query = nn.Linear(width, logits, dtype=torch.float32)
-        self.key = None if tie_query_key else nn.Linear(width, logits, dtype=torch.float32)
+        self.down = Float32Linear(hidden_size, width, bias=False, dtype=torch.float32)
+        self.query = Float32Linear(width, logits, dtype=torch.float32)
+        self.key = None if tie_query_key else Float32Linear(width, logits, dtype=torch.float32)
         nn.init.normal_(self.down.weight, std=1 / math.sqrt(hidden_size))
         for projection in (self.query, self.key):
             if projection is None:
@@ -86,14 +94,11 @@ class TopologyRouter(nn.Module):
         Returns:
             query and key logits, float32 `[B, H, T, L, p]`; the same tensor if tied.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            h = F.gelu(F.linear(hidden_states.float(), self.down.weight.float()))
-            query = self._logits(h, self.query)
-            key = query if self.key is None else self._logits(h, self.key)
-        return query, key
+        h = F.gelu(self.down(hidden_states))
+        query = self._logits(self.query(h))
+        return query, query if self.key is None else self._logits(self.key(h))
 
-    def _logits(self, h: Tensor, projection: nn.Linear) -> Tensor:
-        free = F.linear(h, projection.weight.float(), projection.bias.float())
+    def _logits(self, free: Tensor) -> Tensor:
         free = free.unflatten(-1, (self.num_heads, self.depth, self.arity - 1)).transpose(1, 2)
         return F.pad(free, (1, 0))  # child 0 is the reference
 
@@ -105,7 +110,7 @@ class TopologyRouter(nn.Module):
             temperature: > 0; softmax temperature of the probabilities.
             sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
         """
-        query_logits, key_logits = self.forward(hidden_states)
+        query_logits, key_logits = self(hidden_states)  # a module call: ZeRO-3 gathers weights there
         query = relax(query_logits, temperature, sample)
         return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
 

@@ -49,9 +49,7 @@ def record_routes(
 
 
 @torch.no_grad()
-def measure_density(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> dict[int, Tensor]:
+def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Tensor]:
     """Realised density of every routed layer and head on a text: visible pairs over causal pairs.
 
     Counted exactly from the hard routes, window and sinks included, in `O(N log N)`.

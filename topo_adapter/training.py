@@ -171,7 +171,8 @@ class TopologyTrainerMixin(Trainer):
 @contextlib.contextmanager
 def distilling(model: nn.Module, num_queries: int, density_weight: float) -> Iterator[list[Tensor]]:
     """While active, a forward runs the base and every routed layer appends its distillation loss to the list."""
-    layers, losses = hosts(model), []
+    layers = hosts(model)
+    losses: list[Tensor] = []
     for layer in layers:
         layer.distillation = Distillation(num_queries, density_weight, losses)
     try:

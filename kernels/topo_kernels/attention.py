@@ -7,6 +7,7 @@ starts from, which is the log-sum-exp merge. No `T x S` tensor, no atomics, fixe
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -310,8 +311,8 @@ def run_passes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tree: tuple[Tensor, Tensor, Tensor, Tensor],
-    local: tuple[Tensor, Tensor, Tensor, Tensor],
+    tree: Sequence[Tensor],
+    local: Sequence[Tensor],
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
@@ -353,7 +354,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_to
             f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
             f"got {tuple(plan['query_order'].shape)}."
         )
-    needs = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
+    needs: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
     needs |= {"key_order": (B, routes, S), "local_order": (B, S)}
     needs |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
     for name, shape in needs.items():

@@ -1,0 +1,206 @@
+"""Layouts, problems and slow oracles that several test files share."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from topo_adapter.layout import (
+    SequenceLayout,
+    causal_pairs,
+    contiguous_layout,
+    layout_from_padding,
+    layout_from_position_ids,
+)
+from topo_adapter.plan import Plan, build_plan
+from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.tree import ball
+from topo_adapter.visibility import visible_pairs
+
+# ---------------------------------------------------------------- layouts
+
+
+def packed(batch: int, length: int) -> SequenceLayout:
+    """Documents of 1 to a third of the row, other ones in each row."""
+    rows = []
+    for _ in range(batch):
+        sizes: list[int] = []
+        while sum(sizes) < length:
+            sizes.append(int(torch.randint(1, max(2, length // 3), ())))
+        rows.append(torch.cat([torch.arange(n) for n in sizes])[:length])
+    return layout_from_position_ids(torch.stack(rows))
+
+
+def relabelled(batch: int, length: int) -> SequenceLayout:
+    """Packed, with labels that fall along the row: sorting by label reverses the documents."""
+    layout = packed(batch, length)
+    return replace(layout, document=layout.document.amax() - layout.document)
+
+
+def interleaved(batch: int, length: int) -> SequenceLayout:
+    """Three documents take turns."""
+    index = torch.arange(length).expand(batch, length)
+    return SequenceLayout(index % 3, index // 3)
+
+
+def left_padding(batch: int, length: int) -> SequenceLayout:
+    """Nothing in the first row, a third in the second, and so on up to whole rows."""
+    padding = torch.arange(batch)[:, None] * length // 3
+    return layout_from_padding(torch.arange(length) >= padding)
+
+
+def middle_padding(batch: int, length: int) -> SequenceLayout:
+    """Single tokens and one long stretch."""
+    index = torch.arange(length)
+    stretch = (index >= length // 3) & (index < 2 * length // 3)
+    return layout_from_padding((torch.rand(batch, length) < 0.8) & ~stretch)
+
+
+def right_padding(batch: int, length: int) -> SequenceLayout:
+    """The last quarter; as keys, the slots of a static cache that are not written yet."""
+    return layout_from_padding((torch.arange(length) < length - length // 4).expand(batch, length))
+
+
+LAYOUTS = {
+    "plain": contiguous_layout,
+    "left_padding": left_padding,
+    "middle_padding": middle_padding,
+    "right_padding": right_padding,
+    "packed": packed,
+    "relabelled": relabelled,
+    "interleaved": interleaved,
+}
+
+# ---------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Queries, keys, values and routes of one attention layer, and everything that decides what is visible."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Routes
+    query: SequenceLayout
+    key: SequenceLayout
+    arity: int
+    depths: tuple[int, ...]
+    window: int
+    sinks: int
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    def balls(self) -> tuple[Tensor, Tensor]:
+        """Query and key balls `[B, R, T]`, `[B, R, S]` at the visible depth of each route."""
+        depth = torch.tensor(self.depths)[:, None]
+        query, key = (ball(role.address(self.arity), self.arity, depth) for role in self.routes)
+        return query, key
+
+    def visible(self) -> Tensor:
+        """Section 2's mask for each of the `H` query heads."""
+        mask = visible_pairs(*self.balls(), self.query, self.key, self.window, self.sinks)
+        return mask.repeat_interleave(self.q.shape[1] // mask.shape[1], 1)
+
+    def causal(self) -> Tensor:
+        return causal_pairs(self.query, self.key)[:, None].expand(-1, self.q.shape[1], -1, -1)
+
+    def plan(self) -> Plan:
+        return build_plan(*self.balls(), self.query, self.key, self.window, self.sinks)
+
+    def asking(self, rows: slice) -> "Problem":
+        """Only some tokens ask; all stay keys."""
+        query = RoleDigits(*(x[:, :, rows] for x in self.routes.query))
+        layout = SequenceLayout(self.query.document[:, rows], self.query.position[:, rows])
+        return replace(self, q=self.q[:, :, rows], routes=Routes(query, self.routes.key), query=layout)
+
+    def alone(self, row: int, tokens: Tensor) -> "Problem":
+        """Some tokens of one row as a batch of their own, one document without padding."""
+        query, key = (RoleDigits(*(x[row : row + 1, :, tokens] for x in role)) for role in self.routes)
+        q, k, v = (x[row : row + 1, :, tokens] for x in (self.q, self.k, self.v))
+        layout = contiguous_layout(1, tokens.numel())
+        return replace(self, q=q, k=k, v=v, routes=Routes(query, key), query=layout, key=layout)
+
+
+def random_role(shape: tuple[int, ...], arity: int, dtype: torch.dtype, one_hot: bool) -> RoleDigits:
+    probs = torch.softmax(2 * torch.randn(*shape, arity, dtype=dtype), -1)
+    digits = probs.argmax(-1)
+    return RoleDigits(torch.nn.functional.one_hot(digits, arity).to(dtype) if one_hot else probs, digits)
+
+
+def make_problem(
+    layout: str = "plain",
+    *,
+    batch: int = 2,
+    length: int = 24,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    arity: int = 2,
+    depth: int = 4,
+    depths: tuple[int, ...] = (0, 2, 1, 4),
+    window: int = 3,
+    sinks: int = 2,
+    dtype: torch.dtype = torch.float64,
+    one_hot: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """A random problem with one route per entry of `depths`. q, k and v have `dtype`, probabilities at least float32."""
+    torch.manual_seed(seed)
+    tokens = LAYOUTS[layout](batch, length)
+    wide = torch.promote_types(dtype, torch.float32)
+    query, key = (random_role((batch, len(depths), length, depth), arity, wide, one_hot) for _ in range(2))
+    q, k, v = (torch.randn(batch, h, length, dim, dtype=wide).to(dtype) for h in (heads, kv_heads, kv_heads))
+    return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks)
+
+
+# ---------------------------------------------------------------- oracles
+
+
+def dense_probs(problem: Problem, softcap: float | None = None) -> Tensor:
+    """Causal softmax `[B, H, T, S]` in the dtype of q; rows of padding are 0."""
+    group = problem.q.shape[1] // problem.k.shape[1]
+    scores = problem.q @ problem.k.repeat_interleave(group, 1).transpose(-1, -2) * problem.scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = ~problem.causal()
+    # padding rows are all hidden: a finite fill keeps their gradient finite too
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def weighted_attention(problem: Problem, weight: Tensor, softcap: float | None = None) -> Tensor:
+    """The dense probabilities times `weight` `[B, H, T, S]`, renormalised (method.md, section 3)."""
+    probs = dense_probs(problem, softcap) * weight
+    total = probs.sum(-1, keepdim=True)
+    values = problem.v.repeat_interleave(problem.q.shape[1] // problem.v.shape[1], 1)
+    return probs / total.masked_fill(total == 0, 1.0) @ values
+
+
+def tree_probability(problem: Problem) -> Tensor:
+    """`S_ij` `[B, H, T, S]` as the product over levels of inner products: section 4's definition."""
+    query, key = (role.probs for role in problem.routes)
+    same = torch.einsum("bhtlc,bhslc->bhtsl", query, key)
+    return torch.stack([same[:, h, ..., :depth].prod(-1) for h, depth in enumerate(problem.depths)], 1)
+
+
+def widened(problem: Problem) -> Problem:
+    """The same numbers in float64."""
+    q, k, v = (x.double() for x in (problem.q, problem.k, problem.v))
+    query, key = (RoleDigits(role.probs.double(), role.digits) for role in problem.routes)
+    return replace(problem, q=q, k=k, v=v, routes=Routes(query, key))
+
+
+def check_rounding(out: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """`out` errs at most twice as much as plain attention in the same dtype, plus a rounding floor."""
+    assert out.dtype == same_dtype.dtype and out.isfinite().all() and exact.dtype == torch.float64
+    rounded = exact.to(out.dtype)
+    floor = 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max())
+    found, allowed = float((out - exact).abs().max()), 2 * float((same_dtype - exact).abs().max()) + floor
+    assert found <= allowed, f"error {found:.3e}, allowed {allowed:.3e}"
+
+
+def largest_error(out: Tensor, exact: Tensor) -> float:
+    assert out.shape == exact.shape and out.isfinite().all() and exact.isfinite().all()
+    return float((out - exact).abs().max())
