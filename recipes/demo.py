@@ -36,7 +36,7 @@ from transformers import (
 
 import topo_adapter
 from embedded import smollm2, standard_library, windows
-from topo_adapter import DistillationTrainer, TopologyConfig, measure_density, record_routes
+from topo_adapter import DistillationTrainer, TopologyConfig, initialize_routers, measure_density, record_routes
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.tree import ball, digits_to_address
 from topo_adapter.visibility import always_visible
@@ -50,9 +50,9 @@ class DemoArguments:
     train_length: int = field(default=1024, metadata={"help": "Tokens per training window."})
     eval_length: int = field(default=2048, metadata={"help": "Tokens per held-out window."})
     eval_windows: int = field(default=3, metadata={"help": "Number of held-out windows."})
-    learning_rate: float = field(default=3e-3)
-    depth: int = field(default=6, metadata={"help": "Digits per address."})
-    visible_depth: int = field(default=4, metadata={"help": "Digits that must agree for a pair to be visible."})
+    learning_rate: float = field(default=1e-2)
+    depth: int = field(default=5, metadata={"help": "Digits per address."})
+    visible_depth: int = field(default=3, metadata={"help": "Digits that must agree for a pair to be visible."})
     local_window: int = field(default=64)
     seed: int = field(default=0)
 
@@ -146,6 +146,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
         depth=arguments.depth, visible_depth=arguments.visible_depth, local_window=arguments.local_window
     )
     model = get_peft_model(fresh_base(), config)
+    initialize_routers(model, train[:1].to(model.device))
     model.print_trainable_parameters()
     trainer = DistillationTrainer(
         model=model,

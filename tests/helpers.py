@@ -1,10 +1,12 @@
 """Layouts, problems and slow oracles that several test files share."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from topo_adapter.attention import hard_attention
 from topo_adapter.layout import (
     SequenceLayout,
     causal_pairs,
@@ -13,6 +15,7 @@ from topo_adapter.layout import (
     layout_from_position_ids,
 )
 from topo_adapter.plan import Plan, build_plan
+from topo_adapter.relaxation import bridged_attention
 from topo_adapter.router import RoleDigits, Routes
 from topo_adapter.tree import ball
 from topo_adapter.visibility import visible_pairs
@@ -21,12 +24,12 @@ from topo_adapter.visibility import visible_pairs
 
 
 def packed(batch: int, length: int) -> SequenceLayout:
-    """Documents of 1 to a third of the row, other ones in each row."""
+    """Documents of 1 token to two thirds of the row, other ones in each row."""
     rows = []
     for _ in range(batch):
         sizes: list[int] = []
         while sum(sizes) < length:
-            sizes.append(int(torch.randint(1, max(2, length // 3), ())))
+            sizes.append(int(torch.randint(1, max(2, 2 * length // 3), ())))
         rows.append(torch.cat([torch.arange(n) for n in sizes])[:length])
     return layout_from_position_ids(torch.stack(rows))
 
@@ -147,13 +150,50 @@ def make_problem(
     one_hot: bool = False,
     seed: int = 0,
 ) -> Problem:
-    """A random problem with one route per entry of `depths`. q, k and v have `dtype`, probabilities at least float32."""
+    """One route per entry of `depths`; q, k and v are normal in `dtype`, probabilities at least float32."""
     torch.manual_seed(seed)
     tokens = LAYOUTS[layout](batch, length)
     wide = torch.promote_types(dtype, torch.float32)
     query, key = (random_role((batch, len(depths), length, depth), arity, wide, one_hot) for _ in range(2))
     q, k, v = (torch.randn(batch, h, length, dim, dtype=wide).to(dtype) for h in (heads, kv_heads, kv_heads))
     return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks)
+
+
+# ---------------------------------------------------------------- the attention under test
+
+
+def hard(problem: Problem, softcap: float | None = None) -> Tensor:
+    return hard_attention(problem.q, problem.k, problem.v, problem.plan(), problem.scale, softcap)
+
+
+def bridged(
+    problem: Problem,
+    homotopy: float,
+    bridge: Literal["full", "masked", "marginal"] = "full",
+    softcap: float | None = None,
+    routed: bool = True,
+    block: int = 256,
+) -> Tensor:
+    query, key = (role.address(problem.arity) for role in problem.routes)
+    return bridged_attention(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.routes if routed else None,
+        query,
+        key,
+        problem.query,
+        problem.key,
+        arity=problem.arity,
+        depths=problem.depths,
+        local_window=problem.window,
+        num_sink_tokens=problem.sinks,
+        homotopy=homotopy,
+        bridge=bridge,
+        scale=problem.scale,
+        softcap=softcap,
+        block=block,
+    )
 
 
 # ---------------------------------------------------------------- oracles
@@ -192,15 +232,16 @@ def widened(problem: Problem) -> Problem:
     return replace(problem, q=q, k=k, v=v, routes=Routes(query, key))
 
 
-def check_rounding(out: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
-    """`out` errs at most twice as much as plain attention in the same dtype, plus a rounding floor."""
-    assert out.dtype == same_dtype.dtype and out.isfinite().all() and exact.dtype == torch.float64
-    rounded = exact.to(out.dtype)
-    floor = 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max())
-    found, allowed = float((out - exact).abs().max()), 2 * float((same_dtype - exact).abs().max()) + floor
-    assert found <= allowed, f"error {found:.3e}, allowed {allowed:.3e}"
-
-
 def largest_error(out: Tensor, exact: Tensor) -> float:
+    """NaN compares with nothing, so both must be finite."""
     assert out.shape == exact.shape and out.isfinite().all() and exact.isfinite().all()
     return float((out - exact).abs().max())
+
+
+def check_rounding(out: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """`out` errs at most twice as much as plain attention in the same dtype, plus a rounding floor."""
+    assert out.dtype == same_dtype.dtype and exact.dtype == torch.float64
+    rounded = exact.to(out.dtype)
+    floor = 2 * largest_error(rounded + 0.3 - 0.3, rounded)
+    found, allowed = largest_error(out, exact), 2 * largest_error(same_dtype, exact) + floor
+    assert found <= allowed, f"error {found:.3e}, allowed {allowed:.3e}"

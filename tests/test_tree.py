@@ -58,7 +58,7 @@ def test_balls_are_prefixes_and_nest(tree: Tree) -> None:
     x, y = tree.addresses()
     for depth in range(tree.depth + 1):
         prefix = digits_to_address(torch.tensor(tree.digits[0][:depth], dtype=torch.long), tree.arity)
-        assert torch.equal(ball(x, tree.arity, depth), prefix.long())
+        assert torch.equal(ball(x, tree.arity, depth), prefix)
         assert bool(ball(x, tree.arity, depth) == ball(y, tree.arity, depth)) == (tree.shared(0, 1) >= depth)
         deeper = ball(x, tree.arity, min(depth + 1, tree.depth))
         assert torch.equal(ball(deeper, tree.arity, depth), ball(x, tree.arity, depth))
@@ -125,6 +125,7 @@ def test_elementwise_and_broadcasting() -> None:
 def test_depth_zero_is_one_point() -> None:
     none = torch.zeros(4, 0, dtype=torch.long)
     address = digits_to_address(none, 5)
+    assert address.dtype == torch.int64  # torch.equal does not look at dtypes
     assert torch.equal(address, torch.zeros(4, dtype=torch.long))
     assert torch.equal(address_to_digits(address, 5, 0), none)
     assert torch.equal(distance(address, address, 5, 0), torch.zeros(4, dtype=torch.long))

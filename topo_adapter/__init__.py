@@ -18,7 +18,7 @@ from .layer import RecordedRoutes, TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
 from .router import TopologyRouter  # noqa: E402
 from .routes import measure_density, record_routes  # noqa: E402
-from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin  # noqa: E402
+from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "TopologyRouter",
     "TopologyTrainerMixin",
     "UnsupportedModelError",
+    "initialize_routers",
     "load_merged",
     "measure_density",
     "record_routes",

@@ -104,6 +104,7 @@ class TopologyHost(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         self.recorder: dict[int, RecordedRoutes] | None = None
         self.distillation: Distillation | None = None
+        self.standardising = False
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
         """The active router, its configuration and whether it is merged; None if the base is to run."""
@@ -122,6 +123,8 @@ class TopologyHost(nn.Module):
         if active is None:
             return None
         router, config, merged = active
+        if self.standardising:
+            router.standardise(hidden_states)
         distilling = self.distillation is not None
         training = self.training and not merged and not distilling
         dense = config.homotopy == 0 and not merged

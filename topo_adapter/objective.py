@@ -135,14 +135,14 @@ def distillation_loss(
     scale: float,
     softcap: float | None = None,
     num_queries: int = 256,
-    density_weight: float = 0.1,
+    density_weight: float = 0.05,
 ) -> Tensor:
     """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
 
-    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * log(density(d) + p**-d)`, with
-    the leaf-level `density(d) = sum_b mean P_q(b) mean P_k(b)`. The logarithm makes the price scale-free: a nat
-    of kept mass buys the same factor of density at every depth. The balanced share `p**-d` under it is where the
-    price fades; without it separate query and key addresses flee from each other to density 0.
+    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * p**d * density(d)`, with the
+    leaf-level `density(d) = sum_b mean P_q(b) mean P_k(b)`. The price is linear in density and in units of the
+    balanced share `p**-d`: a head opens balls for as long as a unit of density keeps enough mass. A logarithmic
+    price makes heads all or nothing (docs/log.md).
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
     Args:
@@ -175,7 +175,7 @@ def distillation_loss(
     for leaves in query_leaves:
         balls = leaves.shape[-1]
         density = (_coarsen_to(query_mean, balls) * _coarsen_to(key_mean, balls)).sum(-1)
-        price = price + (density + 1 / balls).log().mean() / depth
+        price = price + (density * balls).mean() / depth
     return -kept.log().mean() + density_weight * price
 
 

@@ -102,6 +102,26 @@ class TopologyRouter(nn.Module):
         free = free.unflatten(-1, (self.num_heads, self.depth, self.arity - 1)).transpose(1, 2)
         return F.pad(free, (1, 0))  # child 0 is the reference
 
+    @torch.no_grad()
+    def standardise(self, hidden_states: Tensor) -> None:
+        """Rescale the projections so that every digit logit has mean 0 and deviation 1 over these tokens.
+
+        Hidden states share a large common component, which sends a random router's tokens all to one ball;
+        standardised, the balls start out about equally full.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`, `B * T >= 2`.
+        """
+        h = F.gelu(self.down(hidden_states)).flatten(0, -2)
+        for projection in (self.query, self.key):
+            if projection is None:
+                continue
+            free = projection(h)
+            deviation, mean = torch.std_mean(free, dim=0)
+            deviation = deviation.clamp(min=1e-6)
+            projection.weight.copy_(projection.weight / deviation[:, None])
+            projection.bias.copy_((projection.bias - mean) / deviation)
+
     def route(self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False) -> Routes:
         """Digits and level probabilities for both roles.
 

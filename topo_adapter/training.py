@@ -168,6 +168,32 @@ class TopologyTrainerMixin(Trainer):
         super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)
 
 
+@torch.no_grad()
+def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
+    """Data-dependent initialisation: spread the tokens of a text evenly over the tree, in every routed layer.
+
+    Call it once on a fresh adapter, before training, with the same text on every process.
+
+    Args:
+        model: a PeftModel with an active topology adapter at `homotopy = 0`.
+        input_ids: int64 `[B, T]`, unpadded; a few hundred tokens are enough.
+
+    Raises:
+        UnsupportedModelError: no active adapter. TopologyConfigError: the adapter is trained already.
+    """
+    for config in active_configs(model):
+        if config.homotopy != 0:
+            raise TopologyConfigError(f"homotopy must be 0 to initialise routers, got {config.homotopy}")
+    layers = hosts(model)
+    try:
+        for layer in layers:
+            layer.standardising = True
+        model(input_ids=input_ids, use_cache=False)
+    finally:
+        for layer in layers:
+            layer.standardising = False
+
+
 @contextlib.contextmanager
 def distilling(model: nn.Module, num_queries: int, density_weight: float) -> Iterator[list[Tensor]]:
     """While active, a forward runs the base and every routed layer appends its distillation loss to the list."""
@@ -190,11 +216,11 @@ class DistillationTrainer(TopologyTrainerMixin):
 
     Args:
         num_queries: queries sampled per layer and step; cost is linear in it.
-        density_weight: nats of kept mass that a factor e of density may cost.
+        density_weight: nats of kept mass that the density of evenly filled balls may cost.
         Other arguments: as `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, num_queries: int = 256, density_weight: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_queries: int = 256, density_weight: float = 0.05, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_queries, self.density_weight = num_queries, density_weight
         self.model_accepts_loss_kwargs = False  # our loss is a mean; let the trainer divide it when accumulating

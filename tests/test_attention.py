@@ -1,0 +1,353 @@
+"""Hard attention (torch path) and bridged attention against the fp64 reference, and what both must leave alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LAYOUTS,
+    Problem,
+    bridged,
+    check_rounding,
+    hard,
+    largest_error,
+    make_problem,
+    tree_probability,
+    weighted_attention,
+    widened,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from topo_adapter.layout import contiguous_layout, layout_from_padding
+from topo_adapter.reference import reference_attention
+from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.visibility import visible_pairs
+
+TIGHT = 1e-12
+NOTICED = 1e-3
+BRIDGES = ("full", "masked", "marginal")
+
+
+def reference(problem: Problem) -> Tensor:
+    return reference_attention(problem.q, problem.k, problem.v, problem.visible(), problem.scale)
+
+
+def changed(problem: Problem, what: str) -> Problem:
+    """A problem that differs in one setting or in the first digits of some keys."""
+    if what == "window":
+        return replace(problem, window=problem.window + 1)
+    if what == "sinks":
+        return replace(problem, sinks=problem.sinks - 1)
+    if what == "depths":
+        return replace(problem, depths=problem.depths[::-1])
+    digits = problem.routes.key.digits.clone()
+    digits[:, :, 4:8, 0] = 1 - digits[:, :, 4:8, 0]
+    probs = torch.nn.functional.one_hot(digits, 2).to(problem.q.dtype)
+    return replace(problem, routes=Routes(problem.routes.query, RoleDigits(probs, digits)))
+
+
+CHANGES = ("window", "sinks", "depths", "digit")
+
+# ---------------------------------------------------------------- the specification itself
+
+
+def test_reference_by_hand() -> None:
+    """Two visible keys with weights 1 : 3, one hidden, and a row that sees nothing."""
+    q, v = torch.ones(1, 1, 2, 1), torch.tensor([4.0, 8.0, 1e6])[None, None, :, None]
+    k = torch.tensor([0.0, 3.0, 50.0]).log1p()[None, None, :, None].where(torch.tensor([[0], [1], [1]]).bool(), 0.0)
+    k[0, 0, 1] = torch.tensor(3.0).log()
+    visible = torch.tensor([[True, True, False], [False, False, False]])[None, None]
+    out = reference_attention(q, k, v, visible, 1.0)
+    assert out.dtype == torch.float64
+    assert largest_error(out, torch.tensor([7.0, 0.0], dtype=torch.float64)[None, None, :, None]) < 1e-6
+
+
+# ---------------------------------------------------------------- hard attention
+
+HARD_CASES: dict[str, Problem] = {
+    **{layout: make_problem(layout) for layout in LAYOUTS},
+    "whole rows of padding": make_problem("left_padding", batch=4, length=9),
+    "one token": make_problem(length=1, batch=1),
+    "no grouping": make_problem(kv_heads=4),
+    "one key head": make_problem(kv_heads=1, arity=3),
+    "one route for two heads": make_problem(depths=(3, 1)),
+    "one route for all heads": make_problem(depths=(2,)),
+    "only itself": make_problem(window=1, sinks=0, depths=(4, 4, 4, 4)),
+    "no sinks": make_problem("packed", sinks=0),
+    "more sinks than tokens": make_problem("packed", sinks=40),
+    "window of everything": make_problem("middle_padding", window=40),
+    "several blocks": make_problem("packed", batch=1, length=300, heads=2, kv_heads=1, depths=(1, 3)),
+    "last tokens ask": make_problem("left_padding").asking(slice(-5, None)),
+    "one token asks": make_problem("packed").asking(slice(-1, None)),
+    "unfilled keys": make_problem("right_padding").asking(slice(12, 18)),
+}
+
+
+@pytest.mark.parametrize("name", list(HARD_CASES))
+def test_hard_attention_is_exact(name: str) -> None:
+    problem = HARD_CASES[name]
+    out = hard(problem)
+    assert out.dtype == torch.float64
+    assert largest_error(out, reference(problem)) <= TIGHT
+    assert not out[~problem.query.real[:, None].expand(out.shape[:3])].any(), "rows of padding must be exactly 0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed"])
+def test_hard_attention_in_low_precision(layout: str, dtype: torch.dtype) -> None:
+    problem = make_problem(layout, length=140, dtype=dtype)
+    same_dtype = weighted_attention(problem, problem.visible().to(dtype))
+    check_rounding(hard(problem), same_dtype, reference(problem))
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize("softcap", [0.5, 5.0])
+def test_hard_attention_with_a_softcap(layout: str, softcap: float) -> None:
+    problem = make_problem(layout)
+    exact = weighted_attention(problem, problem.visible().double(), softcap)
+    assert largest_error(hard(problem, softcap), exact) <= TIGHT
+    assert largest_error(hard(problem), exact) > NOTICED
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_wrong_plan_is_noticed(what: str) -> None:
+    problem = make_problem("packed")
+    assert largest_error(hard(changed(problem, what)), reference(problem)) > NOTICED
+
+
+def gradients(attend: Callable[[Problem], Tensor], problem: Problem) -> list[Tensor]:
+    """Of a fixed random functional of the output, with respect to q, k and v."""
+    inputs = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = attend(replace(problem, q=inputs[0], k=inputs[1], v=inputs[2]))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "middle_padding", "packed", "only itself", "several blocks", "last tokens ask"]
+)
+def test_hard_attention_gradients(name: str) -> None:
+    problem = HARD_CASES[name]
+    expected = gradients(reference, problem)
+    for got, exact in zip(gradients(hard, problem), expected, strict=True):
+        assert largest_error(got, exact) <= TIGHT
+    wrong = gradients(hard, replace(problem, depths=tuple(1 - min(d, 1) for d in problem.depths)))
+    assert max(largest_error(got, exact) for got, exact in zip(wrong, expected, strict=True)) > NOTICED
+
+
+# ---------------------------------------------------------------- bridged attention
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_polarised_routes_in_full_force_are_the_hard_topology(layout: str, bridge: str) -> None:
+    problem = make_problem(layout, one_hot=True)
+    exact = reference(problem)
+    assert largest_error(bridged(problem, 1.0, bridge), exact) <= TIGHT
+    assert largest_error(bridged(problem, 1.0, bridge, routed=False), exact) <= TIGHT
+    assert largest_error(bridged(problem, 1.0, bridge, block=7), exact) <= TIGHT
+    for what in CHANGES:
+        assert largest_error(bridged(changed(problem, what), 1.0, bridge), exact) > NOTICED
+
+
+@pytest.mark.parametrize("bridge", ["full", "masked"])
+def test_the_forward_is_hard_for_soft_routes_too(bridge: str) -> None:
+    problem = make_problem("packed")
+    assert largest_error(bridged(problem, 1.0, bridge), reference(problem)) <= TIGHT
+
+
+def test_the_marginal_forward_is_soft() -> None:
+    problem = make_problem("packed")
+    assert largest_error(bridged(problem, 1.0, "marginal"), reference(problem)) > NOTICED
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_homotopy_0_is_dense(layout: str, bridge: str) -> None:
+    problem = make_problem(layout)
+    dense = reference_attention(problem.q, problem.k, problem.v, problem.causal(), problem.scale)
+    assert largest_error(bridged(problem, 0.0, bridge), dense) <= TIGHT
+    assert largest_error(bridged(problem, 0.1, bridge), dense) > NOTICED
+
+
+def weights_by_definition(problem: Problem, homotopy: float, bridge: str) -> Tensor:
+    """`1 - c + c m`, with `m` 1 for window and sinks, else the tree mask or its probability."""
+    mask = problem.visible().double()
+    if bridge == "marginal":
+        nowhere = torch.zeros_like(problem.balls()[0])
+        always = visible_pairs(nowhere, nowhere + 1, problem.query, problem.key, problem.window, problem.sinks)
+        mask = torch.where(always, 1.0, tree_probability(problem).double())
+    return 1 - homotopy + homotopy * mask
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("homotopy", [0.25, 0.9, 1.0])
+@pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed", "interleaved"])
+def test_weights_are_multiplied_and_renormalised(layout: str, homotopy: float, bridge: str) -> None:
+    problem = make_problem(layout)
+    exact = weighted_attention(problem, weights_by_definition(problem, homotopy, bridge))
+    assert largest_error(bridged(problem, homotopy, bridge), exact) <= TIGHT
+    assert largest_error(bridged(problem, homotopy - 0.1, bridge), exact) > NOTICED
+
+
+def test_bridged_attention_with_a_softcap() -> None:
+    problem = make_problem("packed")
+    exact = weighted_attention(problem, weights_by_definition(problem, 0.5, "full"), softcap=1.0)
+    assert largest_error(bridged(problem, 0.5, softcap=1.0), exact) <= TIGHT
+    assert largest_error(bridged(problem, 0.5), exact) > NOTICED
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bridged_attention_in_low_precision(dtype: torch.dtype, bridge: str) -> None:
+    problem = make_problem("packed", length=60, dtype=dtype)
+    wide = widened(problem)
+    weight = weights_by_definition(wide, 0.7, bridge)
+    check_rounding(
+        bridged(problem, 0.7, bridge), weighted_attention(problem, weight.to(dtype)), weighted_attention(wide, weight)
+    )
+
+
+def test_a_huge_hidden_score_does_not_drown_the_visible_ones() -> None:
+    """The softmax shift comes from keys that carry weight: e^300 over a hidden key would underflow all others."""
+    problem = make_problem(dtype=torch.float32, one_hot=True, window=1, sinks=0)
+    k = problem.k.clone()
+    k[:, :, 0] *= 300
+    problem = replace(problem, k=k)
+    exact = reference(problem)
+    naive = weighted_attention(problem, problem.visible().float())
+    assert largest_error(naive.double(), exact) > NOTICED, "all dense mass of some rows is on the hidden key"
+    for bridge in BRIDGES:
+        check_rounding(bridged(problem, 1.0, bridge), hard(problem), exact)
+
+
+# ---------------------------------------------------------------- properties of every path
+
+PATHS: dict[str, Callable[[Problem], Tensor]] = {
+    "hard": hard,
+    "full force": lambda problem: bridged(problem, 1.0),
+    "halfway": lambda problem: bridged(problem, 0.5, "masked"),
+    "marginal": lambda problem: bridged(problem, 0.5, "marginal"),
+    "dense": lambda problem: bridged(problem, 0.0),
+}
+paths = pytest.mark.parametrize("attend", PATHS.values(), ids=list(PATHS))
+
+
+def redrawn(problem: Problem, tokens: slice) -> Problem:
+    """Other q, k, v, probabilities and digits at some tokens."""
+    other = make_problem(seed=99)
+    mixed = []
+    for mine, new in zip(
+        (problem.q, problem.k, problem.v, *problem.routes.query, *problem.routes.key),
+        (other.q, other.k, other.v, *other.routes.query, *other.routes.key),
+        strict=True,
+    ):
+        mixed.append(mine.clone())
+        mixed[-1][:, :, tokens] = new[:, :, tokens]
+    q, k, v, *roles = mixed
+    return replace(problem, q=q, k=k, v=v, routes=Routes(RoleDigits(*roles[:2]), RoleDigits(*roles[2:])))
+
+
+@paths
+@pytest.mark.parametrize("layout", ["plain", "left_padding", "packed"])
+def test_the_future_moves_nothing(layout: str, attend: Callable[[Problem], Tensor]) -> None:
+    problem = make_problem(layout)
+    before = attend(problem)
+    after = attend(redrawn(problem, slice(15, None)))
+    assert largest_error(after[:, :, :15], before[:, :, :15]) <= TIGHT
+    assert largest_error(after[:, :, 15:], before[:, :, 15:]) > NOTICED
+    past = attend(redrawn(problem, slice(0, 15)))
+    assert largest_error(past[:, :, 15:], before[:, :, 15:]) > NOTICED
+
+
+@paths
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+def test_every_document_is_as_if_alone(layout: str, attend: Callable[[Problem], Tensor]) -> None:
+    """Packed == separate, padded == unpadded."""
+    problem = make_problem(layout)
+    together = attend(problem)
+    as_one = attend(replace(problem, query=contiguous_layout(2, 24), key=contiguous_layout(2, 24)))
+    assert largest_error(as_one, together) > NOTICED
+    seen = 0
+    for row, (document, real) in enumerate(zip(problem.key.document, problem.key.real, strict=True)):
+        for label in document[real].unique():
+            tokens = ((document == label) & real).nonzero()[:, 0]
+            alone = attend(problem.alone(row, tokens))
+            assert largest_error(together[row : row + 1, :, tokens], alone) <= TIGHT
+            seen += tokens.numel()
+    assert seen == int(problem.key.real.sum()) > 0
+
+
+@paths
+def test_padding_is_zero_and_its_content_is_ignored(attend: Callable[[Problem], Tensor]) -> None:
+    problem = make_problem("right_padding")
+    out = attend(problem)
+    assert not out[:, :, 18:].any() and out[:, :, :18].any()
+    assert torch.equal(attend(redrawn(problem, slice(18, None))), out)
+
+
+def test_rows_without_any_token() -> None:
+    nothing = layout_from_padding(torch.zeros(2, 24, dtype=torch.bool))
+    problem = replace(make_problem(), query=nothing, key=nothing)
+    for attend in PATHS.values():
+        assert torch.equal(attend(problem), torch.zeros_like(problem.q))
+
+
+# ---------------------------------------------------------------- memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns, backward included."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, value, trace)
+        assert self.numel > 0, "nothing was recorded"
+
+
+def test_hard_attention_makes_no_square_tensor() -> None:
+    n = 4096
+    problem = make_problem(
+        batch=1, length=n, heads=1, kv_heads=1, depth=3, depths=(3,), window=16, sinks=4, dtype=torch.float32
+    )
+    with LargestTensor() as largest, torch.no_grad():
+        out = hard(problem)
+    assert out.isfinite().all()
+    assert largest.numel < n * n / 4
+    with LargestTensor() as square, torch.no_grad():
+        problem.visible()
+    assert square.numel >= n * n
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_bridged_attention_makes_no_tensor_per_pair_and_level(bridge: str) -> None:
+    n, depth = 256, 6
+    problem = make_problem(
+        batch=1, length=n, heads=1, kv_heads=1, depth=depth, depths=(depth,), window=4, dtype=torch.float32
+    )
+    q = problem.q.clone().requires_grad_()
+    probs = problem.routes.query.probs.clone().requires_grad_()
+    query = problem.routes.query._replace(probs=probs)
+    with LargestTensor() as largest:
+        bridged(
+            replace(problem, q=q, routes=problem.routes._replace(query=query)), 0.5, bridge, block=64
+        ).sum().backward()
+    assert q.grad.any() and probs.grad.any()
+    assert largest.numel <= 64 * n, "one block of queries"
+    with LargestTensor() as naive:
+        tree_probability(problem)
+    assert naive.numel >= n * n * depth

@@ -1,0 +1,107 @@
+"""`visible_pairs` against method.md section 2, written down as loops."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import LAYOUTS, Problem, make_problem
+from torch import Tensor
+
+from topo_adapter.layout import SequenceLayout
+from topo_adapter.router import Routes
+from topo_adapter.visibility import always_visible, visible_pairs
+
+
+def by_definition(problem: Problem) -> list[list[list[list[bool]]]]:
+    """Section 2 word by word, from documents, padding and digits; nothing is taken from positions or balls."""
+    document = problem.key.document.tolist()
+    real = problem.key.real.tolist()
+    query_digits, key_digits = problem.routes.query.digits.tolist(), problem.routes.key.digits.tolist()
+    length = problem.key.position.shape[1]
+    first = length - problem.query.position.shape[1]  # queries are the last tokens
+
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        if not (j <= i and real[b][i] and real[b][j] and document[b][i] == document[b][j]):
+            return False
+        mine = [t for t in range(length) if real[b][t] and document[b][t] == document[b][i]]  # its real tokens
+        depth = problem.depths[h]
+        tree = query_digits[b][h][i - first][:depth] == key_digits[b][h][j][:depth]
+        return tree or mine.index(i) - mine.index(j) < problem.window or j in mine[: problem.sinks]
+
+    return [
+        [[[sees(b, h, i, j) for j in range(length)] for i in range(first, length)] for h in range(len(problem.depths))]
+        for b in range(len(document))
+    ]
+
+
+def mask_of(problem: Problem) -> Tensor:
+    return visible_pairs(*problem.balls(), problem.query, problem.key, problem.window, problem.sinks)
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_matches_the_definition(layout: str, arity: int) -> None:
+    problem = make_problem(layout, length=14, arity=arity, depth=3, depths=(0, 1, 3))
+    assert torch.equal(mask_of(problem), torch.tensor(by_definition(problem)))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 3), (4, 0), (14, 0), (1, 14), (50, 50)])
+def test_matches_the_definition_at_other_windows_and_sinks(window: int, sinks: int) -> None:
+    problem = make_problem("packed", length=14, depths=(2, 4), window=window, sinks=sinks)
+    assert torch.equal(mask_of(problem), torch.tensor(by_definition(problem)))
+
+
+@pytest.mark.parametrize("layout", ["plain", "left_padding", "packed"])
+def test_fewer_queries_than_keys(layout: str) -> None:
+    problem = make_problem(layout, length=14)
+    last = problem.asking(slice(9, None))
+    assert torch.equal(mask_of(last), mask_of(problem)[:, :, 9:])
+    assert torch.equal(mask_of(last), torch.tensor(by_definition(last)))
+
+
+@pytest.mark.parametrize("wrong", ["window", "sinks", "depth", "document", "position"])
+def test_the_definition_notices_a_change(wrong: str) -> None:
+    problem = make_problem("packed", depths=(2, 4), window=2, sinks=1)
+    expected = torch.tensor(by_definition(problem))
+    window, sinks, layout, balls = problem.window, problem.sinks, problem.key, problem.balls()
+    if wrong == "window":
+        window += 1
+    elif wrong == "sinks":
+        sinks -= 1
+    elif wrong == "depth":
+        balls = tuple(b % 2 for b in balls)
+    elif wrong == "document":
+        layout = SequenceLayout(torch.zeros_like(layout.document), layout.position)
+    else:
+        layout = SequenceLayout(layout.document, torch.arange(24).expand_as(layout.position))
+    assert not torch.equal(visible_pairs(*balls, layout, layout, window, sinks), expected)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_depth_zero_is_dense_and_deeper_is_sparser(layout: str) -> None:
+    problem = make_problem(layout, length=30, heads=5, kv_heads=1, depths=(0, 1, 2, 3, 4), window=1, sinks=0)
+    query, key = (role._replace(digits=role.digits[:, :1].expand(-1, 5, -1, -1)) for role in problem.routes)
+    mask = mask_of(replace(problem, routes=Routes(query, key)))
+    assert torch.equal(mask[:, 0], problem.causal()[:, 0])
+    for depth in range(4):
+        assert not (mask[:, depth + 1] & ~mask[:, depth]).any(), "a deeper ball holds no new key"
+        assert mask[:, depth + 1].sum() < mask[:, depth].sum()
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_real_tokens_see_themselves_and_padding_sees_nothing(layout: str) -> None:
+    problem = make_problem(layout, window=1, sinks=0)
+    mask = mask_of(problem)
+    itself = mask.diagonal(dim1=2, dim2=3)
+    assert torch.equal(itself, problem.query.real[:, None].expand_as(itself))
+    assert torch.equal(mask.any(-1), problem.query.real[:, None].expand_as(itself))
+    assert not (mask & ~problem.key.real[:, None, None]).any()
+
+
+def test_always_visible_is_what_no_address_can_hide() -> None:
+    problem = make_problem("packed")
+    always = always_visible(problem.query, problem.key, problem.window, problem.sinks)
+    nowhere = torch.zeros_like(problem.balls()[0])
+    apart = visible_pairs(nowhere, nowhere + 1, problem.query, problem.key, problem.window, problem.sinks)
+    assert torch.equal(apart, always[:, None].expand_as(apart))
+    assert not torch.equal(always, problem.causal()[:, 0])
