@@ -1,0 +1,88 @@
+"""How often the paths through a merged model choose the same address, in half precision; writes JSON.
+
+    python kernels/benchmarks/route_agreement.py --model .models/smollm2-135m --output routes.json
+
+Addresses are an argmax, so rounding differences between kernels may flip some. Attention given pinned routes is
+exact (tests/test_kernels.py); this measures the rest: the rate at which unmerged and merged prefill, and merged
+prefill and token-by-token decode, agree on the addresses, and what that does to the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+
+import topo_adapter
+from topo_adapter import TopologyConfig, initialize_routers, record_routes
+from topo_adapter.tree import digits_to_address
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "Hub id or local path."})
+    text: str = field(default="topo_adapter/layer.py", metadata={"help": "A text file of at least `length` tokens."})
+    length: int = field(default=2048)
+    decode: int = field(default=64, metadata={"help": "Tokens decoded one by one after the rest was prefilled."})
+    output: str = field(default="route_agreement.json")
+
+
+def addresses(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Query and key addresses of every layer, int64 `[layers, 2, H, N]`."""
+    routes = record_routes(model, ids)
+    rows = [torch.stack([r.query_digits[0], r.key_digits[0]]) for r in routes.values()]
+    return digits_to_address(torch.stack(rows), 2)
+
+
+@torch.no_grad()
+def measure(arguments: Arguments, dtype: torch.dtype) -> dict[str, float | str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
+    ids = tokenizer(Path(arguments.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] < arguments.length:
+        raise ValueError(f"text must have at least {arguments.length} tokens, got {ids.shape[1]}")
+    ids = ids[:, : arguments.length]
+    model = get_peft_model(base, TopologyConfig(visible_depth=5)).eval()
+    initialize_routers(model, ids)
+    model.peft_config["default"].homotopy = 1.0
+    unmerged, soft = addresses(model, ids), model(ids, use_cache=False).logits.float()
+    model.merge_adapter()
+    merged, hard = addresses(model, ids), model(ids, use_cache=False).logits.float()
+
+    cache, split = DynamicCache(), arguments.length - arguments.decode
+    logits = [model(ids[:, :split], past_key_values=cache).logits]
+    logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(split, arguments.length)]
+    decoded = torch.cat(logits, 1).float()
+    records = torch.stack([layer.indexer_keys[0, :, :-2].T for layer in cache.layers]).long()
+    tail = slice(split, None)
+    return {
+        "dtype": str(dtype),
+        "addresses_unmerged_equal_merged": (unmerged == merged).float().mean().item(),
+        "logit_difference_unmerged_merged_mean": (soft - hard).abs().mean().item(),
+        "key_addresses_prefill_equal_decode": (merged[:, 1, :, tail] == records[..., tail]).float().mean().item(),
+        "logit_difference_prefill_decode_mean": (hard - decoded)[:, tail].abs().mean().item(),
+        "top1_prefill_equal_decode": (hard.argmax(-1) == decoded.argmax(-1))[:, tail].float().mean().item(),
+    }
+
+
+def main(arguments: Arguments) -> None:
+    report = {
+        "arguments": asdict(arguments),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "versions": {m.__name__: m.__version__ for m in (topo_adapter, torch, transformers)},
+        "rows": [measure(arguments, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    }
+    Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

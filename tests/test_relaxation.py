@@ -1,0 +1,246 @@
+"""Leaf distributions, the bridge from soft to hard, and the paper's three fp16 traps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    Problem,
+    bridged,
+    dense_probs,
+    largest_error,
+    make_problem,
+    random_role,
+    tree_probability,
+    weighted_attention,
+)
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from topo_adapter.relaxation import leaf_distribution, leaf_distributions, scaled_scores, shared_prefix_probability
+from topo_adapter.router import RoleDigits, Routes, relax
+from topo_adapter.tree import address_to_digits, ball
+from topo_adapter.visibility import always_visible
+
+TIGHT = 1e-12
+BRIDGES = ("full", "masked", "marginal")
+
+# ---------------------------------------------------------------- leaves
+
+
+@pytest.mark.parametrize(("arity", "depth"), [(2, 1), (2, 5), (3, 3), (5, 2)])
+def test_leaf_distribution(arity: int, depth: int) -> None:
+    torch.manual_seed(0)
+    probs = random_role((2, 3, 4, depth), arity, torch.float64, one_hot=False).probs
+    leaves = leaf_distributions(probs, depth)
+    assert [x.shape for x in leaves] == [(2, 3, 4, arity**d) for d in range(depth + 1)]
+    for d, coarse in enumerate(leaves):
+        assert largest_error(coarse.sum(-1), torch.ones(2, 3, 4, dtype=torch.float64)) <= TIGHT
+        digits = address_to_digits(torch.arange(arity**d), arity, d)  # one row per ball
+        product = probs.new_ones(2, 3, 4, arity**d)
+        for level in range(d):
+            product = product * probs[..., level, digits[:, level]]
+        assert largest_error(coarse, product) <= TIGHT
+        suffixes = leaves[-1].unflatten(-1, (-1, arity**d)).sum(-2)
+        assert largest_error(coarse, suffixes) <= TIGHT
+        assert torch.equal(leaf_distribution(probs, d), coarse)
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+def test_one_hot_digits_give_the_ball(arity: int) -> None:
+    torch.manual_seed(0)
+    role = random_role((2, 3, 4, 4), arity, torch.float32, one_hot=True)
+    for depth in range(5):
+        here = ball(role.address(arity), arity, depth)
+        expected = torch.nn.functional.one_hot(here, arity**depth).float()
+        assert torch.equal(leaf_distribution(role.probs, depth), expected)
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+@pytest.mark.parametrize("depths", [(4, 4, 4, 4), (0, 2, 1, 4), (3, 0, 3, 1)])
+def test_shared_prefix_probability(depths: tuple[int, ...], arity: int) -> None:
+    problem = make_problem(arity=arity, depths=depths)
+    shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, depths)
+    exact = tree_probability(problem)
+    assert shared.shape == (2, 4, 24, 24)
+    assert largest_error(shared, exact) <= TIGHT
+    other = tree_probability(replace(problem, depths=tuple(max(d, 1) - 1 for d in depths)))
+    assert largest_error(shared, other) > 1e-3
+
+
+def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
+    problem = make_problem(one_hot=True)
+    query, key = problem.balls()
+    shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, problem.depths)
+    assert torch.equal(shared.bool(), query[..., :, None] == key[..., None, :])
+    assert torch.equal(shared, shared.round())
+
+
+# ---------------------------------------------------------------- the bridge's gradient
+
+
+def leaves_of(problem: Problem) -> tuple[Problem, list[Tensor]]:
+    """The same problem on q, k, v and probabilities that require gradients."""
+    inputs = [problem.q, problem.k, problem.v, problem.routes.query.probs, problem.routes.key.probs]
+    q, k, v, query, key = inputs = [x.clone().requires_grad_() for x in inputs]
+    routes = Routes(problem.routes.query._replace(probs=query), problem.routes.key._replace(probs=key))
+    return replace(problem, q=q, k=k, v=v, routes=routes), inputs
+
+
+def always(problem: Problem) -> Tensor:
+    return always_visible(problem.query, problem.key, problem.window, problem.sinks)[:, None]
+
+
+def expected_gradients(problem: Problem, homotopy: float, bridge: str, upstream: Tensor) -> list[Tensor]:
+    """Dense softmax times a constant weight; the weight's gradient goes to `S` as it is, not scaled by `c`."""
+    problem, (q, k, v, query, key) = leaves_of(problem)
+    shared, visible = tree_probability(problem), problem.visible()
+    mask = torch.where(always(problem), 1.0, shared.detach()) if bridge == "marginal" else visible.double()
+    weight = (1 - homotopy + homotopy * mask).requires_grad_()
+    out = weighted_attention(problem, weight)
+    *of_attention, of_weight = torch.autograd.grad((out * upstream).sum(), [q, k, v, weight])
+    reach = visible if bridge == "masked" else problem.causal()
+    of_shared = torch.where(reach & ~always(problem), of_weight, 0.0)
+    return [*of_attention, *torch.autograd.grad(shared, [query, key], of_shared)]
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("homotopy", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed"])
+def test_gradients_of_the_bridge(layout: str, homotopy: float, bridge: str) -> None:
+    problem = make_problem(layout)
+    upstream = torch.randn(problem.q.shape, dtype=torch.float64)
+    differentiable, inputs = leaves_of(problem)
+    got = torch.autograd.grad((bridged(differentiable, homotopy, bridge, block=10) * upstream).sum(), inputs)
+    exact = expected_gradients(problem, homotopy, bridge, upstream)
+    for mine, theirs in zip(got, exact, strict=True):
+        assert theirs.abs().max() > 1e-3
+        assert largest_error(mine, theirs) <= TIGHT
+    for other in BRIDGES:
+        if other != bridge:
+            router = zip(got[3:], expected_gradients(problem, homotopy, other, upstream)[3:], strict=True)
+            differ = max(largest_error(mine, theirs) for mine, theirs in router) > 1e-3
+            # with the base model's weights in force the two differ in nothing
+            assert differ or (homotopy == 0 and "masked" not in (bridge, other))
+
+
+def hidden_pair(bridge: str, homotopy: float = 1.0) -> Tensor:
+    """Gradient of the last output with respect to the digit logits of the first key, which no query sees."""
+    problem = make_problem(batch=1, length=4, heads=1, kv_heads=1, depth=1, depths=(1,), window=1, sinks=0)
+    logits = torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    query = relax(logits.flip(0)[None, None, :, None], 1.0, False)
+    leaf = logits.flip(1)[None, None, :, None].clone().requires_grad_()
+    key = RoleDigits(torch.softmax(leaf, -1), leaf.argmax(-1))
+    query = query._replace(probs=query.probs.double(), digits=1 - key.digits[:, :, :1].expand_as(query.digits))
+    problem = replace(problem, routes=Routes(query, key))
+    assert not problem.visible()[0, 0, 1:, 0].any(), "the key must be hidden from all but itself"
+    bridged(problem, homotopy, bridge)[:, :, -1].sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    return leaf.grad[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
+def test_a_hidden_pair_gets_a_gradient(homotopy: float) -> None:
+    for bridge in ("full", "marginal"):
+        assert hidden_pair(bridge, homotopy).abs().min() > 1e-3
+    assert not hidden_pair("masked", homotopy).any(), "the paper's form: exactly zero"
+
+
+def test_the_masked_form_is_the_papers() -> None:
+    """-inf on hidden pairs before the softmax, the soft mask straight through on what is left."""
+    problem, inputs = leaves_of(make_problem())
+    soft = torch.where(always(problem), 1.0, tree_probability(problem))
+    scores = dense_probs(problem).log().masked_fill(~problem.visible(), float("-inf"))
+    probs = torch.softmax(scores, -1) * (1 + soft - soft.detach())
+    papers = probs / probs.sum(-1, keepdim=True) @ problem.v.repeat_interleave(2, 1)
+    ours = bridged(problem, 1.0, "masked")
+    assert largest_error(ours, papers) <= TIGHT
+    upstream = torch.randn(ours.shape, dtype=torch.float64)
+    for mine, theirs in zip(
+        *(torch.autograd.grad((x * upstream).sum(), inputs[2:]) for x in (ours, papers)), strict=True
+    ):
+        assert theirs.abs().max() > 1e-3
+        assert largest_error(mine, theirs) <= TIGHT
+
+
+def test_marginal_gradients_are_those_of_its_forward() -> None:
+    problem, inputs = leaves_of(
+        make_problem(
+            "packed", batch=1, length=5, heads=2, kv_heads=1, dim=2, depth=2, depths=(1, 2), window=1, sinks=0, seed=3
+        )
+    )
+
+    def attend(homotopy: float, q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        routes = Routes(problem.routes.query._replace(probs=query), problem.routes.key._replace(probs=key))
+        return bridged(replace(problem, q=q, k=k, v=v, routes=routes), homotopy, "marginal")
+
+    assert torch.autograd.gradcheck(lambda *x: attend(1.0, *x), inputs)
+    with pytest.raises(GradcheckError):  # below 1 the router's gradient is not scaled by c
+        torch.autograd.gradcheck(lambda *x: attend(0.5, *x), inputs)
+
+
+# ---------------------------------------------------------------- fp16 traps
+
+
+def test_trap_gumbel_noise_in_half_precision() -> None:
+    torch.manual_seed(0)
+    uniform = torch.rand(1_000_000, dtype=torch.float16)
+    assert (-(-uniform.log()).log()).isinf().any(), "the trap: a uniform variate of 0"
+    role = relax(torch.zeros(500_000, 2, dtype=torch.float16), 0.1, sample=True)
+    assert role.probs.dtype == torch.float32
+    assert role.probs.isfinite().all()
+    assert set(role.digits.unique().tolist()) == {0, 1}
+    assert role.probs.gather(-1, role.digits[:, None]).min() >= 0.5
+
+
+def test_trap_scores_in_half_precision() -> None:
+    q, k = (torch.full((1, heads, 3, 64), 40.0, dtype=torch.float16) for heads in (2, 1))
+    assert (q @ k.transpose(-1, -2)).isinf().all(), "the trap: 64 * 40^2 > 65504"
+    scores = scaled_scores(q, k, 0.125, None)
+    assert torch.equal(scores, torch.full((1, 2, 3, 3), 12800.0))
+    assert torch.equal(scaled_scores(q, k, 0.125, 30.0), torch.full((1, 2, 3, 3), 30.0))
+    assert scaled_scores(q.double(), k.double(), 1.0, None).dtype == torch.float64
+
+
+def test_trap_gradient_of_running_products_at_zero() -> None:
+    """The textbook gradient of a cumulative product divides by its input; so does exp of a sum of logs."""
+    probs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    naive = torch.autograd.grad(probs[:, 0].log().cumsum(0).exp().sum(), probs)[0]
+    assert not naive.isfinite().all(), "the trap"
+    product = probs[:, 0].cumprod(0).detach()
+    assert not (product.flip(0).cumsum(0).flip(0) / probs[:, 0]).isfinite().all(), "and by hand"
+    upstream = torch.arange(8.0)
+    (grad,) = torch.autograd.grad(leaf_distribution(probs, 3) @ upstream, probs)
+    assert grad.isfinite().all()
+    # ball 2 has digits 0, 1, 0: changing one digit moves to ball 2 + 1, 2 - 2 or 2 + 4
+    assert torch.equal(grad, torch.tensor([[2.0, 3.0], [0.0, 2.0], [2.0, 6.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
+def test_gradients_are_finite(homotopy: float, bridge: str, dtype: torch.dtype) -> None:
+    """Scores of hundreds, saturated samples, padding."""
+    problem = make_problem("middle_padding", dtype=dtype)
+    logits = [(8 * torch.randn(2, 4, 24, 4, 2)).requires_grad_() for _ in range(2)]
+    q, k, v = inputs = [(30 * x.detach()).requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    routes = Routes(*(relax(x, 0.1, sample=True) for x in logits))
+    out = bridged(replace(problem, q=q, k=k, v=v, routes=routes), homotopy, bridge)
+    assert out.dtype == dtype and out.isfinite().all()
+    grads = torch.autograd.grad(out.float().sum(), [*inputs, *logits])
+    for x, grad in zip([*inputs, *logits], grads, strict=True):
+        assert grad.dtype == x.dtype and grad.isfinite().all()
+    assert all(grad.any() for grad in (grads if bridge == "full" else grads[:3]))
+
+
+def test_a_nearly_hidden_key_with_a_huge_score_has_a_finite_gradient() -> None:
+    """Seven sharp levels multiply to a probability of e^-100, too small for a reciprocal in float32."""
+    problem = make_problem(batch=1, length=2, heads=1, kv_heads=1, dim=1, depth=1, depths=(1,), window=1, sinks=0)
+    logits = [
+        torch.tensor(x)[None, None, :, None].requires_grad_() for x in ([[0.0, 0], [100, 0]], [[0.0, 100], [0, 0]])
+    ]
+    q, k = torch.ones(1, 1, 2, 1, requires_grad=True), torch.tensor([100.0, 0])[None, None, :, None].requires_grad_()
+    routes = Routes(*(relax(x, 1.0, sample=False) for x in logits))
+    out = bridged(replace(problem, q=q, k=k, v=problem.v.float(), routes=routes), 1.0, "marginal")
+    for grad in torch.autograd.grad(out.sum(), [q, k, *logits]):
+        assert grad.isfinite().all()
