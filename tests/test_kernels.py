@@ -205,7 +205,10 @@ def eager(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softca
 
 
 def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
-    """Largest error against fp64, and the largest allowed: twice same-dtype eager attention's, plus rounding."""
+    """Largest error against fp64, and the largest allowed: twice same-dtype eager attention's, plus rounding.
+
+    Three times in float32, where the GPU's approximate exp2 (2 ulp, like the rounding it competes with) counts.
+    """
     assert out.dtype == problem.q.dtype and out.shape == problem.q.shape
     assert out.isfinite().all()
     case = problem.case
@@ -235,7 +238,7 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                 found = max(found, float((got - exact).abs().max()))
                 eager_error = max(eager_error, float((same_dtype - exact).abs().max()))
                 floor = max(floor, 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()))
-    return found, 2 * eager_error + floor
+    return found, (3 if case.dtype == torch.float32 else 2) * eager_error + floor
 
 
 def check(problem: Problem, out: Tensor) -> None:
