@@ -51,8 +51,9 @@ class DemoArguments:
     eval_length: int = field(default=2048, metadata={"help": "Tokens per held-out window."})
     eval_windows: int = field(default=3, metadata={"help": "Number of held-out windows."})
     learning_rate: float = field(default=1e-2)
-    depth: int = field(default=5, metadata={"help": "Digits per address."})
-    visible_depth: int = field(default=3, metadata={"help": "Digits that must agree for a pair to be visible."})
+    density_weight: float = field(default=0.03, metadata={"help": "Price of density against kept attention."})
+    depth: int = field(default=4, metadata={"help": "Digits per address; all depths are trained at once."})
+    visible_depth: int = field(default=4, metadata={"help": "Digits that must agree for a pair to be visible."})
     local_window: int = field(default=64)
     seed: int = field(default=0)
 
@@ -164,6 +165,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
         ),
         train_dataset=[{"input_ids": ids} for ids in train],
         num_queries=64,
+        density_weight=arguments.density_weight,
     )
     clock = time.perf_counter()
     trainer.train()

@@ -235,7 +235,7 @@ def widened(problem: Problem) -> Problem:
 def largest_error(out: Tensor, exact: Tensor) -> float:
     """NaN compares with nothing, so both must be finite."""
     assert out.shape == exact.shape and out.isfinite().all() and exact.isfinite().all()
-    return float((out - exact).abs().max())
+    return float((out - exact).detach().abs().max())
 
 
 def check_rounding(out: Tensor, same_dtype: Tensor, exact: Tensor) -> None:

@@ -87,12 +87,12 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def randomise_routers(model: nn.Module, seed: int = 0, std: float = 1.0) -> None:
-    """Give every router weight of every adapter a normal value, so that digits are diverse."""
+def randomise_routers(model: nn.Module, seed: int = 0, adapter_name: str = "", std: float = 1.0) -> None:
+    """Give every router weight, of one adapter or of all, a normal value, so that digits are diverse."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if ".topo_routers." in name:
+            if f".topo_routers.{adapter_name}" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std / weight.shape[-1] ** 0.5)
 
 

@@ -56,7 +56,6 @@ from transformers import (
 )
 
 import topo_adapter
-import topo_adapter.register
 from topo_adapter import (
     AdapterFileError,
     MergeError,
@@ -494,7 +493,7 @@ def test_several_adapters_switch_and_delete() -> None:
     model.add_adapter("b", TopologyConfig(**SMALL, homotopy=1.0))
     assert model.active_adapters == ["a"] and torch.equal(logits_of(model, IDS), alone["a"])
     model.set_adapter("b")
-    randomise_routers(model, seed=2)  # gives both adapters the weights of b ...
+    randomise_routers(model, 2, "b")
     assert torch.equal(logits_of(model, IDS), alone["b"])
     for name, weight in router_parameters(model).items():
         assert weight.requires_grad == (".b." in name)
@@ -507,8 +506,8 @@ def test_several_adapters_switch_and_delete() -> None:
     with pytest.warns(UserWarning, match="c was active"):
         model.delete_adapter("c")  # the active one: the remaining one takes over
     assert torch.equal(logits_of(model, IDS), alone["b"])
-    model.delete_adapter("b")
-    assert torch.equal(logits_of(model, IDS), logits_of(tiny(), IDS))
+    model.delete_adapter("b")  # PEFT's own wrapper cannot run without an adapter, the model inside can
+    assert torch.equal(logits_of(model.base_model.model, IDS), logits_of(tiny(), IDS))
 
 
 def test_adapters_on_different_layers() -> None:
@@ -517,14 +516,12 @@ def test_adapters_on_different_layers() -> None:
     model.add_adapter("b", TopologyConfig(**SMALL, homotopy=1.0, layers_to_transform=[2]))
     assert torch.equal(logits_of(model, IDS), only_first)
     model.set_adapter("b")
-    randomise_routers(model)
-    both = logits_of(model, IDS)
-    alone = routed(tiny(), layers_to_transform=[2])
-    randomise_routers(model, seed=1), randomise_routers(alone, seed=1)
-    assert not torch.equal(both, only_first)
-    wanted = {key: value for key, value in alone.state_dict().items() if ".topo_routers." in key}
-    model.load_state_dict({key.replace(".default.", ".b."): value for key, value in wanted.items()}, strict=False)
-    assert torch.equal(logits_of(model, IDS), logits_of(alone, IDS))
+    randomise_routers(model, 1, "b")
+    alone = logits_of(routed(tiny(), seed=1, layers_to_transform=[2]), IDS)
+    assert not torch.allclose(alone, only_first, atol=1e-2)
+    assert torch.equal(logits_of(model, IDS), alone)
+    model.set_adapter("a")
+    assert torch.equal(logits_of(model, IDS), only_first)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -855,9 +852,14 @@ def test_refuses_attention_dropout_in_training() -> None:
 
 
 def test_refuses_a_block_mask() -> None:
-    base = tiny(attn_implementation="flex_attention")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return q >= kv
+
+    mask = create_block_mask(causal, 2, None, 24, 24, device="cpu")  # what an attn_implementation of flex makes
     with pytest.raises(UnsupportedModelError, match="BlockMask"):
-        routed(base)(**left_padded())
+        routed(tiny())(input_ids=IDS, attention_mask=mask)
 
 
 def test_refuses_two_active_adapters() -> None:
@@ -876,12 +878,13 @@ def test_refuses_one_adapter_per_sample() -> None:
         model(input_ids=IDS, adapter_names=["default", "b"])
 
 
+@pytest.mark.parametrize("new", [1, 14])
 @pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
-def test_refuses_cached_tokens_in_training(homotopy: float) -> None:
+def test_refuses_cached_tokens_in_training(homotopy: float, new: int) -> None:
     model = routed(tiny(), homotopy=homotopy).train()
     cache = model(input_ids=IDS[:, :10], use_cache=True).past_key_values
     with pytest.raises(UnsupportedModelError, match="past_key_values"):
-        model(input_ids=IDS[:, 10:], past_key_values=cache)
+        model(input_ids=IDS[:, 10 : 10 + new], past_key_values=cache)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -917,7 +920,7 @@ def test_a_mask_that_is_changed_in_place_is_read_again() -> None:
 def test_registration_is_idempotent() -> None:
     members, mapped = list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING)
     importlib.import_module("topo_adapter")
-    module = importlib.reload(topo_adapter.register)
+    module = importlib.reload(sys.modules["topo_adapter.register"])
     module.add_peft_type()
     module.register()
     assert list(PeftType) == members and members.count(PeftType.TOPOLOGY) == 1
@@ -953,7 +956,7 @@ for name in blocked:
 import torch, transformers, peft
 import topo_adapter
 assert not [name for name in blocked if sys.modules.get(name) is not None]
-assert not [name for name in ("trl", "datasets", "matplotlib", "topo_kernels") if sys.modules.get(name) is not None]
+assert not [name for name in ("trl", "matplotlib", "topo_kernels") if sys.modules.get(name) is not None]
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -994,7 +997,9 @@ def test_nf4_base_trains_saves_and_reloads(tmp_path: Path) -> None:
 
     config = tiny().config.to_dict()
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(type(tiny().config)(**{**config, "hidden_size": 64}))
+    # bitsandbytes' CPU kernels need multiples of 64
+    config |= {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+    plain = AutoModelForCausalLM.from_config(type(tiny().config)(**config))
     plain.save_pretrained(tmp_path / "base")
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32

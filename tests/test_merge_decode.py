@@ -1,0 +1,786 @@
+"""Every form of a topology gives what a stranger computes from `record_routes` and docs/method.md section 2.
+
+float64 throughout. Transformers' norms and rotary tables are float32 whatever the model, so 1e-6 is exact here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft_helpers import (
+    FAMILIES,
+    HEADS,
+    LAYERS,
+    ROUTED,
+    Stranger,
+    assert_same_weights,
+    logits_of,
+    randomise_routers,
+    routed,
+    tiny,
+    tokens,
+    weights_of,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+
+import topo_adapter.layer
+from topo_adapter import (
+    CacheError,
+    MergeError,
+    RecordedRoutes,
+    TopologyConfig,
+    UnsupportedModelError,
+    load_merged,
+    measure_density,
+    record_routes,
+    save_merged,
+)
+
+WINDOW, SINKS, LENGTH = 3, 2, 21
+EXACT = 1e-6
+FAR = 1e-2  # what a wrong mask moves: thousands of times more
+DEPTHS: dict[int, Any] = {0: 2, 1: [0, 1, 2, 3], 2: [3, 0, 4, 1]}  # layer 3 is left out: dense
+IDS = tokens(2, LENGTH)
+
+CASES = {
+    f"{tie}-{per}-p{arity}": {
+        "tie_query_key": tie == "tied",
+        "route_per": per,
+        "arity": arity,
+        "depth": 4,
+        "visible_depth": DEPTHS,
+    }
+    for tie in ("tied", "untied")
+    for per in ("query_head", "kv_head")
+    for arity in (2, 3)
+}
+FORMS = ["adapter", "merged", "unloaded"]
+
+
+@dataclass
+class Scene:
+    """A base, a routed model on a copy of it, and the stranger's answer."""
+
+    base: PreTrainedModel
+    model: PeftModel
+    stranger: Stranger
+    records: dict[int, RecordedRoutes]
+    logits: Tensor
+
+    def form(self, form: str) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        if form == "merged":
+            model.merge_adapter()
+        return model.merge_and_unload() if form == "unloaded" else model
+
+
+_scenes: dict[str, Scene] = {}
+
+
+def scene(case: str) -> Scene:
+    """Made once per case; tests get copies or leave it as it was."""
+    if case not in _scenes:
+        settings = CASES[case] if case in CASES else {}
+        base = tiny(case if case in FAMILIES else "llama", torch.float64)
+        stranger = Stranger(base, WINDOW, SINKS)
+        model = routed(copy.deepcopy(base), **settings)
+        records = record_routes(model, IDS)
+        _scenes[case] = Scene(base, model, stranger, records, stranger.logits(IDS, records))
+    return _scenes[case]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Scene:
+    return scene(request.param)
+
+
+@pytest.fixture(params=["tied-kv_head-p3", "untied-query_head-p2"])
+def corner(request: pytest.FixtureRequest) -> Scene:
+    """Two cases that hold every setting once, where all eight would cost more than they tell."""
+    return scene(request.param)
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference of logits."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float64
+    assert torch.isfinite(ours).all() and torch.isfinite(theirs).all()
+    return float((ours - theirs).abs().max())
+
+
+def generate(model: nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
+    return model.generate(input_ids=ids, **{"max_new_tokens": 8, "do_sample": False, **kwargs})
+
+
+@torch.no_grad()
+def feed(model: nn.Module, ids: Tensor, cache: Any, chunks: list[int], mask: Tensor | None = None) -> Tensor:
+    """Logits of `ids`, sent in `chunks` through `cache`, which may hold earlier tokens."""
+    assert sum(chunks) == ids.shape[1]
+    start, out, past = 0, [], cache.get_seq_length()
+    for size in chunks:
+        stop = start + size
+        part = None if mask is None else mask[:, : past + stop]
+        output = model(input_ids=ids[:, start:stop], attention_mask=part, past_key_values=cache, use_cache=True)
+        out.append(output.logits)
+        start = stop
+    assert cache.get_seq_length() == past + ids.shape[1]
+    return torch.cat(out, 1)
+
+
+# ---------------------------------------------------------------- whole sequences
+
+
+def test_eval_mode_is_the_strangers(case: Scene) -> None:
+    assert gap(logits_of(case.model, IDS), case.logits) <= EXACT
+    assert gap(logits_of(case.base, IDS), case.logits) > FAR  # the mask bites
+    digits = torch.cat([r.query_digits for r in case.records.values()], 1)
+    balls = {tuple(d) for d in digits.transpose(0, 1).flatten(1, 2).flatten(0, 1).tolist()}
+    assert len(balls) >= 8
+    depths = [record.visible_depth.tolist() for record in case.records.values()]
+    assert depths == [[2] * HEADS, [0, 1, 2, 3], [3, 0, 4, 1], [0] * HEADS]
+
+
+def test_merged_is_the_strangers(case: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hard = topo_adapter.layer.hard_attention
+
+    def spy(*args: Any) -> Tensor:
+        calls.append(args)
+        return hard(*args)
+
+    monkeypatch.setattr(topo_adapter.layer, "hard_attention", spy)
+    model = case.form("merged")
+    assert gap(logits_of(model, IDS), case.logits) <= EXACT
+    assert len(calls) == LAYERS  # the hard path ran, not the soft one
+    model.train()
+    assert gap(logits_of(model, IDS), case.logits) <= EXACT  # and no noise in training mode
+    model.unmerge_adapter()
+    logits_of(model.eval(), IDS)
+    assert len(calls) == 2 * LAYERS
+
+
+def test_reloaded_is_the_strangers(case: Scene, tmp_path: Path) -> None:
+    case.model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(case.base), tmp_path).eval()
+    assert gap(logits_of(reloaded, IDS), case.logits) <= EXACT
+    reloaded.merge_adapter()
+    assert gap(logits_of(reloaded, IDS), case.logits) <= EXACT
+
+
+def test_unloaded_and_saved_is_the_strangers(case: Scene, tmp_path: Path) -> None:
+    model = case.form("unloaded")
+    assert type(model) is type(case.base) and not isinstance(model, PeftModel) and not hasattr(model, "peft_config")
+    assert gap(logits_of(model, IDS), case.logits) <= EXACT
+    save_merged(model, tmp_path)
+    again = load_merged(tmp_path)
+    assert type(again) is type(case.base) and again.dtype == torch.float64
+    assert gap(logits_of(again, IDS), case.logits) <= EXACT
+    plain = {key: value for key, value in again.state_dict().items() if ".topo_adapter." not in key}
+    assert_same_weights(case.base, plain)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path)  # documented: without load_merged it is the dense base
+    assert gap(logits_of(dense, IDS), logits_of(case.base, IDS)) == 0
+    save_merged(again, tmp_path / "again")
+    assert gap(logits_of(load_merged(tmp_path / "again"), IDS), case.logits) <= EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """Soft caps, head sizes that are not hidden / heads, fused projections, sliding layers left as they are."""
+    it = scene(family)
+    assert sorted(it.records) == ROUTED[family]
+    assert gap(logits_of(it.base, IDS), it.logits) > FAR
+    for form in FORMS:
+        model = it.form(form)
+        assert gap(logits_of(model, IDS), it.logits) <= EXACT
+        cache = DynamicCache(config=it.base.config)
+        assert gap(feed(model, IDS, cache, [5, *[1] * (LENGTH - 5)]), it.logits) <= EXACT
+        assert torch.equal(generate(model), generate(model, use_cache=False))
+    save_merged(model, tmp_path)
+    assert gap(logits_of(load_merged(tmp_path, attn_implementation=it.base.config._attn_implementation), IDS), it.logits) <= EXACT
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 21])
+def test_short_prompts(corner: Scene, length: int) -> None:
+    ids = IDS[:, :length]
+    theirs = corner.stranger.logits(ids, record_routes(corner.model, ids))
+    for form in FORMS:
+        assert gap(logits_of(corner.form(form), ids), theirs) <= EXACT
+
+
+@pytest.mark.parametrize("settings", [{"local_window": 1, "num_sink_tokens": 0}, {"local_window": 64}], ids=str)
+def test_extreme_windows(settings: dict[str, int]) -> None:
+    base = tiny(dtype=torch.float64)
+    stranger = Stranger(base, settings["local_window"], settings.get("num_sink_tokens", SINKS))
+    model = routed(base, **settings)
+    theirs = stranger.logits(IDS, record_routes(model, IDS))
+    assert gap(logits_of(model, IDS), theirs) <= EXACT
+    assert gap(logits_of(model.merge_and_unload(), IDS), theirs) <= EXACT
+
+
+def test_depth_is_chosen_at_merge_time(corner: Scene) -> None:
+    """Balls nest: the same adapter serves every depth, and a smaller one sees more."""
+    answers, densities = [], []
+    for depth in range(5):
+        model = copy.deepcopy(corner.model)
+        model.peft_config["default"].visible_depth = depth
+        records = record_routes(model, IDS)
+        assert {d for r in records.values() for d in r.visible_depth.tolist()} == {depth}
+        answers.append(corner.stranger.logits(IDS, records))
+        assert gap(logits_of(model, IDS), answers[-1]) <= EXACT
+        densities.append(torch.stack(list(measure_density(model, IDS).values())).mean())
+        assert gap(logits_of(model.merge_and_unload(), IDS), answers[-1]) <= EXACT
+    assert gap(answers[0], logits_of(corner.base, IDS)) <= EXACT
+    assert all(gap(one, two) > FAR for one, two in zip(answers, answers[1:], strict=False))
+    assert all(one > two for one, two in zip(densities, densities[1:], strict=False)) and densities[0] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"depth": 1}, {"depth": -1}, {"window": WINDOW + 1}, {"window": WINDOW - 1}, {"sinks": SINKS + 1}, {"sinks": 1}],
+    ids=str,
+)
+def test_negative_control_a_mask_off_by_one_is_noticed(corner: Scene, change: dict[str, int]) -> None:
+    wrong = corner.stranger.logits(IDS, corner.records, **change)
+    for form in FORMS:
+        assert gap(logits_of(corner.form(form), IDS), wrong) > FAR
+
+
+def test_negative_control_swapped_roles_are_noticed() -> None:
+    it = scene("untied-query_head-p2")
+    swapped = {i: RecordedRoutes(r.key_digits, r.query_digits, r.visible_depth) for i, r in it.records.items()}
+    assert gap(it.stranger.logits(IDS, swapped), logits_of(it.model, IDS)) > FAR
+    tied = scene("tied-query_head-p2")
+    assert all(torch.equal(r.query_digits, r.key_digits) for r in tied.records.values())
+
+
+def test_negative_control_one_hidden_pair_is_noticed() -> None:
+    """A single digit of a single token is enough to tell."""
+    it = scene("untied-query_head-p2")
+    digits = it.records[0].key_digits.clone()
+    digits[0, 0, 7, 0] ^= 1
+    records = {**it.records, 0: RecordedRoutes(it.records[0].query_digits, digits, it.records[0].visible_depth)}
+    assert gap(it.stranger.logits(IDS, records)[:1], logits_of(it.model, IDS)[:1]) > 100 * EXACT
+
+
+def test_recorded_digits_are_the_files_routers(case: Scene, tmp_path: Path) -> None:
+    """Digits recomputed from the saved tensors and the hidden states that enter the stranger's own attention."""
+    case.model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    config = case.model.peft_config["default"]
+    heads = HEADS if config.route_per == "query_head" else HEADS // 2
+    seen: dict[int, Tensor] = {}
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen[module.layer_idx] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True)
+        for layer in case.stranger.model.model.layers
+    ]
+    case.stranger.logits(IDS, case.records)
+    for handle in handles:
+        handle.remove()
+    for index, record in case.records.items():
+        prefix = f"base_model.model.model.layers.{index}.self_attn.topo_adapter.topo_routers."
+        narrow = F.gelu(seen[index].float() @ file[prefix + "down.weight"].T)
+        for role, digits in (("query", record.query_digits), ("key", record.key_digits)):
+            role = "query" if config.tie_query_key else role
+            free = narrow @ file[f"{prefix}{role}.weight"].T + file[f"{prefix}{role}.bias"]
+            free = free.reshape(*free.shape[:2], heads, config.depth, config.arity - 1)
+            scores = torch.cat([torch.zeros_like(free[..., :1]), free], -1)
+            wanted = scores.argmax(-1).permute(0, 2, 1, 3).repeat_interleave(HEADS // heads, 1)
+            assert digits.dtype == torch.int64 and torch.equal(digits, wanted)
+
+
+def test_record_routes_leaves_the_model_as_it_was(corner: Scene) -> None:
+    for form in FORMS:
+        model = corner.form(form).train()
+        model.get_submodule("model" if form == "unloaded" else "base_model").eval()
+        modes = [module.training for module in model.modules()]
+        records = record_routes(model, IDS)
+        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+        for index, record in corner.records.items():
+            assert torch.equal(records[index].query_digits, record.query_digits)
+            assert torch.equal(records[index].key_digits, record.key_digits)
+            assert torch.equal(records[index].visible_depth, record.visible_depth)
+    with pytest.raises(UnsupportedModelError), corner.model.disable_adapter():
+        record_routes(corner.model, IDS)
+    with pytest.raises(UnsupportedModelError):
+        record_routes(corner.base, IDS)
+
+
+def test_density_is_that_of_the_strangers_mask(case: Scene) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    for padding in (None, mask):
+        records = record_routes(case.model, IDS, padding)
+        ours = measure_density(case.model, IDS, padding)
+        assert ours.keys() == records.keys()
+        with case.stranger.attending(records, padding):
+            from peft_helpers import _in_use
+
+            causal = _in_use["causal"][:, None].sum((0, 2, 3))
+            for index, visible in _in_use["masks"].items():
+                wanted = visible.sum((0, 2, 3)).double() / causal
+                torch.testing.assert_close(ours[index], wanted, rtol=1e-12, atol=0)
+        assert any(float(d.min()) < 0.9 for d in ours.values())
+
+
+# ---------------------------------------------------------------- decode
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_token_by_token_is_the_strangers(case: Scene, form: str) -> None:
+    ours = feed(case.form(form), IDS, DynamicCache(config=case.base.config), [1] * LENGTH)
+    assert gap(ours, case.logits) <= EXACT
+
+
+@pytest.mark.parametrize("chunks", [[4, 17], [7, 7, 7], [1, 19, 1], [10, 1, 1, 9]], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_chunked_prefill_is_the_strangers(corner: Scene, form: str, chunks: list[int]) -> None:
+    for cache in (DynamicCache(), DynamicCache(config=corner.base.config)):
+        assert gap(feed(corner.form(form), IDS, cache, chunks), corner.logits) <= EXACT
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_static_cache_is_the_strangers(corner: Scene, form: str) -> None:
+    model = corner.form(form)
+    for chunks in ([12, *[1] * (LENGTH - 12)], [6, 6, 9]):
+        cache = StaticCache(config=corner.base.config, max_cache_len=LENGTH + 6)
+        assert gap(feed(model, IDS, cache, chunks), corner.logits) <= EXACT
+    cache.reset()  # and again from the start
+    assert gap(feed(model, IDS, cache, [LENGTH]), corner.logits) <= EXACT
+    dynamic = generate(model)
+    assert torch.equal(generate(model, cache_implementation="static"), dynamic)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generated_tokens_are_the_strangers(corner: Scene, form: str) -> None:
+    model = corner.form(form)
+    sequence = generate(model, max_new_tokens=12)
+    theirs = corner.stranger.logits(sequence, record_routes(model, sequence))
+    assert torch.equal(sequence[:, LENGTH:], theirs[:, LENGTH - 1 : -1].argmax(-1))
+    assert torch.equal(generate(model, max_new_tokens=12, use_cache=False), sequence)
+    assert not torch.equal(generate(corner.base, max_new_tokens=12), sequence)
+
+
+def test_beam_search_is_the_same_in_every_form(corner: Scene) -> None:
+    """Without a cache beam search runs whole sequences; with one it reorders, repeats and selects."""
+    beams = {"num_beams": 4, "num_return_sequences": 4, "output_scores": True, "return_dict_in_generate": True}
+    reference = generate(corner.model, use_cache=False, **beams)
+    dense = generate(corner.base, **beams)
+    assert not torch.equal(dense.sequences, reference.sequences)
+    for form in FORMS:
+        ours = generate(corner.form(form), **beams)
+        assert torch.equal(ours.sequences, reference.sequences)
+        assert torch.isfinite(ours.sequences_scores).all()
+        torch.testing.assert_close(ours.sequences_scores, reference.sequences_scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cropped_cache_continues_as_a_fresh_one(corner: Scene, form: str) -> None:
+    """Assisted decoding rejects draft tokens by cropping the cache."""
+    model = corner.form(form)
+    cache = DynamicCache(config=corner.base.config)
+    draft = torch.cat([IDS[:, :9], tokens(2, 5, seed=8)], 1)
+    feed(model, draft, cache, [9, 1, 4])
+    cache.crop(5)
+    assert cache.get_seq_length() == 9
+    assert gap(feed(model, IDS[:, 9:], cache, [2, *[1] * (LENGTH - 11)]), corner.logits[:, 9:]) <= EXACT
+    never = DynamicCache(config=corner.base.config)
+    feed(model, draft, never, [14])
+    assert gap(feed(model, IDS[:, 9:], never, [12]), corner.logits[:, 9:]) > FAR  # control: uncropped differs
+
+
+def test_assisted_generation(corner: Scene) -> None:
+    model = corner.form("merged")
+    ids = IDS[:1]
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), generate(model, ids))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reordered_and_repeated_cache(corner: Scene, form: str) -> None:
+    model = corner.form(form)
+    rest = LENGTH - 10
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    ):
+        cache = DynamicCache(config=corner.base.config)
+        feed(model, IDS[:, :10], cache, [10])
+        change(cache)
+        assert gap(feed(model, IDS[rows, 10:], cache, [1] * rest), corner.logits[rows, 10:]) <= EXACT
+
+
+# ---------------------------------------------------------------- padding and packing
+
+
+PADDING = [5, 0, 13]
+
+
+def padded(batch: int = 3) -> tuple[Tensor, Tensor]:
+    mask = torch.ones(batch, LENGTH, dtype=torch.long)
+    for row, count in enumerate(PADDING):
+        mask[row, :count] = 0
+    return tokens(batch, LENGTH, seed=3).masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", FORMS)
+def test_left_padded_batch_is_the_strangers(case: Scene, form: str, attn_implementation: str) -> None:
+    ids, mask = padded()
+    theirs = case.stranger.logits(ids, record_routes(case.model, ids, mask), padding=mask)
+    model = case.form(form)
+    (model if form == "unloaded" else model.get_base_model()).set_attn_implementation(attn_implementation)
+    ours = logits_of(model, ids, attention_mask=mask)
+    assert gap(ours[mask.bool()], theirs[mask.bool()]) <= EXACT
+    for row, count in enumerate(PADDING):
+        assert gap(logits_of(model, ids[row : row + 1, count:]), ours[row : row + 1, count:]) <= EXACT
+    unmasked = logits_of(model, ids)  # control: the padding matters
+    assert gap(unmasked[mask.bool()], theirs[mask.bool()]) > FAR
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_right_padded_batch(corner: Scene, form: str) -> None:
+    ids, mask = (x.flip(1) for x in padded())
+    theirs = corner.stranger.logits(ids, record_routes(corner.model, ids, mask), padding=mask)
+    ours = logits_of(corner.form(form), ids, attention_mask=mask)
+    assert gap(ours[mask.bool()], theirs[mask.bool()]) <= EXACT
+
+
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [6, 15], [14, *[1] * (LENGTH - 14)]], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_left_padded_decode_is_the_strangers(corner: Scene, form: str, chunks: list[int]) -> None:
+    ids, mask = padded()
+    theirs = corner.stranger.logits(ids, record_routes(corner.model, ids, mask), padding=mask)
+    model = corner.form(form)
+    for cache in (DynamicCache(), StaticCache(config=corner.base.config, max_cache_len=LENGTH + 3)):
+        ours = feed(model, ids, cache, chunks, mask)
+        assert gap(ours[mask.bool()], theirs[mask.bool()]) <= EXACT
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_left_padded_generation_is_each_row_alone(corner: Scene, form: str) -> None:
+    ids, mask = padded()
+    model = corner.form(form)
+    batch = generate(model, ids, attention_mask=mask)
+    assert torch.equal(generate(model, ids, attention_mask=mask, use_cache=False), batch)
+    assert torch.equal(generate(model, ids, attention_mask=mask, cache_implementation="static"), batch)
+    for row, count in enumerate(PADDING):
+        assert torch.equal(generate(model, ids[row : row + 1, count:]), batch[row : row + 1, count:])
+
+
+SIZES = [9, 1, 11]
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_are_separate_ones(case: Scene, form: str, use_cache: bool) -> None:
+    """With a cache transformers itself builds no packing mask: only position_ids tell."""
+    model = case.form(form)
+    position_ids = torch.cat([torch.arange(n) for n in SIZES])[None].expand(2, -1)
+    packed = logits_of(model, IDS, position_ids=position_ids, use_cache=use_cache)
+    pieces = [
+        case.stranger.logits(part, record_routes(case.model, part)) for part in IDS.split(SIZES, dim=1)
+    ]
+    assert gap(packed, torch.cat(pieces, 1)) <= EXACT
+    assert gap(logits_of(model, IDS, use_cache=use_cache), packed) > FAR  # control: unpacked differs
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if len(ROUTED[name]) == LAYERS])
+def test_packed_documents_in_every_family(family: str, use_cache: bool) -> None:
+    """Gemma's sliding layers are transformers' own and leak between documents when there is a cache."""
+    it = scene(family)
+    position_ids = torch.cat([torch.arange(n) for n in SIZES])[None].expand(2, -1)
+    separate = torch.cat([logits_of(it.model, part) for part in IDS.split(SIZES, dim=1)], 1)
+    for form in FORMS:
+        packed = logits_of(it.form(form), IDS, position_ids=position_ids, use_cache=use_cache)
+        assert gap(packed, separate) <= EXACT
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decode_after_packed_prefill_continues_the_last_document(corner: Scene, form: str) -> None:
+    model = corner.form(form)
+    last = IDS[:, sum(SIZES[:2]) :]
+    more = tokens(2, 4, seed=11)
+    cache = DynamicCache(config=corner.base.config)
+    positions = torch.cat([torch.arange(n) for n in SIZES])[None].expand(2, -1)
+    out = []
+    with torch.no_grad():
+        model(input_ids=IDS, position_ids=positions, past_key_values=cache)
+        for t in range(4):
+            position = torch.full((2, 1), SIZES[2] + t)
+            out.append(model(input_ids=more[:, t : t + 1], position_ids=position, past_key_values=cache).logits)
+    whole = torch.cat([last, more], 1)
+    theirs = corner.stranger.logits(whole, record_routes(corner.model, whole))
+    assert gap(torch.cat(out, 1), theirs[:, -4:]) <= EXACT
+
+
+# ---------------------------------------------------------------- caches that do not fit
+
+
+def test_cache_filled_by_the_base_is_refused() -> None:
+    model = copy.deepcopy(scene("untied-query_head-p2").model)
+    cache = DynamicCache()
+    with model.disable_adapter():
+        feed(model, IDS[:, :10], cache, [10])
+    with pytest.raises(CacheError, match="10 tokens"):
+        feed(model, IDS[:, 10:], cache, [1] * 11)
+
+    cache = DynamicCache()
+    feed(model, IDS[:, :6], cache, [6])
+    with model.disable_adapter():
+        feed(model, IDS[:, 6:10], cache, [4])
+    with pytest.raises(CacheError, match="addresses for 6"):
+        feed(model, IDS[:, 10:], cache, [11])
+
+    cache = DynamicCache()
+    model.peft_config["default"].homotopy = 0.0
+    feed(model, IDS[:, :10], cache, [10])
+    model.peft_config["default"].homotopy = 1.0
+    with pytest.raises(CacheError):
+        feed(model, IDS[:, 10:], cache, [11])
+
+
+def test_cache_filled_by_another_adapter_is_refused() -> None:
+    """Its addresses were drawn on another tree; mixing the two is silently wrong."""
+    model = copy.deepcopy(scene("untied-query_head-p2").model)
+    config = {"depth": 4, "visible_depth": 2, "router_dim": 8, "local_window": 3, "num_sink_tokens": 2}
+    model.add_adapter("b", TopologyConfig(**config, homotopy=1.0))
+    randomise_routers(model, 5, "b")
+    cache = DynamicCache()
+    feed(model, IDS[:, :10], cache, [10])
+    model.set_adapter("b")
+    with pytest.raises(CacheError):
+        feed(model.eval(), IDS[:, 10:], cache, [11])
+
+
+def test_unmerging_keeps_the_cache() -> None:
+    """The same router before and after merging: its addresses stay good."""
+    it = scene("untied-query_head-p2")
+    model = copy.deepcopy(it.model)
+    cache = DynamicCache()
+    start = feed(model, IDS[:, :8], cache, [8])
+    model.merge_adapter()
+    middle = feed(model, IDS[:, 8:14], cache, [6])
+    model.unmerge_adapter()
+    end = feed(model, IDS[:, 14:], cache, [7])
+    assert gap(torch.cat([start, middle, end], 1), it.logits) <= EXACT
+
+
+def test_the_base_may_use_a_cache_that_carries_addresses() -> None:
+    model = copy.deepcopy(scene("untied-query_head-p2").model)
+    cache = DynamicCache()
+    feed(model, IDS[:, :3], cache, [3])  # within window and sinks: the same keys and values as the base's
+    with model.disable_adapter():
+        ours = feed(model, IDS[:, 3:], cache, [18])
+        assert gap(ours, logits_of(model, IDS)[:, 3:]) <= EXACT
+
+
+# ---------------------------------------------------------------- merging
+
+
+def merged_layers(model: nn.Module) -> list[bool]:
+    return [bool(m.merged_adapters) for m in model.modules() if isinstance(m, topo_adapter.TopologyLayer)]
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("homotopy", [0.0, 0.5, 0.999])
+def test_merging_below_homotopy_1_is_refused(homotopy: float, call: str) -> None:
+    model = routed(tiny(dtype=torch.float64), homotopy=homotopy)
+    before, state = logits_of(model, IDS), weights_of(model)
+    with pytest.raises(MergeError, match="homotopy"):
+        getattr(model, call)()
+    assert merged_layers(model) == [False] * LAYERS
+    assert_same_weights(model, state)
+    assert gap(logits_of(model, IDS), before) == 0
+    model.peft_config["default"].homotopy = 1.0  # control: this is all that was in the way
+    getattr(model, call)()
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_merging_two_adapters_is_refused(call: str) -> None:
+    model = routed(tiny(dtype=torch.float64))
+    before = logits_of(model, IDS)
+    model.add_adapter("b", TopologyConfig(depth=4, visible_depth=2, homotopy=1.0))
+    model.base_model.set_adapter(["default", "b"])
+    state = weights_of(model)
+    with pytest.raises(MergeError, match="one"):
+        getattr(model, call)()
+    with pytest.raises(MergeError, match="one"):
+        getattr(model, call)(adapter_names=["default", "b"])
+    assert merged_layers(model) == [False] * LAYERS
+    assert_same_weights(model, state)
+    model.set_adapter("default")
+    assert gap(logits_of(model, IDS), before) == 0
+    model.merge_adapter()
+    assert gap(logits_of(model, IDS), before) <= EXACT
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_merging_a_named_adapter_looks_at_that_one(call: str) -> None:
+    """The active adapter is still training; the other one is finished and may be merged."""
+    wanted = logits_of(routed(tiny(dtype=torch.float64), seed=4), IDS)
+    model = routed(tiny(dtype=torch.float64), homotopy=0.5)
+    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
+    model.peft_config["b"].homotopy = 1.0
+    randomise_routers(model, 4, "b")
+    with pytest.raises(MergeError, match="default"):
+        getattr(model, call)(adapter_names=["default"])
+    merged = getattr(model, call)(adapter_names=["b"]) or model
+    assert gap(logits_of(merged, IDS), wanted) <= EXACT
+
+
+def test_a_refused_merge_leaves_lora_unmerged_too() -> None:
+    base = tiny(dtype=torch.float64)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    inject_adapter_in_model(lora, base, adapter_name="lora")
+    model = get_peft_model(base, TopologyConfig(depth=4, visible_depth=2), adapter_name="topology").eval()
+    state, before = weights_of(model), logits_of(model, IDS)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        for arguments in ({}, {"adapter_names": ["topology"]}):
+            with pytest.raises(MergeError):
+                call(**arguments)
+            assert_same_weights(model, state)
+            assert gap(logits_of(model, IDS), before) == 0
+
+
+def test_merging_is_pure_and_unmerging_exact(case: Scene) -> None:
+    model = copy.deepcopy(case.model)
+    state, before = weights_of(model), logits_of(model, IDS)
+    for _ in range(2):
+        model.merge_adapter()
+        assert merged_layers(model) == [True] * LAYERS
+        assert_same_weights(model, state)
+        logits_of(model, IDS)
+        model.unmerge_adapter()
+        assert merged_layers(model) == [False] * LAYERS
+        assert_same_weights(model, state)
+        assert gap(logits_of(model, IDS), before) == 0
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+        model.merge_adapter()
+    assert gap(logits_of(model, IDS), case.logits) <= EXACT
+
+
+def test_safe_merge_refuses_broken_routers() -> None:
+    model = routed(tiny(dtype=torch.float64))
+    before = logits_of(model, IDS)
+    model.merge_adapter(safe_merge=True)
+    assert gap(logits_of(model, IDS), before) <= EXACT
+    model.unmerge_adapter()
+    last = [m for m in model.modules() if isinstance(m, topo_adapter.TopologyLayer)][-1]
+    with torch.no_grad():
+        last.topo_routers["default"].down.weight[0, 0] = float("nan")
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="finite"):
+            call(safe_merge=True)
+        assert merged_layers(model) == [False] * LAYERS
+        assert sum(isinstance(m, topo_adapter.TopologyLayer) for m in model.modules()) == LAYERS
+    assert model.unload() is not None
+
+
+def test_merged_adapter_is_not_deleted() -> None:
+    model = routed(tiny(dtype=torch.float64))
+    model.add_adapter("b", TopologyConfig(depth=4, visible_depth=2, homotopy=1.0))
+    model.merge_adapter()
+    before = logits_of(model, IDS)
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
+    assert gap(logits_of(model, IDS), before) == 0
+    model.delete_adapter("b")
+    assert gap(logits_of(model, IDS), before) == 0
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+
+
+def test_merged_then_unloaded_is_merged() -> None:
+    it = scene("untied-query_head-p2")
+    model = it.form("merged")
+    merged = model.merge_and_unload()
+    assert gap(logits_of(merged, IDS), it.logits) <= EXACT
+    assert not any(weight.requires_grad for name, weight in merged.named_parameters() if ".topo_adapter." in name)
+
+
+def test_save_merged_wants_a_merged_model(tmp_path: Path) -> None:
+    it = scene("untied-query_head-p2")
+    for model in (it.base, it.model, it.form("merged")):
+        with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+            save_merged(model, tmp_path)
+    it.base.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="save_merged"):
+        load_merged(tmp_path)
+
+
+def test_generation_settings_survive_merging(tmp_path: Path) -> None:
+    model = routed(tiny(dtype=torch.float64)).merge_and_unload()
+    model.generation_config.max_new_tokens = 5
+    save_merged(model, tmp_path)
+    again = load_merged(tmp_path)
+    assert again.generation_config.max_new_tokens == 5
+    assert torch.equal(again.generate(IDS, do_sample=False), model.generate(IDS, do_sample=False))
+    assert again.generate(IDS, do_sample=False).shape == (2, LENGTH + 5)
+
+
+def test_tied_embeddings_survive_merging(tmp_path: Path) -> None:
+    model = routed(tiny("qwen3", torch.float64, tie_word_embeddings=True))
+    before = logits_of(model, IDS)
+    merged = model.merge_and_unload()
+    save_merged(merged, tmp_path)
+    again = load_merged(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert gap(logits_of(again, IDS), before) <= EXACT
+
+
+@pytest.mark.parametrize("form", ["merged", "unloaded"])
+def test_gradients_through_the_merged_path_are_the_strangers(form: str) -> None:
+    """LoRA learns on top of a merged topology exactly as under the stranger's mask."""
+    lora = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, init_lora_weights=False)
+    it = scene("untied-query_head-p2")
+
+    def gradients(model: PreTrainedModel, run: Callable[[PreTrainedModel], Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, lora, adapter_name="mine")
+        wrapped.double()
+        run(wrapped).square().mean().backward()
+        found = {n: p.grad for n, p in wrapped.named_parameters() if ".lora_" in n}
+        assert len(found) == 6 * LAYERS and all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in found.values())
+        return found
+
+    if form == "merged":
+        model = it.form("merged")
+        plain = model.get_base_model()
+    else:
+        plain = it.form("unloaded")
+    records: dict[int, RecordedRoutes] = {}
+
+    def ours(wrapped: nn.Module) -> Tensor:
+        records.update(record_routes(wrapped, IDS))
+        return wrapped(input_ids=IDS).logits
+
+    mine = gradients(plain, ours)
+    stranger = Stranger(it.base, WINDOW, SINKS)
+    with stranger.attending(records) as strange:
+        theirs = gradients(strange, lambda wrapped: wrapped(input_ids=IDS).logits)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-8)
+    with stranger.attending(records, window=WINDOW + 1):  # control
+        wrong = wrong_gradients(strange)
+    assert any(not torch.allclose(mine[name], gradient, rtol=1e-3) for name, gradient in wrong.items())
+
+
+def wrong_gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS).logits.square().mean().backward()
+    return {f"base_model.model.{name}": w.grad for name, w in model.named_parameters() if ".lora_" in name}

@@ -1,0 +1,327 @@
+"""Balance, density and kept mass against brute force; distillation; the loss that rides on an output."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import LAYOUTS, Problem, dense_probs, largest_error, make_problem, tree_probability
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from topo_adapter.layout import contiguous_layout
+from topo_adapter.objective import attach_loss, balance_loss, distillation_loss, expected_density, kept_mass
+from topo_adapter.relaxation import leaf_distribution, leaf_distributions
+from topo_adapter.router import RoleDigits, Routes, TopologyRouter
+from topo_adapter.visibility import always_visible
+
+# ---------------------------------------------------------------- balance
+
+
+def role_of(digits: Tensor, arity: int) -> RoleDigits:
+    return RoleDigits(torch.nn.functional.one_hot(digits, arity).float(), digits)
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+def test_balance_is_1_when_balanced_and_p_when_collapsed(arity: int) -> None:
+    shape = (2, 3, 6 * arity, 4)
+    balanced = role_of((torch.arange(6 * arity) % arity)[:, None].expand(shape), arity)
+    collapsed = role_of(torch.full(shape, arity - 1), arity)
+    real = torch.ones(2, 6 * arity, dtype=torch.bool)
+    assert largest_error(balance_loss(Routes(balanced, balanced), real), torch.tensor(1.0)) < 1e-6
+    assert largest_error(balance_loss(Routes(collapsed, collapsed), real), torch.tensor(float(arity))) < 1e-6
+    assert largest_error(balance_loss(Routes(collapsed, balanced), real), torch.tensor((1.0 + arity) / 2)) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_balance_is_the_switch_loss(tied: bool) -> None:
+    problem = make_problem("middle_padding", arity=3, dtype=torch.float32)
+    routes = Routes(problem.routes.query, problem.routes.query) if tied else problem.routes
+    real, terms = problem.key.real, []
+    for role in routes:
+        for head in range(4):
+            for level in range(4):
+                digits = role.digits[:, head, :, level][real]
+                probs = role.probs[:, head, :, level][real]
+                terms.append(3 * sum((digits == c).double().mean() * probs[:, c].mean() for c in range(3)))
+    assert largest_error(balance_loss(routes, real), torch.stack(terms).mean()) < 1e-6
+
+
+def test_balance_ignores_padding() -> None:
+    problem = make_problem("middle_padding", dtype=torch.float32)
+    real, other = problem.key.real, make_problem(seed=5, dtype=torch.float32).routes.query
+    loss = balance_loss(problem.routes, real)
+    where = real[:, None, :, None]
+    query = RoleDigits(
+        torch.where(where[..., None], problem.routes.query.probs, other.probs),
+        torch.where(where, problem.routes.query.digits, other.digits),
+    )
+    assert torch.equal(balance_loss(Routes(query, problem.routes.key), real), loss)
+    everything = torch.ones_like(real)
+    assert balance_loss(Routes(query, problem.routes.key), everything) != loss
+    assert balance_loss(problem.routes, torch.zeros_like(real)) == 0
+
+
+def test_balance_gradient_goes_to_probabilities_of_full_children() -> None:
+    problem = make_problem(one_hot=True, arity=3, dtype=torch.float32)
+    probs = problem.routes.query.probs.clone().requires_grad_()
+    query = problem.routes.query._replace(probs=probs)
+    (grad,) = torch.autograd.grad(balance_loss(Routes(query, query), problem.key.real), probs)
+    share = torch.nn.functional.one_hot(query.digits, 3).double().mean((0, 2))  # [H, L, p]
+    expected = 3 * share / (16 * 48)  # 16 levels of all heads, 48 tokens
+    assert largest_error(grad, expected[None, :, None].expand_as(grad)) < 1e-8
+
+
+# ---------------------------------------------------------------- density
+
+contiguous_documents = [name for name in LAYOUTS if name != "interleaved"]
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+@pytest.mark.parametrize("layout", contiguous_documents)
+def test_expected_density_is_a_double_loop(layout: str, arity: int) -> None:
+    problem = make_problem(layout, length=12, arity=arity, heads=2, kv_heads=1, depths=(2, 2))
+    query, key = (leaf_distribution(role.probs, 2) for role in problem.routes)
+    causal, shared = problem.causal(), torch.zeros(2, dtype=torch.float64)
+    for b in range(2):
+        for i in range(12):
+            for j in range(12):
+                if causal[b, 0, i, j]:
+                    shared += (query[b, :, i] * key[b, :, j]).sum(-1)
+    expected = shared / causal[:, 0].sum()
+    assert largest_error(expected_density(query, key, problem.key), expected) < 1e-12
+    if layout != "plain":
+        assert largest_error(expected_density(query, key, contiguous_layout(2, 12)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("layout", contiguous_documents)
+def test_expected_density_of_hard_digits_is_the_plans(layout: str) -> None:
+    problem = make_problem(layout, depths=(3, 3, 3, 3), one_hot=True, window=1, sinks=0)
+    problem = replace(problem, routes=Routes(problem.routes.query, problem.routes.query))
+    leaves = leaf_distribution(problem.routes.query.probs, 3)
+    plan = problem.plan()
+    density = expected_density(leaves, leaves, problem.key)
+    assert largest_error(density, plan.visible_count() / plan.causal_count()) < 1e-12
+    assert density.max() < 0.9
+
+
+def test_expected_density_of_one_ball_is_1_and_of_padding_0() -> None:
+    leaves = torch.ones(2, 3, 24, 1)
+    for layout in contiguous_documents:
+        assert largest_error(expected_density(leaves, leaves, make_problem(layout).key), torch.ones(3)) < 1e-6
+    nothing = make_problem("left_padding", batch=4, length=9).key
+    nothing = replace(nothing, document=nothing.document[3:], position=torch.full_like(nothing.position[3:], -1))
+    assert torch.equal(expected_density(leaves[:1, :, :9], leaves[:1, :, :9], nothing), torch.zeros(3))
+
+
+# ---------------------------------------------------------------- kept mass
+
+
+def kept(problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None) -> Tensor:
+    """At depths `0..depth`."""
+    query = [leaves[:, :, rows] for leaves in leaf_distributions(problem.routes.query.probs.float(), depth)]
+    return kept_mass(
+        problem.q,
+        problem.k,
+        query,
+        leaf_distribution(problem.routes.key.probs.float(), depth),
+        problem.key,
+        rows,
+        local_window=problem.window,
+        num_sink_tokens=problem.sinks,
+        scale=problem.scale,
+        softcap=softcap,
+    )
+
+
+def kept_by_definition(problem: Problem, depth: int, softcap: float | None = None) -> Tensor:
+    """`sum_j A_ij m_ij` `[B, H, N]` for 0/1 or soft masks; padding counts as kept."""
+    always = always_visible(problem.query, problem.key, problem.window, problem.sinks)[:, None]
+    mask = torch.where(always, 1.0, tree_probability(replace(problem, depths=(depth,) * 4)))
+    total = (dense_probs(problem, softcap) * mask).sum(-1)
+    return torch.where(problem.key.real[:, None], total, 1.0)
+
+
+@pytest.mark.parametrize("one_hot", [True, False], ids=["hard", "soft"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_kept_mass_at_every_depth(layout: str, one_hot: bool) -> None:
+    problem = make_problem(layout, one_hot=one_hot)
+    rows = torch.tensor([0, 3, 11, 17, 23])
+    found = kept(problem, rows)
+    assert found.dtype == torch.float32 and found.shape == (5, 2, 4, 5)
+    for depth in range(5):
+        exact = kept_by_definition(problem, depth)[:, :, rows]
+        assert largest_error(found[depth], exact) < 1e-5
+    assert largest_error(found[0], torch.ones(2, 4, 5)) < 1e-6
+    assert found[4].min() < 0.9
+    wider = replace(problem, window=problem.window + 2)
+    assert largest_error(kept(wider, rows), found) > 1e-3
+
+
+def test_kept_mass_with_a_softcap() -> None:
+    problem, rows = make_problem("packed"), torch.arange(24)
+    found = kept(problem, rows, softcap=1.0)[4]
+    assert largest_error(found, kept_by_definition(problem, 4, softcap=1.0)) < 1e-5
+    assert largest_error(found, kept_by_definition(problem, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_minus_log_kept_is_a_divergence(layout: str) -> None:
+    """KL(masked attention || dense attention) of section 5, for a 0/1 mask."""
+    problem = make_problem(layout, one_hot=True)
+    dense = dense_probs(problem)
+    masked = dense.masked_fill(~problem.visible(), 0.0)
+    masked = masked / masked.sum(-1, keepdim=True)
+    divergence = torch.where(masked > 0, masked * (masked / dense).log(), 0.0).sum(-1)
+    found = kept(problem, torch.arange(24))
+    for head, depth in enumerate(problem.depths):
+        assert largest_error(-found[depth, :, head].log(), divergence[:, head]) < 1e-5
+    assert divergence[:, -1].max() > 0.1
+
+
+def test_kept_mass_gives_no_gradient_to_queries_and_keys() -> None:
+    problem = make_problem(dtype=torch.float32)
+    q, k = problem.q.requires_grad_(), problem.k.requires_grad_()
+    probs = problem.routes.key.probs.requires_grad_()
+    kept(problem, torch.arange(24))[-1].sum().backward()
+    assert q.grad is None and k.grad is None
+    assert probs.grad is not None and probs.grad.isfinite().all() and probs.grad.any()
+
+
+# ---------------------------------------------------------------- distillation
+
+
+def distil(problem: Problem, **changes: object) -> Tensor:
+    setting = {"num_queries": 1000, "density_weight": 0.0, **changes}
+    return distillation_loss(
+        problem.q,
+        problem.k,
+        problem.routes,
+        problem.key,
+        local_window=problem.window,
+        num_sink_tokens=problem.sinks,
+        scale=problem.scale,
+        **setting,
+    )
+
+
+@pytest.mark.parametrize("layout", ["plain", "left_padding", "packed"])
+def test_distillation_loss_without_a_price(layout: str) -> None:
+    problem = make_problem(layout)
+    exact = torch.stack([-kept_by_definition(problem, depth).log() for depth in range(1, 5)]).mean()
+    problem = replace(problem, routes=Routes(*(RoleDigits(r.probs.float(), r.digits) for r in problem.routes)))
+    assert largest_error(distil(problem), exact) < 1e-5
+    assert exact > 0.1
+
+
+def test_sampled_queries_are_unbiased() -> None:
+    problem = make_problem("packed", dtype=torch.float32)
+    torch.manual_seed(0)
+    losses = torch.stack([distil(problem, num_queries=6) for _ in range(400)])
+    assert losses.std() > 0.01
+    assert abs(losses.mean() - distil(problem)) < 4 * losses.std() / 20
+
+
+@pytest.mark.parametrize("layout", ["plain", "left_padding", "packed"])
+def test_distillation_price(layout: str) -> None:
+    """`p**d sum_b mean P_q(b) mean P_k(b)` over real tokens, averaged over depths and heads."""
+    problem = make_problem(layout, arity=3, dtype=torch.float32)
+    real, terms = problem.key.real, []
+    for depth in range(1, 5):
+        query, key = (leaf_distribution(role.probs.double(), depth) for role in problem.routes)
+        for head in range(4):
+            terms.append(3**depth * (query[:, head][real].mean(0) * key[:, head][real].mean(0)).sum())
+    price = distil(problem, density_weight=1.0) - distil(problem)
+    assert largest_error(price, torch.stack(terms).mean()) < 1e-5
+
+
+def test_the_price_prefers_spread_tokens_to_one_ball() -> None:
+    """It is linear in its weight."""
+    spread = make_problem(one_hot=True, dtype=torch.float32)
+    collapsed = role_of(torch.zeros_like(spread.routes.query.digits), 2)
+    prices = []
+    for problem in (spread, replace(spread, routes=Routes(collapsed, collapsed))):
+        free, tenth, whole = (distil(problem, density_weight=w) for w in (0.0, 0.1, 1.0))
+        assert largest_error(tenth - free, 0.1 * (whole - free)) < 1e-5
+        prices.append(whole - free)
+    assert prices[0] < prices[1] - 0.1
+
+
+def test_distillation_learns_planted_balls() -> None:
+    """Attention stays within four kinds of token, and the hidden states say which kind each token is."""
+    torch.manual_seed(0)
+    kind = torch.randint(4, (1, 64))
+    direction = 4 * torch.nn.functional.one_hot(kind, 8).float()[:, None].expand(1, 2, 64, 8)
+    q, k = (direction.clone().requires_grad_() for _ in range(2))
+    hidden_states = torch.randn(4, 12)[kind] + 0.1 * torch.randn(1, 64, 12)
+    router = TopologyRouter(12, 2, arity=2, depth=2, router_dim=16)
+    problem = make_problem(batch=1, length=64, heads=2, kv_heads=2, depths=(2, 2), window=2, sinks=1)
+    problem = replace(problem, q=q, k=k)
+
+    def loss_and_kept() -> tuple[Tensor, float]:
+        now = replace(problem, routes=router.route(hidden_states))
+        with torch.no_grad():
+            mass = kept(now, torch.arange(64), depth=2)[2].mean()
+        return distil(now, density_weight=0.1), float(mass)
+
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss, mass = loss_and_kept()
+        losses.append((loss.item(), mass))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (first, kept_first), (last, kept_last) = losses[0], losses[-1]
+    assert all(torch.tensor(losses).isfinite().flatten())
+    assert last < first - 0.1
+    assert kept_last > 0.9 > kept_first
+    assert q.grad is None and k.grad is None
+
+
+# ---------------------------------------------------------------- a loss that rides on an output
+
+CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda layer, x: layer(x),
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "non-reentrant": partial(checkpoint, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(0.5)], ids=["1", "1/4", "tensor"])
+@pytest.mark.parametrize("run", CHECKPOINTS.values(), ids=list(CHECKPOINTS))
+def test_attached_loss_gets_its_gradient_once(run: Callable[..., Tensor], scale: float | Tensor) -> None:
+    """Powers of two: the sums are exact."""
+    weight = torch.tensor([1.0, 2.0, -4.0], requires_grad=True)
+    x = torch.tensor([[8.0, 1.0, 2.0], [0.5, 4.0, 1.0]], requires_grad=True)
+    host = SimpleNamespace(auxiliary_scale=123.0)
+
+    def layer(x: Tensor) -> Tensor:
+        return attach_loss(x * weight, (weight**2).sum(), host)
+
+    out = run(layer, run(layer, x))  # two layers share the weight
+    assert torch.equal(out, x * weight * weight)
+    host.auxiliary_scale = scale  # read in backward
+    out.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(x.grad, (weight * weight).expand(2, 3))
+        main, auxiliary = 2 * weight * x.sum(0), 2 * (2 * weight)
+        assert torch.equal(weight.grad, main + scale * auxiliary)
+
+
+def test_attached_loss_reaches_the_router_of_a_frozen_output() -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    frozen = torch.randn(3, 2)
+    out = attach_loss(frozen, (weight**2).sum(), SimpleNamespace(auxiliary_scale=2.0))
+    assert torch.equal(out, frozen)
+    out.sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([4.0, 8.0]))
+
+
+def test_attached_loss_does_nothing_without_a_backward_pass_through_its_output() -> None:
+    weight = torch.tensor([1.0], requires_grad=True)
+    attach_loss(weight * 2, weight**2, SimpleNamespace(auxiliary_scale=1.0))
+    (weight * 8).sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([8.0]))
