@@ -137,8 +137,12 @@ class TopologyConfig(PeftConfig):
         self._check_float("density_weight", self.density_weight, 0.0, float("inf"))
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
-            for index in [layers] if isinstance(layers, int) else layers:
+            for index in layers if isinstance(layers, (list, tuple)) else [layers]:
                 self._check_int("layers_to_transform", index, 0)
+        names = self.target_modules
+        named = isinstance(names, (list, tuple, set)) and bool(names) and all(isinstance(name, str) for name in names)
+        if not (names is None or isinstance(names, str) or named):
+            raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {names!r}")
         self.visible_depth = self._checked_visible_depth()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -95,8 +95,9 @@ def layout_from_mask(mask: Tensor, past: SequenceLayout | None = None, past_leng
     first = visible.to(torch.uint8).argmax(-1)  # index of the first key a token sees: one per document
     layout = SequenceLayout(first, position)
     keys = layout if past is None else past.extended(layout)
+    expected = causal_pairs(layout, keys).tril(past_length)
     unfilled = visible[..., total:].any()
-    if unfilled or not torch.equal(causal_pairs(layout, keys), visible[..., :total] & real[:, :, None]):
+    if unfilled or not torch.equal(expected, visible[..., :total] & real[:, :, None]):
         raise UnsupportedModelError(
             "attention_mask must be causal within documents with padding hidden; this one is not (a prefix-LM, "
             "sliding-window, chunked or hand-made mask). Route full-attention layers only, see layers_to_transform."

@@ -14,8 +14,8 @@ from .router import Routes
 from .tree import ball
 from .visibility import always_visible
 
-#: Hidden pairs may exceed the largest visible logit without limit; their weight enters only the gradient,
-#: where exp(10) keeps it finite and bounded while ordering is preserved up to that gap.
+#: A hidden key's logit may exceed the visible ones without limit. Its weight enters only the router's gradient;
+#: exp(10) bounds it there.
 _MAX_GAP = 10.0
 
 
@@ -125,12 +125,12 @@ def bridged_attention(
             gate = torch.where(reach, soft - soft.detach(), 0.0)
             if bridge == "marginal":
                 target = soft.detach()
-        weight = (1 - homotopy + homotopy * target) + gate
-        # shift by the largest logit that carries weight, or a hidden maximum would underflow the visible ones
-        carried = causal & (weight > 0)
-        top = scores.detach().masked_fill(~carried, float("-inf")).amax(-1, keepdim=True)
-        gap = (scores - top.clamp(min=torch.finfo(scores.dtype).min)).clamp(max=_MAX_GAP)
-        weighted = torch.where(causal, gap.exp() * weight, 0.0)
+        # weights in the exponent, and shifted by the largest term: neither a hidden maximum nor a tiny weight can
+        # underflow the rest
+        weight = torch.where(causal, 1 - homotopy + homotopy * target, 0.0)
+        exponent = scores + weight.log()
+        top = exponent.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        weighted = (exponent - top).exp() + gate * (scores.detach() - top).clamp(max=_MAX_GAP).exp()
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
         out = (weighted.unflatten(1, (v.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)

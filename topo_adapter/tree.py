@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def _check(arity: int, depth: int) -> None:
-    if not isinstance(arity, int) or arity < 2:
+    if type(arity) is not int or arity < 2:
         raise ValueError(f"arity must be an integer >= 2, got {arity!r}")
-    if not isinstance(depth, int) or depth < 0:
+    if type(depth) is not int or depth < 0:
         raise ValueError(f"depth must be an integer >= 0, got {depth!r}")
     if arity**depth > 2**62:
         raise ValueError(f"arity ** depth must be at most 2**62 to fit an int64, got {arity}**{depth}")
@@ -41,10 +41,11 @@ def ball(address: Tensor, arity: int, depth: int | Tensor) -> Tensor:
 
     `depth` is an integer or an integer tensor that broadcasts against `address`.
     """
-    if isinstance(depth, int):
-        _check(arity, depth)
-        return address % arity**depth
-    return address % torch.pow(arity, depth.long())
+    if isinstance(depth, Tensor):
+        _check(arity, 0)
+        return address % torch.pow(arity, depth.long())
+    _check(arity, depth)
+    return address % arity**depth
 
 
 def valuation(x: Tensor, y: Tensor, arity: int, depth: int) -> Tensor:
