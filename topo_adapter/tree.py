@@ -25,7 +25,7 @@ def digits_to_address(digits: Tensor, arity: int) -> Tensor:
     """Pack digits `[..., L]`, each in `{0..arity-1}`, into addresses `[...]` (int64)."""
     depth = digits.shape[-1]
     _check(arity, depth)
-    powers = torch.tensor([arity**level for level in range(depth)], device=digits.device)
+    powers = torch.tensor([arity**level for level in range(depth)], device=digits.device, dtype=torch.long)
     return (digits.long() * powers).sum(-1)
 
 
