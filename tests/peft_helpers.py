@@ -48,10 +48,10 @@ _SIZES: dict[str, Any] = {
 _MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 FAMILIES: dict[str, Callable[..., Any]] = {
-    "llama": lambda **kw: LlamaConfig(**_SIZES, **kw),
-    "mistral": lambda **kw: MistralConfig(**_SIZES, sliding_window=None, **kw),
-    "qwen2": lambda **kw: Qwen2Config(**_SIZES, **kw),
-    "qwen3": lambda **kw: Qwen3Config(**_SIZES, head_dim=16, **kw),
+    "llama": lambda **kw: LlamaConfig(**{**_SIZES, **kw}),
+    "mistral": lambda **kw: MistralConfig(**{**_SIZES, "sliding_window": None, **kw}),
+    "qwen2": lambda **kw: Qwen2Config(**{**_SIZES, **kw}),
+    "qwen3": lambda **kw: Qwen3Config(**{**_SIZES, "head_dim": 16, **kw}),
     "gemma2": lambda **kw: Gemma2Config(
         **_SIZES,
         head_dim=16,
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma3": lambda **kw: Gemma3TextConfig(
         **_SIZES, head_dim=16, sliding_window=6, layer_types=_MIXED, query_pre_attn_scalar=16, **kw
     ),
-    "phi3": lambda **kw: Phi3Config(**_SIZES, **kw),
+    "phi3": lambda **kw: Phi3Config(**{**_SIZES, **kw}),
 }
 #: Layers that a default `TopologyConfig` routes: the full-attention ones.
 ROUTED = {name: [1, 3] if name in ("gemma2", "gemma3") else list(range(LAYERS)) for name in FAMILIES}
@@ -74,12 +74,12 @@ ROUTED = {name: [1, 3] if name in ("gemma2", "gemma3") else list(range(LAYERS)) 
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
     """A random model whose attention is peaked enough for a mask to matter, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**kwargs)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**kwargs)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "embed" not in name:
                 weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
-    return model
+    return model.to(dtype)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -33,6 +33,7 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import topo_adapter.layer
 from topo_adapter import (
@@ -231,6 +232,34 @@ def test_short_prompts(corner: Scene, length: int) -> None:
         same(logits_of(corner.form(form), ids), theirs)
 
 
+@pytest.mark.parametrize("route_per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_multi_query_and_multi_head_attention(kv_heads: int, route_per: str) -> None:
+    base = tiny(dtype=torch.float64, num_key_value_heads=kv_heads)
+    stranger = Stranger(base, WINDOW, SINKS)
+    depths = {0: [1, 2, 3, 4], 1: [3] * (kv_heads if route_per == "kv_head" else 4), 2: 2}
+    model = routed(base, visible_depth=depths, route_per=route_per)
+    theirs = stranger.logits(IDS, record_routes(model, IDS))
+    differ(logits_of(tiny(dtype=torch.float64, num_key_value_heads=kv_heads), IDS), theirs)
+    same(logits_of(model, IDS), theirs)
+    unloaded = model.merge_and_unload()
+    same(logits_of(unloaded, IDS), theirs)
+    same(feed(unloaded, IDS, DynamicCache(), [15, *[1] * 6]), theirs)
+
+
+@pytest.mark.parametrize("bridge", ["full", "masked", "marginal"])
+def test_evaluation_takes_the_hard_choice_with_and_without_grad(bridge: str) -> None:
+    """A bridge is for training; evaluation is one thing, whether or not somebody wants gradients."""
+    base = tiny(dtype=torch.float64)
+    stranger = Stranger(base, WINDOW, SINKS)
+    model = routed(base, gradient_bridge=bridge, temperature=0.7)
+    theirs = stranger.logits(IDS, record_routes(model, IDS))
+    same(logits_of(model, IDS), theirs)
+    same(model(input_ids=IDS).logits.detach(), theirs)
+    with torch.inference_mode():
+        same(model(input_ids=IDS).logits.clone(), theirs)
+
+
 @pytest.mark.parametrize("settings", [{"local_window": 1, "num_sink_tokens": 0}, {"local_window": 64}], ids=str)
 def test_extreme_windows(settings: dict[str, int]) -> None:
     base = tiny(dtype=torch.float64)
@@ -377,14 +406,44 @@ def test_static_cache_is_the_strangers(corner: Scene, form: str) -> None:
     assert torch.equal(generate(model, cache_implementation="static"), dynamic)
 
 
+@pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
+def test_decode_at_every_homotopy(homotopy: float) -> None:
+    model = routed(tiny(dtype=torch.float64), homotopy=homotopy)
+    whole = logits_of(model, IDS)
+    same(feed(model, IDS, DynamicCache(), [12, *[1] * (LENGTH - 12)]), whole)
+    padded_ids, mask = padded()
+    whole = logits_of(model, padded_ids, attention_mask=mask)[mask.bool()]
+    same(feed(model, padded_ids, DynamicCache(), [15, *[1] * (LENGTH - 15)], mask)[mask.bool()], whole)
+    for other in {0.0, 0.5, 1.0} - {homotopy}:  # control: the coefficient is in force
+        model.peft_config["default"].homotopy = other
+        differ(logits_of(model, padded_ids, attention_mask=mask)[mask.bool()], whole)
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_generated_tokens_are_the_strangers(corner: Scene, form: str) -> None:
+def test_inference_mode(corner: Scene, form: str) -> None:
     model = corner.form(form)
-    sequence = generate(model, max_new_tokens=12)
-    theirs = corner.stranger.logits(sequence, record_routes(model, sequence))
+    ids, mask = padded()
+    whole = logits_of(model, ids, attention_mask=mask)[mask.bool()]
+    with torch.inference_mode():
+        ours = feed(model, ids, DynamicCache(), [15, *[1] * (LENGTH - 15)], mask).clone()
+    same(ours[mask.bool()], whole)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("form", FORMS)
+def test_generated_tokens_are_the_strangers(form: str, task_type: str | None) -> None:
+    base = tiny(dtype=torch.float64)
+    stranger, dense = Stranger(base, WINDOW, SINKS), generate(base)
+    model = routed(base, task_type=task_type)
+    if form != "adapter":
+        model.merge_adapter()
+    if form == "unloaded":
+        model = model.merge_and_unload()
+    sequence = generate(model)
+    theirs = stranger.logits(sequence, record_routes(model, sequence))
     assert torch.equal(sequence[:, LENGTH:], theirs[:, LENGTH - 1 : -1].argmax(-1))
-    assert torch.equal(generate(model, max_new_tokens=12, use_cache=False), sequence)
-    assert not torch.equal(generate(corner.base, max_new_tokens=12), sequence)
+    assert torch.equal(generate(model, use_cache=False), sequence)
+    assert not torch.equal(dense, sequence)
 
 
 def test_beam_search_is_the_same_in_every_form(corner: Scene) -> None:
@@ -506,7 +565,7 @@ SIZES = [9, 1, 11]
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SOFT_AND_HARD)
 def test_packed_documents_are_separate_ones(case: Scene, form: str, use_cache: bool) -> None:
     """With a cache transformers itself builds no packing mask: only position_ids tell."""
     model = case.form(form)
@@ -584,6 +643,15 @@ def test_cache_filled_by_another_adapter_is_refused() -> None:
     model.set_adapter("b")
     with pytest.raises(CacheError):
         feed(model.eval(), IDS[:, 10:], cache, [11])
+
+
+@pytest.mark.parametrize("form", SOFT_AND_HARD)
+def test_unsuitable_caches_are_refused(form: str) -> None:
+    model = scene("untied-query_head-p2").form(form)
+    cache = DynamicCache(config=model.config)
+    cache.layers[2] = DynamicSlidingWindowLayer(sliding_window=8)
+    with pytest.raises(CacheError, match=r"layers\[2\]"):
+        feed(model, IDS, cache, [LENGTH])
 
 
 def test_unmerging_keeps_the_cache() -> None:

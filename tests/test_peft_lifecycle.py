@@ -315,6 +315,20 @@ def test_reloading_gives_the_same_logits(saved: tuple[Path, Tensor], load: Calla
     assert not torch.allclose(logits_of(model, IDS), logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_reloading_after_a_cast_gives_the_same_logits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The file's dtype is what is evaluated: a router cast with its model loses nothing more by saving."""
+    model = routed(tiny()).to(dtype)
+    if dtype == torch.float64:  # digits beyond float32, which the file keeps and the evaluation drops
+        with torch.no_grad():
+            for weight in router_parameters(model).values():
+                weight.mul_(1 + 1e-12)
+    logits = logits_of(model, IDS)
+    assert logits.dtype == dtype
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(tiny(dtype=dtype), tmp_path).eval(), IDS), logits)
+
+
 def test_loading_decides_trainability(saved: tuple[Path, Tensor]) -> None:
     for trainable in (False, True):
         model = PeftModel.from_pretrained(tiny(), saved[0], is_trainable=trainable).train()

@@ -10,7 +10,7 @@ document.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
@@ -28,10 +28,10 @@ class KeyRecords:
 
     Raises:
         CacheError: the cache layer's type cannot hold records, or it holds tokens without records because
-            they were cached while no topology was active.
+            they were cached while no topology was active, or with records of another router.
     """
 
-    def __init__(self, cache: Cache, layer: int) -> None:
+    def __init__(self, cache: Cache, layer: int, router: nn.Module) -> None:
         if not isinstance(cache, Cache):
             raise CacheError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
         _make_indexed(cache, layer)
@@ -45,9 +45,16 @@ class KeyRecords:
         if recorded != self.length:
             raise CacheError(
                 f"past_key_values holds {self.length} tokens in layer {layer} but key addresses for {recorded}: part "
-                "of it was filled while the topology adapter was disabled, unmerged at homotopy 0, or another one. "
+                "of it was filled while the topology adapter was disabled or at homotopy 0. "
                 "Start from a fresh cache."
             )
+        owner = id(router)  # an address means nothing on another router's tree
+        if self.length and slot.topology_router != owner:
+            raise CacheError(
+                f"past_key_values holds key addresses of another adapter in layer {layer}; start from a fresh cache "
+                "after set_adapter"
+            )
+        slot.topology_router = owner
         self._records: Tensor | None = slot.indexer_keys[:, : self.length] if self.length else None
 
     @property

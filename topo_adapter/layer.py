@@ -141,15 +141,15 @@ class TopologyHost(nn.Module):
 
         query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
         cache = kwargs.get("past_key_values")
-        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer)
+        if training and cache is not None and cache.get_seq_length(self.geometry.layer) > 0:
+            raise UnsupportedModelError(
+                "past_key_values must be empty in training: cached keys have addresses but no gradient. "
+                "Train on whole sequences, or call model.eval()."
+            )
+        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
         key = query
         if records is not None:
-            if training and records.length:
-                raise UnsupportedModelError(
-                    "past_key_values must be empty in training: cached keys have addresses but no gradient. "
-                    "Train on whole sequences, or call model.eval()."
-                )
             key_address, key = records.append(key_address, query)
         # cached keys have addresses only: no bridge to them
         whole = key_address.shape[-1] == query_address.shape[-1]
@@ -192,11 +192,17 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         )
         # under PEFT's low_cpu_mem_usage the parameters are created on meta and stay there until loaded
         self.topo_routers[adapter_name] = router if router.down.weight.is_meta else router.to(device)
+        self._attention_device = device
         self.topo_configs[adapter_name] = config
         BaseTunerLayer.set_adapter(self, self._active(), inference_mode=config.inference_mode)
 
     def _active(self) -> list[str]:
         return list(self.active_adapters)  # type: ignore[arg-type]  # BaseTunerLayer is untyped, Module says Tensor
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own looks for a wrapped base layer, which a child module does not have
+        if adapter_name in self.topo_routers:
+            self.topo_routers[adapter_name].to(device or self._attention_device)
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
         names = self.merged_adapters or [name for name in self._active() if name in self.topo_routers]
@@ -208,7 +214,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         assert isinstance(router, TopologyRouter)  # narrows the type; a ModuleDict holds plain Modules
         return router, self.topo_configs[names[0]], bool(self.merged_adapters)
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> list[str]:
         """The one adapter to merge here, or none. Raises MergeError if merging is refused."""
         names = [n for n in (adapter_names or self._active()) if n in self.topo_routers]
         if len(names) > 1:
@@ -220,19 +226,17 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
                     f"homotopy must be 1 to merge adapter {name!r}, got {homotopy}: the topology is not fully in "
                     "force, so the merged model would differ. Finish training, or set config.homotopy = 1."
                 )
+            for key, value in self.topo_routers[name].state_dict().items():
+                if safe_merge and not torch.isfinite(value).all():
+                    raise MergeError(f"router weight {key} of adapter {name!r} must be finite, got NaN or infinity")
         return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Freeze routing to the hard choice at the configured depths and switch to the hard path."""
-        names = check_adapters_to_merge(self, self.check_merge(adapter_names))
+        names = check_adapters_to_merge(self, self.check_merge(adapter_names, safe_merge))
         if self.merged_adapters and names:
             raise MergeError(f"adapter {self.merged_adapters[0]!r} is merged already; call unmerge_adapter first")
-        for name in names:
-            if safe_merge:
-                for key, value in self.topo_routers[name].state_dict().items():
-                    if not torch.isfinite(value).all():
-                        raise MergeError(f"router weight {key} of adapter {name!r} must be finite, got NaN or infinity")
-            self.merged_adapters.append(name)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Back to the unmerged path. No weight was changed, so this is exact."""
@@ -435,7 +439,7 @@ def topology_attention_forward(
         **setting,
         "depths": depths,
         "homotopy": config.homotopy,
-        "bridge": config.gradient_bridge,
+        "bridge": config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
     }
     routes = None if call.routes is None else _routes_per_head(call.routes, heads)
     addresses: tuple[Any, ...] = (

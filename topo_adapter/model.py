@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from .config import TopologyConfig
@@ -35,14 +37,33 @@ class TopologyModel(BaseTuner):
             peft_config.target_modules = find_full_attention(self.model)
         if isinstance(peft_config.target_modules, list):
             peft_config.target_modules = set(peft_config.target_modules)  # type: ignore[assignment]  # PEFT's form
-        if isinstance(peft_config.visible_depth, dict):
-            layers = model_config.get("num_hidden_layers") or model_config.get("text_config", {}).get(
-                "num_hidden_layers"
-            )
-            beyond = [layer for layer in peft_config.visible_depth if layers is not None and layer >= layers]
-            if beyond:
-                raise TopologyConfigError(f"visible_depth names layers {beyond}, but the model has {layers} layers")
+        self._check_targets(peft_config)
         return peft_config
+
+    def _check_targets(self, config: TopologyConfig) -> None:
+        """Check every target before the first is touched, so that a refusal leaves the model as it was."""
+        geometries = [
+            geometry_of(module, name)
+            for name, module in self.model.named_modules()
+            if name and self._check_target_module_exists(config, name)
+        ]
+        found = {geometry.layer for geometry in geometries}
+        for geometry in geometries:
+            config.depths_of_layer(geometry.layer, geometry.num_heads, geometry.num_kv_heads)
+        named = config.visible_depth.keys() if isinstance(config.visible_depth, dict) else []
+        wanted = {"visible_depth": set(named), "layers_to_transform": _layers_to_transform(config) or set()}
+        for name, layers in wanted.items():
+            if layers - found:
+                raise TopologyConfigError(
+                    f"{name} names layers {sorted(layers - found)}, which are not routed; routed are {sorted(found)}"
+                )
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        # PEFT looks at layers_to_transform for suffixes only, not for full names or a regex
+        if not check_target_module_exists(peft_config, key):
+            return False
+        layers = _layers_to_transform(peft_config)
+        return layers is None or getattr(self.model.get_submodule(key), "layer_idx", None) in layers
 
     def _create_and_replace(
         self,
@@ -66,10 +87,24 @@ class TopologyModel(BaseTuner):
             )
         layer.update_layer(adapter_name, peft_config, next(target.parameters()).device)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Switch the active (or the named) adapter to the hard path; see `TopologyLayer.merge`.
+
+        Raises:
+            MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite.
+        """
         for layer in _layers(self.model):  # before any layer changes, so that a refusal leaves no half-merged model
-            layer.check_merge()
+            layer.check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedModelError(
+                "adapter_names: one adapter per sample is not supported for topologies; call set_adapter and run the "
+                "samples of each adapter apart"
+            )
+        yield
 
     def _unload_and_optionally_merge(
         self,
@@ -80,7 +115,7 @@ class TopologyModel(BaseTuner):
     ) -> Any:
         if merge:
             for each in _layers(self.model):
-                each.check_merge(each.merged_adapters or adapter_names)
+                each.check_merge(each.merged_adapters or adapter_names, safe_merge)
         for module in list(self.model.modules()):
             layer: Any = getattr(module, CHILD, None)
             if not isinstance(layer, TopologyLayer):
@@ -110,7 +145,7 @@ class TopologyModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return {key: value for key, value in state_dict.items() if _marker(adapter_name) in key}
+        return _RouterTensors({key: value for key, value in state_dict.items() if _marker(adapter_name) in key})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -125,19 +160,11 @@ class TopologyModel(BaseTuner):
         wrapper = "base_model.model."  # in the file always, in the model only if it is a PeftModel
         expected = {wrapper + key.removeprefix(wrapper): value for key, value in expected.items()}
         given = {wrapper + key.removeprefix(wrapper): value for key, value in state_dict.items()}
-        missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-        if missing or unexpected:
-            raise AdapterFileError(
-                f"adapter {adapter_name!r} needs exactly its {len(expected)} router tensors; the file lacks "
-                f"{_some(missing)} and has unexpected {_some(unexpected)}. Check that adapter_config.json and the "
-                "base model belong to this file."
-            )
-        for key, value in given.items():
-            shape = own[expected[key]].shape
-            if value.shape != shape:
-                raise AdapterFileError(f"{key} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-            if not torch.isfinite(value).all():
-                raise AdapterFileError(f"{key} must be finite, got NaN or infinity")
+        try:
+            _check_file(adapter_name, {key: own[value] for key, value in expected.items()}, given)
+        except AdapterFileError:
+            _discard(model, adapter_name)  # or a router with random weights would stay in force
+            raise
         return {expected[key]: value for key, value in given.items()}
 
 
@@ -162,6 +189,47 @@ def find_full_attention(model: Any) -> list[str]:
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
     return sorted(suffixes) if sorted(matched) == sorted(names) else names
+
+
+class _RouterTensors(dict):
+    """Takes no further entries: PEFT would add resized embeddings, which are not ours to share or to load."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unexpected:
+        raise AdapterFileError(
+            f"adapter {adapter_name!r} needs exactly its {len(expected)} router tensors; the file lacks "
+            f"{_some(missing)} and has unexpected {_some(unexpected)}. Check that adapter_config.json and the base "
+            "model belong to this file."
+        )
+    for key, value in given.items():
+        if value.shape != expected[key].shape:
+            raise AdapterFileError(f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
+        if not torch.isfinite(value).all():
+            raise AdapterFileError(f"{key} must be finite, got NaN or infinity")
+
+
+def _discard(model: Any, adapter_name: str) -> None:
+    """Take an adapter out of a model; the last one takes the child modules along."""
+    for module in list(model.modules()):
+        child: Any = getattr(module, CHILD, None)
+        holds_it = isinstance(child, TopologyLayer) and adapter_name in child.topo_routers
+        if holds_it:
+            child.delete_adapter(adapter_name)
+            if not child.topo_routers:
+                uninstall(module)
+    model.peft_config.pop(adapter_name, None)
+
+
+def _layers_to_transform(config: PeftConfig) -> set[int] | None:
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None:
+        return None
+    return {layers} if isinstance(layers, int) else set(layers)
 
 
 def _check_model(model: nn.Module) -> None:
