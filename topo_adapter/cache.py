@@ -49,7 +49,7 @@ class KeyRecords:
                 "Start from a fresh cache."
             )
         owner = id(router)  # an address means nothing on another router's tree
-        if self.length and slot.topology_router != owner:
+        if self.length and getattr(slot, "topology_router", None) != owner:
             raise CacheError(
                 f"past_key_values holds key addresses of another adapter in layer {layer}; start from a fresh cache "
                 "after set_adapter"

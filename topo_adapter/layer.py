@@ -97,10 +97,9 @@ class TopologyHost(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.base_config: Any = attention.config
-        self.auxiliary_scale: float | Tensor = (
-            1.0  # gradient of the auxiliary loss; the trainer sets it, see training.py
-        )
-        self.auxiliary_ramp = 1.0  # factor on its weights; the callback sets it
+        # gradient of the auxiliary loss, set by the trainer, and factor on its weights, set by the callback
+        self.auxiliary_scale: float | Tensor = 1.0
+        self.auxiliary_ramp = 1.0
         self.metrics: dict[str, Tensor] = {}
         self.recorder: dict[int, RecordedRoutes] | None = None
         self.distillation: Distillation | None = None
@@ -114,7 +113,7 @@ class TopologyHost(nn.Module):
         """Visible depth of each query head."""
         return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
 
-    def prepare(self, attention: nn.Module, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
+    def prepare(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
         """Route the hidden states `[B, T, hidden_size]` that enter the attention module.
 
         Returns None where the base attention is all there is to run.
@@ -337,7 +336,7 @@ def hosts(model: nn.Module) -> list[TopologyHost]:
 def _route_forward(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     host = getattr(attention, CHILD)
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    call = host.prepare(attention, hidden_states, kwargs)
+    call = host.prepare(hidden_states, kwargs)
     return args, kwargs if call is None else {**kwargs, "topology": call}
 
 
@@ -397,70 +396,77 @@ def topology_attention_forward(
     base = base_attention(module)
     if topology is None:
         return base(module, query, key, value, attention_mask, **kwargs)
-    _refuse_unmodelled(query, topology.host.geometry, kwargs)
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    softcap = kwargs.get("softcap")
-    call, config, host = topology, topology.config, topology.host
-    heads, depths = query.shape[1], topology.host.depths(topology.config)
-    setting: dict[str, Any] = {
-        "arity": config.arity,
-        "local_window": config.local_window,
-        "num_sink_tokens": config.num_sink_tokens,
-        "scale": scale,
-        "softcap": softcap,
-    }
+    host, config = topology.host, topology.config
+    _refuse_unmodelled(query, host.geometry, kwargs)
+    depths = host.depths(config)
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    scores: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap")}
 
-    if call.training or host.distillation is not None:
-        with torch.no_grad():
-            plan = plan_of(call, depths)
-            host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
-
-    if host.distillation is not None:
-        assert call.routes is not None  # prepare() keeps them when distilling
-        with torch.enable_grad():
-            loss = distillation_loss(
-                query.detach(),
-                key.detach(),
-                _routes_per_head(call.routes, heads),
-                call.key,
-                num_queries=host.distillation.num_queries,
-                density_weight=host.distillation.density_weight,
-                **{name: value for name, value in setting.items() if name != "arity"},
-            )
-        host.distillation.losses.append(loss)
-        return base(module, query, key, value, attention_mask, **kwargs)
-
-    if call.merged:
-        out = hard_attention(query, key, value, plan_of(call, depths), scale, softcap)
+    if topology.merged:
+        out = hard_attention(query, key, value, plan_of(topology, depths), **scores)
         return out.transpose(1, 2), None
 
-    bridge: dict[str, Any] = {
-        **setting,
-        "depths": depths,
-        "homotopy": config.homotopy,
-        "bridge": config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
-    }
-    routes = None if call.routes is None else _routes_per_head(call.routes, heads)
-    addresses: tuple[Any, ...] = (
+    weights = None
+    if topology.training or host.distillation is not None:
+        with torch.no_grad():
+            plan = plan_of(topology, depths)
+            host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
+    if config.homotopy == 0 or host.distillation is not None:
+        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        if host.distillation is not None:
+            _report_distillation(topology, query.detach(), key.detach(), scores)
+        elif topology.routes is not None and topology.routes.query.probs.requires_grad:
+            # adds exactly zero to the base's output and the router's gradient to the backward pass
+            extra = _bridged(topology, query.detach(), key.detach(), value.detach(), depths, scores)
+            out = out + (extra - extra.detach())
+    else:
+        out = _bridged(topology, query, key, value, depths, scores)
+    if topology.training and topology.routes is not None:
+        out = _with_auxiliary_loss(out, topology, depths)
+    return out, weights
+
+
+def _bridged(
+    call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
+) -> Tensor:
+    """The unmerged topology's attention, `[B, T, H, D]`."""
+    heads, config = len(depths), call.config
+    out = bridged_attention(
+        query,
+        key,
+        value,
+        None if call.routes is None else _routes_per_head(call.routes, heads),
         _per_head(call.query_address, heads),
         _per_head(call.key_address, heads),
         call.query,
         call.key,
+        arity=config.arity,
+        depths=depths,
+        local_window=config.local_window,
+        num_sink_tokens=config.num_sink_tokens,
+        homotopy=config.homotopy,
+        bridge=config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
+        **scores,
     )
-    if config.homotopy == 0:
-        out, weights = base(module, query, key, value, attention_mask, **kwargs)
-        if routes is not None and routes.query.probs.requires_grad:
-            # adds exactly zero to the base's output and the router's gradient to the backward pass
-            detached = (query.detach(), key.detach(), value.detach())
-            extra = bridged_attention(*detached, routes, *addresses, **bridge).transpose(1, 2)
-            out = out + (extra - extra.detach())
-    else:
-        out = bridged_attention(query, key, value, routes, *addresses, **bridge).transpose(1, 2)
-        weights = None
-    if call.training and call.routes is not None:
-        out = _with_auxiliary_loss(out, call, depths)
-    return out, weights
+    return out.transpose(1, 2)
+
+
+def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores: dict[str, Any]) -> None:
+    distillation, config = call.host.distillation, call.config
+    assert distillation is not None and call.routes is not None  # prepare() keeps the routes when distilling
+    with torch.enable_grad():
+        loss = distillation_loss(
+            query,
+            key,
+            _routes_per_head(call.routes, query.shape[1]),
+            call.key,
+            local_window=config.local_window,
+            num_sink_tokens=config.num_sink_tokens,
+            num_queries=distillation.num_queries,
+            density_weight=distillation.density_weight,
+            **scores,
+        )
+    distillation.losses.append(loss)
 
 
 def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> Tensor:
