@@ -105,6 +105,16 @@ def test_hard_attention_in_low_precision(layout: str, dtype: torch.dtype) -> Non
     check_rounding(hard(problem), same_dtype, reference(problem))
 
 
+@pytest.mark.parametrize("attend", [hard, lambda problem: bridged(problem, 1.0)], ids=["hard", "bridged"])
+def test_scores_beyond_float16(attend: Callable[[Problem], Tensor]) -> None:
+    """8 * 100^2 > 65504. All scores are equal, so the output is that of zero scores."""
+    problem = make_problem("packed", dtype=torch.float16)
+    zero = replace(problem, q=torch.zeros_like(problem.q))
+    large = replace(problem, q=torch.full_like(problem.q, 100), k=torch.full_like(problem.k, 100))
+    assert (large.q @ large.q.transpose(-1, -2)).isinf().all()
+    check_rounding(attend(large), weighted_attention(zero, zero.visible().half()), reference(zero))
+
+
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 @pytest.mark.parametrize("softcap", [0.5, 5.0])
 def test_hard_attention_with_a_softcap(layout: str, softcap: float) -> None:
@@ -289,6 +299,15 @@ def test_padding_is_zero_and_its_content_is_ignored(attend: Callable[[Problem], 
     out = attend(problem)
     assert not out[:, :, 18:].any() and out[:, :, :18].any()
     assert torch.equal(attend(redrawn(problem, slice(18, None))), out)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_hard_attention_reads_no_padding(name: str) -> None:
+    """As the kernels: NaN in padding stays there, even if a document is shorter than the number of sinks."""
+    problem = make_problem("right_padding", length=8, sinks=9, window=1)
+    tensor = getattr(problem, name).clone()
+    tensor[:, :, 6:] = float("nan")
+    assert torch.equal(hard(replace(problem, **{name: tensor})), hard(problem))
 
 
 def test_rows_without_any_token() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import largest_error
 from torch import Tensor
 
+from topo_adapter.errors import TopologyConfigError
 from topo_adapter.router import TopologyRouter, relax
 from topo_adapter.tree import digits_to_address
 
@@ -188,6 +189,15 @@ def test_standardised_start_spreads_tokens_that_share_a_component(arity: int, ti
             F.one_hot(crowded.digits, arity).double().mean((0, 2)),
         )
         assert shares[0].max() < 0.75 and shares[1].max() > 0.95
+
+
+def test_a_collapsed_router_cannot_be_standardised() -> None:
+    """Its logits are constant: rescaling them would silently undo the collapse."""
+    router = make_router(2, init_weights="collapse")
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    with pytest.raises(TopologyConfigError, match="init_weights"):
+        router.standardise(hidden_states(4, 50))
+    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
 
 
 # ---------------------------------------------------------------- sampling

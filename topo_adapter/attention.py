@@ -143,12 +143,14 @@ def _local_pass(
         scores = [_scores(qg, ks[:, None, low:high], scale, softcap)]
         visible = [(rank >= start) & (rank < end)]
         sink = first + torch.arange(sinks, device=q.device)  # [M, num_sinks], one set per query: packing
-        visible.append(sink < start)
+        present = sink < start
+        visible.append(present)
         sink = sink.clamp(max=order.numel() - 1)
+        sink_values = vs[:, sink].masked_fill(~present[..., None], 0.0)  # absent sinks may point at padding
         scores.append(_scores(qg[..., None, :], ks[:, sink][:, None], scale, softcap)[..., 0, :])
         probs, lse = _masked_softmax(torch.cat(scores, -1), torch.cat(visible, -1))
         window, far = probs.split([high - low, sinks], -1)
-        out = window @ vs[:, None, low:high] + (far[..., None, :] @ vs[:, sink][:, None])[..., 0, :]
+        out = window @ vs[:, None, low:high] + (far[..., None, :] @ sink_values[:, None])[..., 0, :]
         outs.append(out.flatten(0, 1))
         lses.append(lse.flatten(0, 1))
     return torch.cat(outs, 1), torch.cat(lses, 1)

@@ -183,6 +183,8 @@ class TopologyConfig(PeftConfig):
             # JSON turns integer keys into strings
             index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
             self._check_int("visible_depth keys (layer indices)", index, 0)
+            if index in checked:
+                raise TopologyConfigError(f"visible_depth must name each layer once, got layer {index} twice")
             for d in depths if isinstance(depths, (list, tuple)) else [depths]:
                 self._check_int(f"visible_depth[{layer}]", d, 0, self.depth)
             checked[index] = list(depths) if isinstance(depths, (list, tuple)) else depths

@@ -365,6 +365,8 @@ def _layout(
     if mask.ndim == 2:
         real = mask.bool()[:, : past_length + length]
         return layout_from_padding(real).last(length)
+    if mask.ndim == 4 and mask.shape[0] == 1 < batch:
+        mask = mask.expand(batch, -1, -1, -1)
     return layout_from_mask(mask, past, past_length)
 
 

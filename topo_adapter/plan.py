@@ -81,10 +81,10 @@ def build_plan(
     query_rank = rank(query.position, query_ball, query).masked_fill(~query.real[:, None], _EXCLUDED)
     query_order = query_rank.argsort(-1)
     first = rank(torch.zeros_like(query.position), query_ball, query)
-    reach = (query.position - local_window + 1).clamp(min=0)  # keys at positions below this are out of the window
+    # keys below this position are out of the window; 0 for padding, whose range is empty then
+    reach = (query.position - local_window + 1).clamp(min=0)
     start = torch.searchsorted(sorted_rank, first)
     end = torch.searchsorted(sorted_rank, rank(reach, query_ball, query))
-    end = torch.where(query.real[:, None], end, start)
 
     place = (key.document * span + key.position).masked_fill(~key.real, _EXCLUDED)
     sorted_place, local_order = place.sort(-1)

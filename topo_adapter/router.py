@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import TopologyConfigError
 from .tree import digits_to_address
 
 
@@ -111,6 +112,9 @@ class TopologyRouter(nn.Module):
 
         Args:
             hidden_states: `[B, T, hidden_size]`, `B * T >= 2`.
+
+        Raises:
+            TopologyConfigError: a logit is the same for all tokens, as in a collapsed router.
         """
         h = F.gelu(self.down(hidden_states)).flatten(0, -2)
         for projection in (self.query, self.key):
@@ -118,7 +122,11 @@ class TopologyRouter(nn.Module):
                 continue
             free = projection(h)
             deviation, mean = torch.std_mean(free, dim=0)
-            deviation = deviation.clamp(min=1e-6)
+            if (deviation < 1e-6).any():
+                raise TopologyConfigError(
+                    "init_weights must be 'random' to initialise routers from data: a collapsed router's logits are "
+                    "constant"
+                )
             projection.weight.copy_(projection.weight / deviation[:, None])
             projection.bias.copy_((projection.bias - mean) / deviation)
 
