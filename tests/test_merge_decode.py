@@ -164,22 +164,23 @@ def test_eval_mode_is_the_strangers(case: Scene) -> None:
 
 
 def test_merged_is_the_strangers(case: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls = 0
     hard = topo_adapter.layer.hard_attention
 
-    def spy(*args: Any) -> Tensor:
-        calls.append(args)
-        return hard(*args)
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return hard(*args, **kwargs)
 
     monkeypatch.setattr(topo_adapter.layer, "hard_attention", spy)
     model = case.form("merged")
     same(logits_of(model, IDS), case.logits)
-    assert len(calls) == LAYERS  # the hard path ran, not the soft one
+    assert calls == LAYERS  # the hard path ran, not the soft one
     model.train()
     same(logits_of(model, IDS), case.logits)  # and no noise in training mode
     model.unmerge_adapter()
     logits_of(model.eval(), IDS)
-    assert len(calls) == 2 * LAYERS
+    assert calls == 2 * LAYERS
 
 
 def test_reloaded_is_the_strangers(case: Scene, tmp_path: Path) -> None:

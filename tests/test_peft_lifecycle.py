@@ -476,6 +476,25 @@ def test_refused_file_leaves_no_random_router_in_force(saved: tuple[Path, Tensor
     assert torch.equal(logits_of(base, IDS), before)
 
 
+def test_refused_file_does_not_take_a_trained_adapter_with_it(saved: tuple[Path, Tensor]) -> None:
+    """A trainer that resumes loads over the adapter in place; a damaged checkpoint must not cost what was learned."""
+    damage(saved[0], _nan)
+    model = routed(tiny(), seed=2)
+    logits, before = logits_of(model, IDS), weights_of(model)
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(saved[0], adapter_name="default")
+    assert_same_weights(model, before)
+    assert torch.equal(logits_of(model, IDS), logits)
+
+
+def test_loading_over_an_adapter_in_place(saved: tuple[Path, Tensor]) -> None:
+    """Negative control of the test above, and what a trainer does at the end to load its best checkpoint."""
+    model = routed(tiny(), seed=2, visible_depth={0: 2, 1: [0, 1, 2, 3], 3: 4})
+    assert not torch.allclose(logits_of(model, IDS), saved[1], atol=1e-2)
+    model.load_adapter(saved[0], adapter_name="default")
+    assert torch.equal(logits_of(model.eval(), IDS), saved[1])
+
+
 # ---------------------------------------------------------------- disable, switch, delete, unload
 
 
@@ -612,6 +631,25 @@ def test_base_state_dict_is_untouched() -> None:
     fresh.load_state_dict(inside)  # keys and shapes are those of a plain model
     base.load_state_dict(weights_of(tiny(seed=2)), strict=False)
     assert torch.equal(base.lm_head.weight, tiny(seed=2).lm_head.weight)
+
+
+def test_peft_reports_on_the_model(capsys: pytest.CaptureFixture) -> None:
+    model = routed(tiny())
+    routers = sum(weight.numel() for weight in router_parameters(model).values())
+    model.print_trainable_parameters()
+    assert f"trainable params: {routers:,}" in capsys.readouterr().out
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "TOPOLOGY"} and status.num_adapter_layers == LAYERS
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    assert len(model.get_layer_status()) == LAYERS
+
+
+def test_layers_can_be_inspected() -> None:
+    """PEFT's `weight` and `bias` properties look for a wrapped base layer; a child module has none."""
+    layer = next(module for module in routed(tiny()).modules() if isinstance(module, TopologyLayer))
+    assert not hasattr(layer, "weight") and not hasattr(layer, "bias")
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -104,6 +104,7 @@ class TopologyHost(nn.Module):
         self.recorder: dict[int, RecordedRoutes] | None = None
         self.distillation: Distillation | None = None
         self.standardising = False
+        self.unused: set[str] = set()  # adapters that were never loaded nor run
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
         """The active router, its configuration and whether it is merged; None if the base is to run."""
@@ -118,6 +119,7 @@ class TopologyHost(nn.Module):
 
         Returns None where the base attention is all there is to run.
         """
+        self.unused.clear()
         active = self.in_force()
         if active is None:
             return None
@@ -193,10 +195,18 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         self.topo_routers[adapter_name] = router if router.down.weight.is_meta else router.to(device)
         self._attention_device = device
         self.topo_configs[adapter_name] = config
+        self.unused.add(adapter_name)
         BaseTunerLayer.set_adapter(self, self._active(), inference_mode=config.inference_mode)
 
     def _active(self) -> list[str]:
         return list(self.active_adapters)  # type: ignore[arg-type]  # BaseTunerLayer is untyped, Module says Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """PEFT's mixin promises the weight of a wrapped base layer; there is none."""
+        raise AttributeError("a topology layer is a child of its attention module and wraps no weight")
+
+    bias = weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own looks for a wrapped base layer, which a child module does not have

@@ -165,6 +165,8 @@ class TopologyModel(BaseTuner):
         except AdapterFileError:
             _discard(model, adapter_name)  # or a router with random weights would stay in force
             raise
+        for layer in _layers(model):
+            layer.unused.discard(adapter_name)
         return {expected[key]: value for key, value in given.items()}
 
 
@@ -214,7 +216,9 @@ def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str,
 
 
 def _discard(model: Any, adapter_name: str) -> None:
-    """Take an adapter out of a model; the last one takes the child modules along."""
+    """Take an adapter that was never used out of a model; the last one takes the child modules along."""
+    if not any(adapter_name in layer.unused for layer in _layers(model)):
+        return  # it was trained or loaded before: a damaged file must not cost it
     for module in list(model.modules()):
         child: Any = getattr(module, CHILD, None)
         holds_it = isinstance(child, TopologyLayer) and adapter_name in child.topo_routers
