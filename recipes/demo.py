@@ -207,7 +207,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
         "train_seconds": train_seconds,
         "total_seconds": time.perf_counter() - started,
         "continuations": texts,
-        "held_out": f"{arguments.eval_windows} windows of {length} tokens, every fifth standard-library module",
+        "held_out": f"{arguments.eval_windows} windows of {length} tokens, held-out standard-library modules",
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(model.device)},
         "versions": {m.__name__: m.__version__ for m in (topo_adapter, torch, transformers)}
         | {"python": platform.python_version()},

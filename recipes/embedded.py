@@ -7,6 +7,7 @@ source of Python's own standard library, which is on every machine.
 from __future__ import annotations
 
 import importlib.util
+import random
 import sysconfig
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-#: Every fifth module of the standard library, in alphabetical order, is held out from training.
-HELD_OUT_EVERY = 5
+#: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
+HELD_OUT_EVERY, SPLIT_SEED = 5, 0
 
 
 def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
@@ -47,6 +48,7 @@ def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
 def standard_library() -> tuple[list[Path], list[Path]]:
     """Source files of Python's standard library as `(training, held_out)`; no file is in both."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(SPLIT_SEED).shuffle(files)
     held_out = files[::HELD_OUT_EVERY]
     return [file for file in files if file not in held_out], held_out
 

@@ -58,12 +58,12 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         sliding_window=6,
         layer_types=_MIXED,
         attn_logit_softcapping=2.0,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=7,
         attn_implementation="eager",  # transformers' sdpa refuses the soft cap
         **kw,
     ),
     "gemma3": lambda **kw: Gemma3TextConfig(
-        **_SIZES, head_dim=16, sliding_window=6, layer_types=_MIXED, query_pre_attn_scalar=16, **kw
+        **_SIZES, head_dim=16, sliding_window=6, layer_types=_MIXED, query_pre_attn_scalar=7, **kw
     ),
     "phi3": lambda **kw: Phi3Config(**{**_SIZES, **kw}),
 }

@@ -116,13 +116,10 @@ def bridged_attention(
         always = always_visible(part, key, local_window, num_sink_tokens)[:, None]
         hard = always | ((query_ball[:, :, rows, None] == key_ball[:, :, None]) & causal)
         scores = scaled_scores(q, k, scale, softcap)
-        target = hard.to(scores.dtype)
-        gate = target.new_zeros(())
+        target, soft = hard.to(scores.dtype), None
         if probs is not None and key_probs is not None:
             soft = shared_prefix_probability(probs, key_probs, depths).to(scores.dtype)
             soft = torch.where(always, 1.0, soft)
-            reach = hard if bridge == "masked" else causal
-            gate = torch.where(reach, soft - soft.detach(), 0.0)
             if bridge == "marginal":
                 target = soft.detach()
         # weights in the exponent, and shifted by the largest term: neither a hidden maximum nor a tiny weight can
@@ -130,7 +127,11 @@ def bridged_attention(
         weight = torch.where(causal, 1 - homotopy + homotopy * target, 0.0)
         exponent = scores + weight.log()
         top = exponent.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        weighted = (exponent - top).exp() + gate * (scores.detach() - top).clamp(max=_MAX_GAP).exp()
+        weighted = (exponent - top).exp()
+        if soft is not None:  # zero in the forward pass, the router's gradient in the backward pass
+            reach = hard if bridge == "masked" else causal
+            gap = (scores.detach() - top).clamp(max=_MAX_GAP)
+            weighted = weighted + torch.where(reach, soft - soft.detach(), 0.0) * gap.exp()
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
         out = (weighted.unflatten(1, (v.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
