@@ -494,6 +494,18 @@ def test_refused_file_does_not_take_a_trained_adapter_with_it(saved: tuple[Path,
     assert torch.equal(logits_of(model, IDS), logits)
 
 
+def test_refused_file_leaves_no_idle_adapter_behind(saved: tuple[Path, Tensor]) -> None:
+    """Another adapter's forward does not make the fresh one a used one."""
+    damage(saved[0], _nan)
+    model = routed(tiny(), seed=2)
+    model.add_adapter("b", TopologyConfig.from_pretrained(saved[0]))
+    logits = logits_of(model, IDS)
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(saved[0], adapter_name="b")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits_of(model, IDS), logits)
+
+
 def test_loading_over_an_adapter_in_place(saved: tuple[Path, Tensor]) -> None:
     """Negative control of the test above, and what a trainer does at the end to load its best checkpoint."""
     model = routed(tiny(), seed=2, visible_depth={0: 2, 1: [0, 1, 2, 3], 3: 4})

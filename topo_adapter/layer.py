@@ -104,7 +104,7 @@ class TopologyHost(nn.Module):
         self.recorder: dict[int, RecordedRoutes] | None = None
         self.distillation: Distillation | None = None
         self.standardising = False
-        self.unused: set[str] = set()  # adapters that were never loaded nor run
+        self.unused: set[str] = set()  # adapters that were never loaded nor in force
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
         """The active router, its configuration and whether it is merged; None if the base is to run."""
@@ -119,7 +119,6 @@ class TopologyHost(nn.Module):
 
         Returns None where the base attention is all there is to run.
         """
-        self.unused.clear()
         active = self.in_force()
         if active is None:
             return None
@@ -219,6 +218,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
             return None
         if len(names) > 1:
             raise MergeError(f"one topology adapter can be active at a time, got {names}; call set_adapter with one")
+        self.unused.discard(names[0])
         router = self.topo_routers[names[0]]
         assert isinstance(router, TopologyRouter)  # narrows the type; a ModuleDict holds plain Modules
         return router, self.topo_configs[names[0]], bool(self.merged_adapters)
