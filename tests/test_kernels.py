@@ -169,7 +169,8 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 @contextmanager
 def tile(size: int) -> Iterator[None]:
-    with mock.patch.object(attention, "choose_blocks", lambda *_: attention.Blocks(size, size, 4, 2)):
+    blocks = attention.Blocks(size, size, 4, 2)
+    with mock.patch.object(attention, "choose_tiles", lambda *_: attention.Tiles(blocks, blocks)):
         yield
 
 
@@ -238,6 +239,8 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                 found = max(found, float((got - exact).abs().max()))
                 eager_error = max(eager_error, float((same_dtype - exact).abs().max()))
                 floor = max(floor, 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()))
+                if case.dtype == torch.float32:  # between the passes the output is rounded once more
+                    floor = max(floor, 2 * torch.finfo(case.dtype).eps * float(exact.abs().max()))
     return found, (3 if case.dtype == torch.float32 else 2) * eager_error + floor
 
 

@@ -1,14 +1,13 @@
-"""Hard topology attention, forward only: a tree pass and a local pass (kernels/README.md).
+"""Hard topology attention, forward: a local pass and a tree pass (kernels/README.md).
 
-Each query attends to three contiguous ranges of sorted keys: its ball (tree pass, keys sorted by ball), its
-window and its document's sinks (local pass, keys sorted by position). The ranges are disjoint. The tree pass
-leaves a normalised output and its log-sum-exp; the local pass takes these as the state its online softmax
-starts from, which is the log-sum-exp merge. No `T x S` tensor, no atomics, fixed summation order.
+Each query attends to three contiguous ranges of sorted keys: its window and its document's sinks (local pass, keys
+sorted by position) and its ball (tree pass, keys sorted by ball). The ranges are disjoint. The local pass leaves a
+normalised output and its log-sum-exp; the tree pass takes these as the state its online softmax starts from, which is
+the log-sum-exp merge, and writes over them. No `T x S` tensor, no atomics, fixed summation order.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +17,7 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
 
 _NEVER = tl.constexpr(2**31 - 1)  # above any rank
+_LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
 _LOG2E = tl.constexpr(1 / math.log(2))
 
 
@@ -36,13 +36,15 @@ def _tanh(b_x):
 
 
 @triton.jit
-def _attend(
+def _attend_run(
     b_q,  # [BLOCK_M, BLOCK_D]
     b_acc,  # [BLOCK_M, BLOCK_D] fp32, unnormalised output
-    b_max,  # [BLOCK_M] fp32, largest score so far, base 2
+    b_max,  # [BLOCK_M] fp32, largest score so far, base 2, finite
     b_sum,  # [BLOCK_M] fp32
-    b_start,  # [BLOCK_M] int32, ranks in p_order
+    b_start,  # [BLOCK_M] int32, ranks
     b_end,  # [BLOCK_M] int32
+    lo,
+    hi,
     p_order,
     p_k,
     p_v,
@@ -53,12 +55,78 @@ def _attend(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Go on with the online softmax over each row's own range `[b_start, b_end)` of `p_order`."""
+    """Go on with the online softmax over the ranks `[lo, hi)`: each row's own part of them if MASKED, else all,
+    and then `hi - lo` is a multiple of BLOCK_N. Rank `r` is key `order[r]`, or key `r` without HAS_ORDER."""
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    for i_n in range(lo, hi, BLOCK_N):
+        o_rank = i_n + o_n
+        m_n = o_rank < hi
+        o_key = o_rank
+        if HAS_ORDER:
+            if MASKED:
+                o_key = tl.load(p_order + o_rank, mask=m_n, other=0)
+            else:
+                o_key = tl.load(p_order + o_rank)
+        o_key = o_key.to(tl.int64)
+        p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
+        p_vt = p_v + o_key[:, None] * stride_vs + o_d[None, :]  # [BLOCK_N, BLOCK_D]
+        if MASKED:
+            b_kt = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
+        elif D == BLOCK_D:
+            b_kt = tl.load(p_kt)
+        else:
+            b_kt = tl.load(p_kt, mask=m_d[:, None], other=0.0)
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if HAS_CAP:
+            b_s = score_cap * _tanh(b_s * score_scale)
+        else:
+            b_s = b_s * score_scale
+        if MASKED:
+            m_s = (o_rank[None, :] >= b_start[:, None]) & (o_rank[None, :] < b_end[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_decay = tl.exp2(b_max - b_new)
+        b_probs = tl.exp2(b_s - b_new[:, None])
+        b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
+        if MASKED:
+            b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        elif D == BLOCK_D:
+            b_v = tl.load(p_vt)
+        else:
+            b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
+        b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+        b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _attend(
+    b_q,
+    b_acc,
+    b_max,
+    b_sum,
+    b_start,
+    b_end,
+    p_order,
+    p_k,
+    p_v,
+    stride_ks,
+    stride_vs,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Go on with the online softmax over each row's own range `[b_start, b_end)`."""
     b_start = tl.where(b_start < b_end, b_start, _NEVER)
     lo = tl.min(b_start, 0)
     while lo < _NEVER:
@@ -69,28 +137,143 @@ def _attend(
         while reach > hi:
             hi = reach
             reach = tl.max(tl.where(b_start <= hi + BLOCK_N, b_end, 0), 0)
-        for i_n in range(lo, hi, BLOCK_N):
-            o_rank = i_n + o_n
-            m_n = o_rank < hi
-            o_key = tl.load(p_order + o_rank, mask=m_n, other=0).to(tl.int64)
-            p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
-            b_kt = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
-            b_s = tl.dot(b_q, b_kt, input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
-            if HAS_CAP:
-                b_s = score_cap * _tanh(b_s)
-            m_s = (o_rank[None, :] >= b_start[:, None]) & (o_rank[None, :] < b_end[:, None])
-            b_s = tl.where(m_s, b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
-            b_decay = tl.exp2(b_max - b_shift)
-            b_probs = tl.exp2(b_s - b_shift[:, None])
-            b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
-            p_vt = p_v + o_key[:, None] * stride_vs + o_d[None, :]  # [BLOCK_N, BLOCK_D]
-            b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-            b_max = b_new
+        b_acc, b_max, b_sum = _attend_run(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_start,
+            b_end,
+            lo,
+            hi,
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            HAS_ORDER,
+            HAS_CAP,
+            True,
+        )
         lo = tl.min(tl.where(b_start > hi, b_start, _NEVER), 0)
     return b_acc, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["T", "S", "num_sink_tokens"])
+def _local_kernel(
+    q,
+    k,
+    v,
+    local_order,  # [B, S], unused without HAS_ORDER
+    document_start,  # [B, T]
+    local_start,
+    local_end,
+    out,  # [B, T, H, D]
+    lse,  # [B, H, T] fp32, base 2
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    T,
+    S,
+    H,
+    num_sink_tokens,
+    score_scale,
+    score_cap,
+    GROUP: tl.constexpr,  # query heads of one program: they share keys
+    KV_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SINK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    n_m = tl.cdiv(T, TOKENS)
+    i_m = tl.program_id(0) % n_m
+    i_bg = tl.program_id(0) // n_m
+    i_b = (i_bg // (H // GROUP)).to(tl.int64)
+    i_first = i_bg % (H // GROUP) * GROUP
+    i_kv = (i_first // KV_GROUP).to(tl.int64)
+
+    o_row = tl.arange(0, BLOCK_M)
+    o_t = i_m * TOKENS + o_row // GROUP
+    o_h = (i_first + o_row % GROUP).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_row = (o_row < TOKENS * GROUP) & (o_t < T)
+    b_first = tl.load(document_start + i_b * T + o_t, mask=m_row, other=0)
+    b_start = tl.load(local_start + i_b * T + o_t, mask=m_row, other=0)
+    b_end = tl.load(local_end + i_b * T + o_t, mask=m_row, other=0)
+    m_some = b_start < b_end  # a real query sees itself; padding sees nothing, so its start bounds no loop
+    m_md = m_some[:, None] & (o_d < D)[None, :]
+
+    o_t = o_t.to(tl.int64)
+    b_q = tl.load(q + i_b * stride_qb + (o_h * stride_qh + o_t * stride_qt)[:, None] + o_d[None, :], mask=m_md, other=0.0)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    p_order = local_order + i_b * S
+    p_k = k + i_b * stride_kb + i_kv * stride_kh
+    p_v = v + i_b * stride_vb + i_kv * stride_vh
+    b_acc, b_max, b_sum = _attend(
+        b_q,
+        b_acc,
+        b_max,
+        b_sum,
+        b_start,
+        b_end,
+        p_order,
+        p_k,
+        p_v,
+        stride_ks,
+        stride_vs,
+        score_scale,
+        score_cap,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        HAS_ORDER,
+        HAS_CAP,
+    )
+    # sinks: the part of [first, first + num_sink_tokens) before the window
+    b_acc, b_max, b_sum = _attend(
+        b_q,
+        b_acc,
+        b_max,
+        b_sum,
+        b_first,
+        tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0),
+        p_order,
+        p_k,
+        p_v,
+        stride_ks,
+        stride_vs,
+        score_scale,
+        score_cap,
+        D,
+        BLOCK_D,
+        BLOCK_SINK,
+        HAS_ORDER,
+        HAS_CAP,
+    )
+    b_sum = tl.where(m_some, b_sum, 1.0)
+    b_lse = tl.where(m_some, b_max + tl.log2(b_sum), float("-inf"))
+    tl.store(lse + (i_b * H + o_h) * T + o_t, b_lse, mask=m_row)
+    p_out = out + ((i_b * T + o_t) * H + o_h)[:, None] * D + o_d[None, :]
+    b_out = b_acc / b_sum[:, None]  # 0 in padding rows
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -102,8 +285,8 @@ def _tree_kernel(
     range_start,  # [B, R, T], sorted query order
     range_end,
     key_order,  # [B, R, S]
-    tree_out,  # [B, H, T, D] fp32
-    tree_lse,  # [B, H, T] fp32, base 2
+    out,  # [B, T, H, D], read and written
+    lse,  # [B, H, T] fp32, base 2, read and written
     stride_qb,
     stride_qh,
     stride_qt,
@@ -116,135 +299,82 @@ def _tree_kernel(
     T,
     S,
     H,
-    KV_GROUP,
-    ROUTE_GROUP,
     score_scale,
     score_cap,
+    GROUP: tl.constexpr,  # query heads of one program: they share the route and the keys
+    KV_GROUP: tl.constexpr,
+    ROUTE_GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    n_m = tl.cdiv(T, BLOCK_M)
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    n_m = tl.cdiv(T, TOKENS)
     i_m = n_m - 1 - tl.program_id(0) % n_m  # within a ball the last queries have most keys: start them first
-    i_bh = tl.program_id(0) // n_m
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
-    i_kv = (i_h // KV_GROUP).to(tl.int64)
-    i_br = i_b * (H // ROUTE_GROUP) + i_h // ROUTE_GROUP
+    i_bg = tl.program_id(0) // n_m
+    i_b = (i_bg // (H // GROUP)).to(tl.int64)
+    i_first = i_bg % (H // GROUP) * GROUP
+    i_kv = (i_first // KV_GROUP).to(tl.int64)
+    i_br = i_b * (H // ROUTE_GROUP) + i_first // ROUTE_GROUP
 
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_m = o_m < T
-    b_query = tl.load(query_order + i_br * T + o_m, mask=m_m, other=0).to(tl.int64)
-    b_start = tl.load(range_start + i_br * T + o_m, mask=m_m, other=0)
-    b_end = tl.load(range_end + i_br * T + o_m, mask=m_m, other=0)
+    o_row = tl.arange(0, BLOCK_M)
+    o_m = i_m * TOKENS + o_row // GROUP
+    m_row = (o_row < TOKENS * GROUP) & (o_m < T)
+    b_start = tl.load(range_start + i_br * T + o_m, mask=m_row, other=0)
+    b_end = tl.load(range_end + i_br * T + o_m, mask=m_row, other=0)
     m_some = b_start < b_end
-    m_md = m_some[:, None] & (o_d < D)[None, :]
+    if tl.max(b_end - b_start, 0) > 0:
+        o_h = (i_first + o_row % GROUP).to(tl.int64)
+        o_d = tl.arange(0, BLOCK_D)
+        b_query = tl.load(query_order + i_br * T + o_m, mask=m_some, other=0).to(tl.int64)
+        m_md = m_some[:, None] & (o_d < D)[None, :]
+        p_q = q + i_b * stride_qb + (o_h * stride_qh + b_query * stride_qt)[:, None] + o_d[None, :]
+        p_out = out + ((i_b * T + b_query) * H + o_h)[:, None] * D + o_d[None, :]
+        p_lse = lse + (i_b * H + o_h) * T + b_query
+        b_q = tl.load(p_q, mask=m_md, other=0.0)
+        b_acc = tl.load(p_out, mask=m_md, other=0.0).to(tl.float32)
+        b_max = tl.load(p_lse, mask=m_some, other=0.0)
+        b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        p_order = key_order + i_br * S
+        p_k = k + i_b * stride_kb + i_kv * stride_kh
+        p_v = v + i_b * stride_vb + i_kv * stride_vh
 
-    p_q = q + i_b * stride_qb + i_h.to(tl.int64) * stride_qh + b_query[:, None] * stride_qt + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_md, other=0.0)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_acc, b_max, b_sum = _attend(
-        b_q,
-        b_acc,
-        b_max,
-        b_sum,
-        b_start,
-        b_end,
-        key_order + i_br * S,
-        k + i_b * stride_kb + i_kv * stride_kh,
-        v + i_b * stride_vb + i_kv * stride_vh,
-        stride_ks,
-        stride_vs,
-        score_scale,
-        score_cap,
-        D,
-        BLOCK_D,
-        BLOCK_N,
-        HAS_CAP,
-    )
-    b_sum = tl.where(m_some, b_sum, 1.0)
-    o_row = i_bh.to(tl.int64) * T + b_query
-    tl.store(tree_lse + o_row, b_max + tl.log2(b_sum), mask=m_m)  # -inf where the range is empty
-    tl.store(tree_out + o_row[:, None] * D + o_d[None, :], b_acc / b_sum[:, None], mask=m_md)
-
-
-@triton.jit(do_not_specialize=["T", "S", "num_sink_tokens"])
-def _local_kernel(
-    q,
-    k,
-    v,
-    local_order,  # [B, S]
-    document_start,  # [B, T]
-    local_start,
-    local_end,
-    tree_out,  # [B, H, T, D] fp32
-    tree_lse,  # [B, H, T] fp32, base 2
-    out,  # [B, T, H, D]
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    T,
-    S,
-    num_sink_tokens,
-    H,
-    KV_GROUP,
-    score_scale,
-    score_cap,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
-    n_m = tl.cdiv(T, BLOCK_M)
-    i_m = tl.program_id(0) % n_m
-    i_bh = tl.program_id(0) // n_m
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = (i_bh % H).to(tl.int64)
-    i_kv = i_h // KV_GROUP
-
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_m = o_m < T
-    b_first = tl.load(document_start + i_b * T + o_m, mask=m_m, other=0)
-    b_start = tl.load(local_start + i_b * T + o_m, mask=m_m, other=0)
-    b_end = tl.load(local_end + i_b * T + o_m, mask=m_m, other=0)
-    m_some = b_start < b_end  # a real query sees itself; padding sees nothing, so its start bounds no loop
-    m_md = m_some[:, None] & (o_d < D)[None, :]
-
-    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_md, other=0.0)
-    o_row = i_bh.to(tl.int64) * T + o_m
-    b_max = tl.load(tree_lse + o_row, mask=m_some, other=float("-inf"))
-    m_tree = b_max > float("-inf")  # the tree pass wrote no other rows
-    p_tree = tree_out + o_row[:, None] * D + o_d[None, :]
-    b_acc = tl.load(p_tree, mask=m_md & m_tree[:, None], other=0.0)
-    b_sum = tl.where(m_tree, 1.0, 0.0)
-
-    p_order = local_order + i_b * S
-    p_k = k + i_b * stride_kb + i_kv * stride_kh
-    p_v = v + i_b * stride_vb + i_kv * stride_vh
-    for i_pass in tl.static_range(2):
-        if i_pass == 1:  # sinks: the part of [first, first + num_sink_tokens) before the window
-            b_end = tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0)
-            b_start = b_first
-        b_acc, b_max, b_sum = _attend(
+        # whole tiles that every row sees, then what is left. Rows of one ball start together, so this covers all
+        # but the last tiles of a block within a ball; a block of several balls has no such tiles.
+        lo = tl.min(tl.where(m_some, b_start, _NEVER), 0)
+        common = tl.minimum(tl.min(tl.where(m_row, b_end, _NEVER), 0), tl.max(b_end, 0))
+        common = tl.where(tl.max(b_start, 0) == lo, tl.maximum(common - lo, 0) // BLOCK_N * BLOCK_N, 0)
+        b_acc, b_max, b_sum = _attend_run(
             b_q,
             b_acc,
             b_max,
             b_sum,
             b_start,
+            b_end,
+            lo,
+            lo + common,
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            True,
+            HAS_CAP,
+            False,
+        )
+        b_acc, b_max, b_sum = _attend(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            tl.maximum(b_start, lo + common),
             b_end,
             p_order,
             p_k,
@@ -256,16 +386,15 @@ def _local_kernel(
             D,
             BLOCK_D,
             BLOCK_N,
+            True,
             HAS_CAP,
         )
-    b_out = b_acc / tl.where(m_some, b_sum, 1.0)[:, None]  # 0 in padding rows
-    o_out = (i_b * T + o_m) * H + i_h
-    p_out = out + o_out[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+        tl.store(p_lse, b_max + tl.log2(b_sum), mask=m_some)
+        tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_md)
 
 
 class Blocks(NamedTuple):
-    """Tile of one program (queries x keys) and how it is compiled."""
+    """Tile of one program (rows x keys) and how it is compiled."""
 
     m: int
     n: int
@@ -273,16 +402,31 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def choose_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
-    """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
+class Tiles(NamedTuple):
+    """Tiles of the two passes."""
+
+    local: Blocks
+    tree: Blocks
+
+
+def choose_tiles(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiles:
+    """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
     if dtype == torch.float32:
-        return Blocks(32, 16, 8, 2)
-    if head_dim <= 128:
-        return Blocks(64, 64, 4, 3)
-    return Blocks(64, 32, 8, 3)
+        return Tiles(Blocks(32, 16, 8, 2), Blocks(32, 16, 8, 2))
+    if head_dim > 128:
+        return Tiles(Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3))
+    if head_dim > 64 and shared_memory < 160 * 1024:
+        return Tiles(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))
+    return Tiles(Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 3))
 
 
-def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+def _shared_memory(device: torch.device) -> int:
+    if INTERPRETED:
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> dict:
     """What both kernels are launched with."""
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
@@ -299,40 +443,99 @@ def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: fl
         "score_cap": 0.0 if softcap is None else softcap * log2e,
         "D": q.shape[3],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
         "HAS_CAP": softcap is not None,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
     }
 
 
-def run_passes(
+def _heads_per_program(shared: int, rows: int) -> int:
+    """The largest divisor of `shared` heads that leaves at least 8 tokens to a block of `rows`."""
+    return max(n for n in range(1, max(1, rows // 8) + 1) if shared % n == 0)
+
+
+def local_pass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tree: Sequence[Tensor],
-    local: Sequence[Tensor],
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
     blocks: Blocks,
-) -> Tensor:
-    """Launch both passes on checked arguments; `tree` and `local` are the plan's tensors in the order of `Plan`."""
+) -> tuple[Tensor, Tensor]:
+    """Windows and sinks: `out` `[B, T, H, D]` in q's dtype, `lse` `[B, H, T]` fp32 base 2; 0 and -inf in padding."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
-    tree_out = torch.empty(B, H, T, D, dtype=torch.float32, device=q.device)
-    tree_lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    grid = (B * H * triton.cdiv(T, blocks.m),)
-    arguments = _launch_arguments(q, k, v, scale, softcap, blocks)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    group = _heads_per_program(H // k.shape[1], blocks.m)
+    grid = (B * (H // group) * triton.cdiv(T, blocks.m // group),)
     with torch.cuda.device_of(q):
-        route_group = H // tree[0].shape[1]
-        _tree_kernel[grid](q, k, v, *tree, tree_out, tree_lse, ROUTE_GROUP=route_group, **arguments)
-        _local_kernel[grid](q, k, v, *local, tree_out, tree_lse, out, num_sink_tokens=num_sink_tokens, **arguments)
-    return out.transpose(1, 2)
+        _local_kernel[grid](
+            q,
+            k,
+            v,
+            document_start if local_order is None else local_order,
+            document_start,
+            local_start,
+            local_end,
+            out,
+            lse,
+            num_sink_tokens=num_sink_tokens,
+            GROUP=group,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            BLOCK_SINK=16,
+            HAS_ORDER=local_order is not None,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            **_launch_arguments(q, k, v, scale, softcap),
+        )
+    return out, lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_tokens: int) -> None:
+def tree_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: Tensor,
+    range_start: Tensor,
+    range_end: Tensor,
+    key_order: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks,
+) -> None:
+    """Balls: merges them into `out` and `lse` of the local pass, in place."""
+    B, H, T, _ = q.shape
+    kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
+    group = _heads_per_program(math.gcd(kv_group, route_group), blocks.m)
+    grid = (B * (H // group) * triton.cdiv(T, blocks.m // group),)
+    with torch.cuda.device_of(q):
+        _tree_kernel[grid](
+            q,
+            k,
+            v,
+            query_order,
+            range_start,
+            range_end,
+            key_order,
+            out,
+            lse,
+            GROUP=group,
+            ROUTE_GROUP=route_group,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            **_launch_arguments(q, k, v, scale, softcap),
+        )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], num_sink_tokens: int) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
@@ -357,6 +560,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_to
     needs: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
     needs |= {"key_order": (B, routes, S), "local_order": (B, S)}
     needs |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
+    if plan["local_order"] is None:
+        del needs["local_order"]
     for name, shape in needs.items():
         if plan[name].shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(plan[name].shape)}.")
@@ -366,7 +571,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Tensor], num_sink_to
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
     for name, tensor in (("k", k), ("v", v), *plan.items()):
-        if tensor.device != q.device:
+        if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
@@ -389,6 +594,40 @@ def _check_device(q: Tensor) -> None:
         )
 
 
+@torch.library.custom_op("topo_kernels::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: Tensor,
+    range_start: Tensor,
+    range_end: Tensor,
+    key_order: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Both passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    tree = [t.contiguous() for t in (query_order, range_start, range_end, key_order)]
+    order = None if local_order is None else local_order.contiguous()
+    local = [t.contiguous() for t in (document_start, local_start, local_end)]
+    tiles = choose_tiles(q.shape[3], q.dtype, _shared_memory(q.device))
+    out, lse = local_pass(q, k, v, order, *local, num_sink_tokens, scale, softcap, tiles.local)
+    tree_pass(q, k, v, *tree, out, lse, scale, softcap, tiles.tree)
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, *_plan):  # type: ignore[no-untyped-def]
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+
+
 def topology_attention(
     q: Tensor,
     k: Tensor,
@@ -397,7 +636,7 @@ def topology_attention(
     range_start: Tensor,
     range_end: Tensor,
     key_order: Tensor,
-    local_order: Tensor,
+    local_order: Tensor | None,
     document_start: Tensor,
     local_start: Tensor,
     local_end: Tensor,
@@ -417,7 +656,7 @@ def topology_attention(
         query_order, range_start, range_end: `[B, R, T]`, H a multiple of R; head `h` takes route `h // (H // R)`.
             Sorted query `i` is query `query_order[i]` and sees `key_order[range_start[i]:range_end[i]]`.
         key_order: `[B, R, S]`.
-        local_order: `[B, S]`.
+        local_order: `[B, S]`; None is the identity, faster.
         document_start, local_start, local_end: `[B, T]`; query `i` also sees `local_order[local_start:local_end]`
             and `local_order[document_start:min(document_start + num_sink_tokens, local_start)]`.
         num_sink_tokens: >= 0.
@@ -432,7 +671,7 @@ def topology_attention(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels, or a gradient was asked for.
     """
-    plan = {
+    plan: dict[str, Any] = {
         "query_order": query_order,
         "range_start": range_start,
         "range_end": range_end,
@@ -451,9 +690,7 @@ def topology_attention(
             "topology_attention is forward only, but q, k or v requires a gradient: use the torch path for training, "
             "or call it under torch.no_grad()."
         )
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    order = [t.contiguous() for t in plan.values()]
     if q.numel() == 0:
         return torch.empty_like(q)
-    blocks = choose_blocks(q.shape[3], q.dtype)
-    return run_passes(q, k, v, order[:4], order[4:], num_sink_tokens, scale, softcap, blocks)
+    out, _ = _attention(q, k, v, *plan.values(), num_sink_tokens, scale, softcap)
+    return out.transpose(1, 2)
