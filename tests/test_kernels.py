@@ -314,6 +314,37 @@ def test_matches_reference(case: Case) -> None:
     check(problem, attend(problem))
 
 
+def plain(plan: Plan) -> Plan:
+    """The same plan for the path of unpadded single documents."""
+    return replace(plan, local_order=None)
+
+
+@contextmanager
+def fixed_reference() -> Iterator[None]:
+    with mock.patch.object(attention, "_fixed_reference", lambda _: True):
+        yield
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["running_max", "fixed_reference"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.layout == "plain" and case.dtype == torch.float32], ids=str
+)
+def test_plain_path(case: Case, fixed: bool) -> None:
+    problem = make(case)
+    with fixed_reference() if fixed else nullcontext():
+        check(problem, attend(problem, plain(problem.plan())))
+
+
+@pytest.mark.parametrize("path", ["plain", "general"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_scores_too_far_from_the_fixed_reference_are_done_again(path: str, dtype: torch.dtype) -> None:
+    problem = make(Case(length=100, dtype=dtype))
+    problem = replace(problem, q=problem.q * 60)  # scores of several hundred
+    plan = problem.plan()
+    with fixed_reference():
+        check(problem, attend(problem, plain(plan) if path == "plain" else plan))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_matches_reference_on_gpu(case: Case) -> None:

@@ -18,6 +18,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are 
 
 _NEVER = tl.constexpr(2**31 - 1)  # above any rank
 _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
+_TRUSTED = tl.constexpr(2.0**60)  # sums of exponentials relative to a fixed reference stay below this, or are redone
 _LOG2E = tl.constexpr(1 / math.log(2))
 
 
@@ -57,26 +58,35 @@ def _attend_run(
     BLOCK_N: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    FIXED: tl.constexpr,
+    EDGES: tl.constexpr,
 ):
-    """Go on with the online softmax over the ranks `[lo, hi)`: each row's own part of them if MASKED, else all,
-    and then `hi - lo` is a multiple of BLOCK_N. Rank `r` is key `order[r]`, or key `r` without HAS_ORDER."""
+    """Go on with the softmax over the keys of ranks `[lo, hi)`; rank `r` is key `order[r]`, or `r` itself.
+
+    FIXED keeps the reference score `b_max` as it is, else it is the running maximum (online softmax).
+
+    EDGES 2: each row takes `[b_start, b_end)` of them. 1: each row takes those before `b_end`. 0: every row takes
+    all, and `hi - lo` is a multiple of BLOCK_N. With 1 and 0 every key may be read, so none holds NaN.
+    """
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     for i_n in range(lo, hi, BLOCK_N):
         o_rank = i_n + o_n
         m_n = o_rank < hi
-        o_key = o_rank
         if HAS_ORDER:
-            if MASKED:
+            if EDGES > 0:
                 o_key = tl.load(p_order + o_rank, mask=m_n, other=0)
             else:
                 o_key = tl.load(p_order + o_rank)
-        o_key = o_key.to(tl.int64)
+        else:
+            o_key = tl.minimum(o_rank, hi - 1) if EDGES == 1 else o_rank
+        if WIDE:
+            o_key = o_key.to(tl.int64)
         p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
         p_vt = p_v + o_key[:, None] * stride_vs + o_d[None, :]  # [BLOCK_N, BLOCK_D]
-        if MASKED:
+        if EDGES == 2:
             b_kt = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
         elif D == BLOCK_D:
             b_kt = tl.load(p_kt)
@@ -85,23 +95,29 @@ def _attend_run(
         b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
             b_s = score_cap * _tanh(b_s * score_scale)
-        else:
-            b_s = b_s * score_scale
-        if MASKED:
-            m_s = (o_rank[None, :] >= b_start[:, None]) & (o_rank[None, :] < b_end[:, None])
+        if EDGES == 2:
+            # start <= rank < end in one comparison
+            m_s = (o_rank[None, :] - b_start[:, None]).to(tl.uint32) < (b_end - b_start).to(tl.uint32)[:, None]
             b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_decay = tl.exp2(b_max - b_new)
-        b_probs = tl.exp2(b_s - b_new[:, None])
-        b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
-        if MASKED:
+        elif EDGES == 1:
+            b_s = tl.where(o_rank[None, :] < b_end[:, None], b_s, float("-inf"))
+        # the scale is positive, so it can wait until after the maximum and become one fused multiply-add
+        scale = 1.0 if HAS_CAP else score_scale
+        if not FIXED:
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+            b_decay = tl.exp2(b_max - b_new)
+            b_sum *= b_decay
+            b_acc *= b_decay[:, None]
+            b_max = b_new
+        b_probs = tl.exp2(b_s * scale - b_max[:, None])
+        b_sum += tl.sum(b_probs, 1)
+        if EDGES == 2:
             b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
         elif D == BLOCK_D:
             b_v = tl.load(p_vt)
         else:
             b_v = tl.load(p_vt, mask=m_d[None, :], other=0.0)
-        b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-        b_max = b_new
+        b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_max, b_sum
 
 
@@ -125,18 +141,21 @@ def _attend(
     BLOCK_N: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    WIDE: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
-    """Go on with the online softmax over each row's own range `[b_start, b_end)`."""
-    b_start = tl.where(b_start < b_end, b_start, _NEVER)
-    lo = tl.min(b_start, 0)
+    """Go on with the softmax over each row's own range `[b_start, b_end)`."""
+    b_end = tl.maximum(b_start, b_end)
+    b_first = tl.where(b_start < b_end, b_start, _NEVER)
+    lo = tl.min(b_first, 0)
     while lo < _NEVER:
         # one run: grow it until the next row's range starts more than a tile away, so that a block which
         # straddles a ball nobody asks for jumps over that ball
         hi = lo
-        reach = tl.max(tl.where(b_start <= lo, b_end, 0), 0)
+        reach = tl.max(tl.where(b_first <= lo, b_end, 0), 0)
         while reach > hi:
             hi = reach
-            reach = tl.max(tl.where(b_start <= hi + BLOCK_N, b_end, 0), 0)
+            reach = tl.max(tl.where(b_first <= hi + BLOCK_N, b_end, 0), 0)
         b_acc, b_max, b_sum = _attend_run(
             b_q,
             b_acc,
@@ -158,9 +177,11 @@ def _attend(
             BLOCK_N,
             HAS_ORDER,
             HAS_CAP,
-            True,
+            WIDE,
+            FIXED,
+            2,
         )
-        lo = tl.min(tl.where(b_start > hi, b_start, _NEVER), 0)
+        lo = tl.min(tl.where(b_first > hi, b_first, _NEVER), 0)
     return b_acc, b_max, b_sum
 
 
@@ -169,7 +190,7 @@ def _local_kernel(
     q,
     k,
     v,
-    local_order,  # [B, S], unused without HAS_ORDER
+    local_order,  # [B, S]; not read if PLAIN
     document_start,  # [B, T]
     local_start,
     local_end,
@@ -197,8 +218,9 @@ def _local_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SINK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
+    PLAIN: tl.constexpr,  # one document per row, no padding
     HAS_CAP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     n_m = tl.cdiv(T, TOKENS)
@@ -213,61 +235,120 @@ def _local_kernel(
     o_h = (i_first + o_row % GROUP).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_row = (o_row < TOKENS * GROUP) & (o_t < T)
-    b_first = tl.load(document_start + i_b * T + o_t, mask=m_row, other=0)
     b_start = tl.load(local_start + i_b * T + o_t, mask=m_row, other=0)
     b_end = tl.load(local_end + i_b * T + o_t, mask=m_row, other=0)
     m_some = b_start < b_end  # a real query sees itself; padding sees nothing, so its start bounds no loop
     m_md = m_some[:, None] & (o_d < D)[None, :]
 
     o_t = o_t.to(tl.int64)
-    b_q = tl.load(q + i_b * stride_qb + (o_h * stride_qh + o_t * stride_qt)[:, None] + o_d[None, :], mask=m_md, other=0.0)
+    p_q = q + i_b * stride_qb + (o_h * stride_qh + o_t * stride_qt)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_md, other=0.0)
+    p_k = k + i_b * stride_kb + i_kv * stride_kh
+    p_v = v + i_b * stride_vb + i_kv * stride_vh
+    p_order = local_order + i_b * S
+    b_first = tl.load(document_start + i_b * T + o_t, mask=m_row, other=0)
+    # sinks: the part of [first, first + num_sink_tokens) before the window
+    b_last = tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    p_order = local_order + i_b * S
-    p_k = k + i_b * stride_kb + i_kv * stride_kh
-    p_v = v + i_b * stride_vb + i_kv * stride_vh
-    b_acc, b_max, b_sum = _attend(
-        b_q,
-        b_acc,
-        b_max,
-        b_sum,
-        b_start,
-        b_end,
-        p_order,
-        p_k,
-        p_v,
-        stride_ks,
-        stride_vs,
-        score_scale,
-        score_cap,
-        D,
-        BLOCK_D,
-        BLOCK_N,
-        HAS_ORDER,
-        HAS_CAP,
-    )
-    # sinks: the part of [first, first + num_sink_tokens) before the window
-    b_acc, b_max, b_sum = _attend(
-        b_q,
-        b_acc,
-        b_max,
-        b_sum,
-        b_first,
-        tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0),
-        p_order,
-        p_k,
-        p_v,
-        stride_ks,
-        stride_vs,
-        score_scale,
-        score_cap,
-        D,
-        BLOCK_D,
-        BLOCK_SINK,
-        HAS_ORDER,
-        HAS_CAP,
-    )
+    if PLAIN:  # windows and sinks of neighbours overlap: one run each, with scalar bounds
+        p_last = i_b * T + tl.minimum(i_m * TOKENS + TOKENS, T) - 1
+        b_acc, b_max, b_sum = _attend_run(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_start,
+            b_end,
+            tl.load(local_start + i_b * T + i_m * TOKENS),
+            tl.load(local_end + p_last),
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            False,
+            HAS_CAP,
+            WIDE,
+            False,
+            2,
+        )
+        b_acc, b_max, b_sum = _attend_run(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_first,
+            b_last,
+            0,
+            tl.minimum(num_sink_tokens, tl.load(local_start + p_last)),
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_SINK,
+            False,
+            HAS_CAP,
+            WIDE,
+            False,
+            1,
+        )
+    else:
+        b_acc, b_max, b_sum = _attend(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_start,
+            b_end,
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            True,
+            HAS_CAP,
+            WIDE,
+            False,
+        )
+        b_acc, b_max, b_sum = _attend(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_first,
+            b_last,
+            p_order,
+            p_k,
+            p_v,
+            stride_ks,
+            stride_vs,
+            score_scale,
+            score_cap,
+            D,
+            BLOCK_D,
+            BLOCK_SINK,
+            True,
+            HAS_CAP,
+            WIDE,
+            False,
+        )
     b_sum = tl.where(m_some, b_sum, 1.0)
     b_lse = tl.where(m_some, b_max + tl.log2(b_sum), float("-inf"))
     tl.store(lse + (i_b * H + o_h) * T + o_t, b_lse, mask=m_row)
@@ -308,7 +389,10 @@ def _tree_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr,  # one document per row, no padding: then ranges that start together end in order
     HAS_CAP: tl.constexpr,
+    WIDE: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     n_m = tl.cdiv(T, TOKENS)
@@ -324,11 +408,17 @@ def _tree_kernel(
     m_row = (o_row < TOKENS * GROUP) & (o_m < T)
     b_start = tl.load(range_start + i_br * T + o_m, mask=m_row, other=0)
     b_end = tl.load(range_end + i_br * T + o_m, mask=m_row, other=0)
+    b_query = tl.load(query_order + i_br * T + o_m, mask=m_row, other=0).to(tl.int64)
     m_some = b_start < b_end
-    if tl.max(b_end - b_start, 0) > 0:
+    p_first = i_br * T + i_m * TOKENS
+    p_last = i_br * T + tl.minimum(i_m * TOKENS + TOKENS, T) - 1
+    lo = tl.load(range_start + p_first)
+    common = tl.load(range_end + p_first)  # seen by every row, if they start together
+    hi = tl.load(range_end + p_last)
+    together = lo == tl.load(range_start + p_last) if PLAIN else False
+    if (hi > lo) if together else (tl.max(b_end - b_start, 0) > 0):
         o_h = (i_first + o_row % GROUP).to(tl.int64)
         o_d = tl.arange(0, BLOCK_D)
-        b_query = tl.load(query_order + i_br * T + o_m, mask=m_some, other=0).to(tl.int64)
         m_md = m_some[:, None] & (o_d < D)[None, :]
         p_q = q + i_b * stride_qb + (o_h * stride_qh + b_query * stride_qt)[:, None] + o_d[None, :]
         p_out = out + ((i_b * T + b_query) * H + o_h)[:, None] * D + o_d[None, :]
@@ -336,59 +426,110 @@ def _tree_kernel(
         b_q = tl.load(p_q, mask=m_md, other=0.0)
         b_acc = tl.load(p_out, mask=m_md, other=0.0).to(tl.float32)
         b_max = tl.load(p_lse, mask=m_some, other=0.0)
-        b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)  # relative to the local pass, so at least 1
         p_order = key_order + i_br * S
         p_k = k + i_b * stride_kb + i_kv * stride_kh
         p_v = v + i_b * stride_vb + i_kv * stride_vh
-
-        # whole tiles that every row sees, then what is left. Rows of one ball start together, so this covers all
-        # but the last tiles of a block within a ball; a block of several balls has no such tiles.
-        lo = tl.min(tl.where(m_some, b_start, _NEVER), 0)
-        common = tl.minimum(tl.min(tl.where(m_row, b_end, _NEVER), 0), tl.max(b_end, 0))
-        common = tl.where(tl.max(b_start, 0) == lo, tl.maximum(common - lo, 0) // BLOCK_N * BLOCK_N, 0)
-        b_acc, b_max, b_sum = _attend_run(
-            b_q,
-            b_acc,
-            b_max,
-            b_sum,
-            b_start,
-            b_end,
-            lo,
-            lo + common,
-            p_order,
-            p_k,
-            p_v,
-            stride_ks,
-            stride_vs,
-            score_scale,
-            score_cap,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            True,
-            HAS_CAP,
-            False,
-        )
-        b_acc, b_max, b_sum = _attend(
-            b_q,
-            b_acc,
-            b_max,
-            b_sum,
-            tl.maximum(b_start, lo + common),
-            b_end,
-            p_order,
-            p_k,
-            p_v,
-            stride_ks,
-            stride_vs,
-            score_scale,
-            score_cap,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            True,
-            HAS_CAP,
-        )
+        if together:
+            whole = lo + (common - lo) // BLOCK_N * BLOCK_N
+            b_acc, b_max, b_sum = _attend_run(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                b_start,
+                b_end,
+                lo,
+                whole,
+                p_order,
+                p_k,
+                p_v,
+                stride_ks,
+                stride_vs,
+                score_scale,
+                score_cap,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                True,
+                HAS_CAP,
+                WIDE,
+                FIXED,
+                0,
+            )
+            b_acc, b_max, b_sum = _attend_run(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                b_start,
+                b_end,
+                whole,
+                hi,
+                p_order,
+                p_k,
+                p_v,
+                stride_ks,
+                stride_vs,
+                score_scale,
+                score_cap,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                True,
+                HAS_CAP,
+                WIDE,
+                FIXED,
+                1,
+            )
+        else:
+            b_acc, b_max, b_sum = _attend(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                b_start,
+                b_end,
+                p_order,
+                p_k,
+                p_v,
+                stride_ks,
+                stride_vs,
+                score_scale,
+                score_cap,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                True,
+                HAS_CAP,
+                WIDE,
+                FIXED,
+            )
+        if tl.max(b_sum, 0) >= _TRUSTED if FIXED else False:
+            b_acc = tl.load(p_out, mask=m_md, other=0.0).to(tl.float32)
+            b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+            b_acc, b_max, b_sum = _attend(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                b_start,
+                b_end,
+                p_order,
+                p_k,
+                p_v,
+                stride_ks,
+                stride_vs,
+                score_scale,
+                score_cap,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                True,
+                HAS_CAP,
+                WIDE,
+                False,
+            )
         tl.store(p_lse, b_max + tl.log2(b_sum), mask=m_some)
         tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_md)
 
@@ -400,6 +541,7 @@ class Blocks(NamedTuple):
     n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -409,21 +551,24 @@ class Tiles(NamedTuple):
     tree: Blocks
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiles:
-    """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
+def choose_tiles(head_dim: int, dtype: torch.dtype, hopper: bool) -> Tiles:
+    """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
     if dtype == torch.float32:
         return Tiles(Blocks(32, 16, 8, 2), Blocks(32, 16, 8, 2))
     if head_dim > 128:
-        return Tiles(Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3))
-    if head_dim > 64 and shared_memory < 160 * 1024:
-        return Tiles(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))
-    return Tiles(Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 3))
+        return Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 3))
+    # small tiles and, where operands come from shared memory, a cap on registers: four programs to a multiprocessor
+    # hide each other's gathers
+    return Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 3, max_registers=128 if hopper else None))
 
 
-def _shared_memory(device: torch.device) -> int:
-    if INTERPRETED:
-        return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def _fixed_reference(dtype: torch.dtype) -> bool:
+    """Whether exponentials may be taken relative to a score fixed beforehand.
+
+    That spares the running maximum and the rescaling of the output, a third of the instructions of a tile. Sums that
+    outgrow `_TRUSTED` are done again with the running maximum. float16 has too little range for it.
+    """
+    return dtype == torch.bfloat16
 
 
 def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> dict:
@@ -444,6 +589,7 @@ def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: fl
         "D": q.shape[3],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
         "HAS_CAP": softcap is not None,
+        "WIDE": k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31,
     }
 
 
@@ -487,9 +633,10 @@ def local_pass(
             BLOCK_M=blocks.m,
             BLOCK_N=blocks.n,
             BLOCK_SINK=16,
-            HAS_ORDER=local_order is not None,
+            PLAIN=local_order is None,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            maxnreg=blocks.max_registers,
             **_launch_arguments(q, k, v, scale, softcap),
         )
     return out, lse
@@ -505,6 +652,7 @@ def tree_pass(
     key_order: Tensor,
     out: Tensor,
     lse: Tensor,
+    plain: bool,
     scale: float,
     softcap: float | None,
     blocks: Blocks,
@@ -526,11 +674,14 @@ def tree_pass(
             out,
             lse,
             GROUP=group,
+            PLAIN=plain,
+            FIXED=_fixed_reference(q.dtype),
             ROUTE_GROUP=route_group,
             BLOCK_M=blocks.m,
             BLOCK_N=blocks.n,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            maxnreg=blocks.max_registers,
             **_launch_arguments(q, k, v, scale, softcap),
         )
 
@@ -616,9 +767,10 @@ def _attention(
     tree = [t.contiguous() for t in (query_order, range_start, range_end, key_order)]
     order = None if local_order is None else local_order.contiguous()
     local = [t.contiguous() for t in (document_start, local_start, local_end)]
-    tiles = choose_tiles(q.shape[3], q.dtype, _shared_memory(q.device))
+    hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] == 9
+    tiles = choose_tiles(q.shape[3], q.dtype, hopper)
     out, lse = local_pass(q, k, v, order, *local, num_sink_tokens, scale, softcap, tiles.local)
-    tree_pass(q, k, v, *tree, out, lse, scale, softcap, tiles.tree)
+    tree_pass(q, k, v, *tree, out, lse, local_order is None, scale, softcap, tiles.tree)
     return out, lse
 
 
