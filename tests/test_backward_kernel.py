@@ -127,7 +127,8 @@ def excess(problem: Problem, found: tuple[Tensor, ...], exact: tuple[Tensor, ...
     """Error against fp64 over the largest allowed: three times same-dtype eager attention's, plus rounding.
 
     Rounding of the parts that dq, dk and dv are summed from, and of `out`, from which `<out, dout>` is taken: a row
-    that sees one key has a gradient of exactly 0 in eager attention, here the difference of two equal numbers.
+    that sees one key has a gradient of exactly 0 in eager attention, here the difference of two equal numbers. And in
+    float32 of `lse`, which eager attention does not round.
     """
     out, _, *exact_grads = exact
     eager_grads = gradients(problem, dout, problem.q.dtype)[2:]
@@ -137,7 +138,7 @@ def excess(problem: Problem, found: tuple[Tensor, ...], exact: tuple[Tensor, ...
     result = {}
     for name, got, right, same in zip(partner, found, exact_grads, eager_grads, strict=True):
         assert got.dtype == problem.q.dtype and got.shape == right.shape and got.isfinite().all()
-        floor = 2 * eps * float(right.abs().max()) + rounding * float(partner[name].abs().max())
+        floor = (6 if eps < 1e-6 else 2) * eps * float(right.abs().max()) + rounding * float(partner[name].abs().max())
         result[name] = float((got - right).abs().max()) / (3 * float((same - right).abs().max()) + floor + 1e-12)
     return result
 
@@ -275,7 +276,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
     ids=str,
 )
 def test_nothing_outside_is_read(case: Case) -> None:
-    """Also with a plan that leaves entries of no range out of its orders."""
+    """Also with a plan whose orders leave out sinks and padding."""
     problem, plan = make(case), make(case).plan()
     dout = cotangent(problem)
     out, lse = forward(problem, dout)
@@ -284,14 +285,11 @@ def test_nothing_outside_is_read(case: Case) -> None:
     q, bad_out, bad_dout = (poisoned(t.masked_fill(~real, float("nan"))) for t in (problem.q, out, dout))
     k, v = (poisoned(t.masked_fill(~problem.key.real[:, None, :, None], float("nan"))) for t in (problem.k, problem.v))
     rank = torch.arange(case.length, device=DEVICE)
-    in_range = torch.zeros_like(plan.key_order, dtype=torch.bool)
-    for b, r in torch.cartesian_prod(torch.arange(case.batch), torch.arange(case.routes)).tolist():
-        inside = (rank >= plan.range_start[b, r, :, None]) & (rank < plan.range_end[b, r, :, None])
-        in_range[b, r] = inside.any(0)
+    in_tree = (problem.key.position >= case.sinks).sum(1)[:, None, None]
     padding = ~problem.query.real[:, None].expand_as(plan.query_order).gather(2, plan.query_order.long())
     plan = replace(
         plan,
-        key_order=torch.where(in_range, plan.key_order, 0),
+        key_order=torch.where(rank < in_tree, plan.key_order, 0),
         query_order=torch.where(padding, -1, plan.query_order),
     )
     tensors = {f.name: guarded(getattr(plan, f.name)) for f in fields(plan) if f.name != "num_sink_tokens"}

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import kernels_serve
+from .layout import SequenceLayout
 from .plan import Plan
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@functools.cache
-def _triton_available() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "triton is not installed: the merged topology runs exactly but slowly on this GPU. pip install triton",
-        stacklevel=2,
-    )
-    return False
 
 
 def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None) -> Tensor:
@@ -32,11 +19,10 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`; `H` a multiple of `H_kv` and of the plan's route heads.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable on the torch path, which
-        also serves float64, inputs that require gradients, and machines without a GPU.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64
+        and machines without a GPU.
     """
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.is_cuda and not needs_grad and q.dtype in _KERNEL_DTYPES and 16 <= q.shape[-1] <= 256 and _triton_available():
+    if 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v):
         from topo_kernels import topology_attention
 
         return topology_attention(
@@ -56,6 +42,46 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
             softcap=softcap,
         )
     return _torch_attention(q, k, v, plan, scale, softcap)
+
+
+_DECODE_TOKENS = 16  # the cost of scanning the cache grows with the number of new tokens, that of sorting it hardly
+
+
+def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Tensor | None) -> bool:
+    """Whether `decode_attention` is the way to run this forward: a few new tokens over a cache, on a GPU."""
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    few = records is not None and q.shape[2] <= _DECODE_TOKENS and q.shape[2] < k.shape[2]
+    return few and not needs_grad and 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_address: Tensor,
+    query: SequenceLayout,
+    records: Tensor,
+    balls: Tensor,
+    *,
+    local_window: int,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of a few new tokens over a cache: scans the key records for what each token sees.
+
+    Args:
+        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`, every slot of the cache. query: layout of the new tokens.
+        query_address: int32 `[B, R, T]`. records: int32 `[B, S, R + 2]`, of `topo_adapter.cache`. balls: int32 `[R]`.
+
+    Returns:
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable.
+    """
+    from topo_kernels import decode_attention as kernel
+
+    options: dict[str, Any] = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
+    options |= {"scale": scale, "softcap": softcap}
+    return kernel(q, k, v, query_address, query.position, query.document, records, balls, **options)
 
 
 def _torch_attention(
@@ -96,7 +122,8 @@ def _tree_pass(
     per_route, per_kv = heads // plan.query_order.shape[1], heads // k.shape[0]
     outs, lses = [], []
     for h in range(heads):
-        r, order = h // per_route, plan.query_order[b, h // per_route].long()
+        r = h // per_route
+        order = _whole_order(plan.query_order[b, r].long())
         starts, ends = plan.range_start[b, r], plan.range_end[b, r]
         qs, key_order = q[h][order], plan.key_order[b, r].long()
         ks, vs = k[h // per_kv][key_order], v[h // per_kv][key_order]
@@ -115,6 +142,13 @@ def _tree_pass(
     return torch.stack(outs), torch.stack(lses)
 
 
+def _whole_order(order: Tensor) -> Tensor:
+    """A permutation: padding queries may be -1 in a plan."""
+    left_out = torch.ones_like(order, dtype=torch.bool)
+    left_out[order[order >= 0]] = False
+    return torch.cat([order[order >= 0], left_out.nonzero()[:, 0]])
+
+
 def _bounds(start: Tensor, end: Tensor) -> tuple[int, int]:
     """The range of ranks that non-empty rows of a block touch, on the host (this is the CPU path)."""
     filled = end > start
@@ -129,8 +163,7 @@ def _local_pass(
     """Window and sinks of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
     heads, length, _ = q.shape
     group, sinks = heads // k.shape[0], plan.num_sink_tokens
-    order = plan.local_order[b].long()
-    ks, vs = k[:, order], v[:, order]  # [H_kv, S, D]
+    ks, vs = (x if plan.local_order is None else x[:, plan.local_order[b].long()] for x in (k, v))  # [H_kv, S, D]
     outs, lses = [], []
     for i in range(0, length, block):
         rows = slice(i, i + block)
@@ -145,7 +178,7 @@ def _local_pass(
         sink = first + torch.arange(sinks, device=q.device)  # [M, num_sinks], one set per query: packing
         present = sink < start
         visible.append(present)
-        sink = sink.clamp(max=order.numel() - 1)
+        sink = sink.clamp(max=ks.shape[1] - 1)
         sink_values = vs[:, sink].masked_fill(~present[..., None], 0.0)  # absent sinks may point at padding
         scores.append(_scores(qg[..., None, :], ks[:, sink][:, None], scale, softcap)[..., 0, :])
         probs, lse = _masked_softmax(torch.cat(scores, -1), torch.cat(visible, -1))

@@ -9,6 +9,8 @@ document.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
@@ -23,13 +25,49 @@ from .errors import CacheError
 from .layout import SequenceLayout
 
 
+class Keys:
+    """Addresses and layout of all keys of a forward.
+
+    Attributes:
+        records: int32 `[B, S, R + 2]`, every slot of the cache; None without a cache.
+        address: integer `[B, R, S]`. layout: of the `S` keys; both are read off the records when asked for.
+    """
+
+    def __init__(
+        self, address: Tensor | None = None, layout: SequenceLayout | None = None, records: Tensor | None = None
+    ) -> None:
+        self.records = records
+        if address is not None:
+            self.address = address
+        if layout is not None:
+            self.layout = layout
+
+    @cached_property
+    def address(self) -> Tensor:
+        assert self.records is not None
+        return self.records[..., :-2].transpose(1, 2)
+
+    @cached_property
+    def layout(self) -> SequenceLayout:
+        assert self.records is not None
+        return _layout_of(self.records)
+
+
 class KeyRecords:
     """The address records of one layer of a cache.
+
+    Nothing here waits for the GPU while a graph is compiled or captured; the length of a static cache is a tensor
+    then, and a cache that was filled in part without the topology is not noticed.
+
+    Attributes:
+        length: number of cached tokens.
 
     Raises:
         CacheError: the cache layer's type cannot hold records, or it holds tokens without records because
             they were cached while no topology was active, or with records of another router.
     """
+
+    length: int | Tensor
 
     def __init__(self, cache: Cache, layer: int, router: nn.Module) -> None:
         if not isinstance(cache, Cache):
@@ -37,7 +75,12 @@ class KeyRecords:
         _make_indexed(cache, layer)
         self._cache, self._layer = cache, layer
         slot = cache.layers[layer]
-        self.length = int(slot.get_seq_length())
+        self._slot = slot
+        self.length = slot.get_seq_length()
+        if isinstance(self.length, Tensor):
+            if graph_is_recorded():
+                return
+            self.length = int(self.length)
         recorded = 0
         if slot.is_indexer_initialized:
             counter = getattr(slot, "indexer_cumulative_length", None)
@@ -55,22 +98,42 @@ class KeyRecords:
                 "after set_adapter"
             )
         slot.topology_router = owner
-        self._records: Tensor | None = slot.indexer_keys[:, : self.length] if self.length else None
 
     @property
-    def layout(self) -> SequenceLayout | None:
-        """Layout of the cached tokens; None if there are none."""
-        if self._records is None:
-            return None
-        records = self._records.long()
-        return SequenceLayout(records[..., -1], records[..., -2] - 1)
+    def empty(self) -> bool:
+        """Known on the host to hold no token."""
+        return not isinstance(self.length, Tensor) and self.length == 0
 
-    def append(self, address: Tensor, layout: SequenceLayout) -> tuple[Tensor, SequenceLayout]:
+    @property
+    def layout(self) -> SequenceLayout:
+        """Layout of the cached tokens; of all slots if their number is a tensor."""
+        records = self._slot.indexer_keys
+        return _layout_of(records if isinstance(self.length, Tensor) else records[:, : self.length])
+
+    @property
+    def last_token(self) -> SequenceLayout:
+        """Layout `[B, 1]` of the last cached token."""
+        records = self._slot.indexer_keys
+        last = torch.as_tensor(self.length, device=records.device).reshape(1) - 1
+        return _layout_of(records.index_select(1, last.clamp(min=0)))
+
+    def append(self, address: Tensor, layout: SequenceLayout) -> Keys:
         """Add the new tokens' key addresses `[B, R, T]` and layout; return those of all cache slots."""
         fields = [address.transpose(1, 2), layout.position[..., None] + 1, layout.document[..., None]]
-        records = self._cache.update_indexer(torch.cat(fields, -1).to(torch.int32), self._layer).long()
-        every = SequenceLayout(records[..., -1], records[..., -2] - 1)
-        return records[..., :-2].transpose(1, 2), every
+        fresh = self.empty
+        records = self._cache.update_indexer(torch.cat([x.int() for x in fields], -1), self._layer)
+        if fresh and records.shape[1] == layout.position.shape[1]:
+            return Keys(address, layout, records)
+        return Keys(records=records)
+
+
+def graph_is_recorded() -> bool:
+    """Whether torch.compile or a CUDA graph records what runs, so that the host must not ask for values."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _layout_of(records: Tensor) -> SequenceLayout:
+    return SequenceLayout(records[..., -1].long(), records[..., -2].long() - 1)
 
 
 def _make_indexed(cache: Cache, layer: int) -> None:

@@ -9,6 +9,7 @@ state is kept between the two, so gradient checkpointing may run a layer as ofte
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .attention import hard_attention
-from .cache import KeyRecords
+from .attention import decode_attention, hard_attention, serves_decode
+from .cache import KeyRecords, Keys, graph_is_recorded
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
 from .layout import (
@@ -31,12 +32,13 @@ from .layout import (
     layout_from_mask,
     layout_from_padding,
     layout_from_position_ids,
+    layout_from_recorded_mask,
 )
 from .objective import attach_loss, balance_loss, distillation_loss, expected_density
-from .plan import Plan, build_plan
+from .plan import Plan, make_plan
 from .relaxation import bridged_attention, leaf_distribution
 from .router import RoleDigits, Routes, TopologyRouter
-from .tree import ball
+from .tree import address_to_digits
 
 #: Name of the child module and of the attention implementation. It must contain none of the substrings
 #: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
@@ -83,9 +85,8 @@ class TopologyCall:
     config: TopologyConfig
     routes: Routes | None
     query_address: Tensor
-    key_address: Tensor
     query: SequenceLayout
-    key: SequenceLayout
+    keys: Keys
     merged: bool
     training: bool
 
@@ -132,14 +133,17 @@ class TopologyHost(nn.Module):
             return None
 
         differentiable = distilling or (not merged and torch.is_grad_enabled())
-        with torch.set_grad_enabled(differentiable):
-            hidden_states = hidden_states.detach() if distilling else hidden_states
-            temperature = config.temperature if training or distilling else 1.0
-            chosen = router.route(hidden_states, temperature, training and config.gumbel_noise)
+        chosen = None
+        if differentiable or training:
+            with torch.set_grad_enabled(differentiable):
+                states = hidden_states.detach() if distilling else hidden_states
+                chosen = router.route(states, config.temperature, training and config.gumbel_noise)
+            query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
+        else:
+            query_address, key_address = router.addresses(hidden_states)
         if self.recorder is not None:
-            self.recorder[self.geometry.layer] = self._record(chosen, config)
+            self.recorder[self.geometry.layer] = self._record(query_address, key_address, config)
 
-        query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
         cache = kwargs.get("past_key_values")
         if training and cache is not None and cache.get_seq_length(self.geometry.layer) > 0:
             raise UnsupportedModelError(
@@ -148,17 +152,16 @@ class TopologyHost(nn.Module):
             )
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
-        key = query
-        if records is not None:
-            key_address, key = records.append(key_address, query)
         # cached keys have addresses only: no bridge to them
-        whole = key_address.shape[-1] == query_address.shape[-1]
-        routes = chosen if differentiable and whole else None
-        return TopologyCall(self, config, routes, query_address, key_address, query, key, merged, training)
+        routes = chosen if differentiable and (records is None or records.empty) else None
+        keys = Keys(key_address, query) if records is None else records.append(key_address, query)
+        return TopologyCall(self, config, routes, query_address, query, keys, merged, training)
 
-    def _record(self, routes: Routes, config: TopologyConfig) -> RecordedRoutes:
-        heads = self.geometry.num_heads
-        query, key = (_per_head(role.digits, heads) for role in routes)
+    def _record(self, query_address: Tensor, key_address: Tensor, config: TopologyConfig) -> RecordedRoutes:
+        query, key = (
+            _per_head(address_to_digits(x, config.arity, config.depth), self.geometry.num_heads)
+            for x in (query_address, key_address)
+        )
         return RecordedRoutes(query, key, torch.tensor(self.depths(config), device=query.device))
 
 
@@ -355,17 +358,17 @@ def _layout(
 ) -> SequenceLayout:
     """Documents and positions of the tokens of this forward, from whatever the model passes down."""
     batch, length = hidden_states.shape[:2]
-    past = None if records is None else records.layout
-    past_length = 0 if records is None else records.length
-    if position_ids is not None:
+    past = None if records is None or records.empty else records
+    past_length = 0 if past is None else past.length
+    if position_ids is not None and position_ids.ndim == 3:
         # rotary sections of multimodal models have a leading axis; text tokens restart in all of them alike
-        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
-        position_ids = position_ids.expand(batch, -1)
+        position_ids = position_ids[0]
     if mask is None:
         if past is not None:
-            return continued_layout(past, length, position_ids)
+            rows = None if position_ids is None else position_ids.expand(batch, -1)
+            return continued_layout(past.last_token, length, rows, past_length)
         if position_ids is not None:
-            return layout_from_position_ids(position_ids)
+            return layout_from_position_ids(position_ids, batch)
         return contiguous_layout(batch, length, hidden_states.device)
     if not isinstance(mask, Tensor):
         raise UnsupportedModelError(
@@ -373,11 +376,13 @@ def _layout(
             "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
         )
     if mask.ndim == 2:
-        real = mask.bool()[:, : past_length + length]
+        real = mask.bool()[:, : int(past_length) + length]
         return layout_from_padding(real).last(length)
     if mask.ndim == 4 and mask.shape[0] == 1 < batch:
         mask = mask.expand(batch, -1, -1, -1)
-    return layout_from_mask(mask, past, past_length)
+    if mask.ndim == 4 and graph_is_recorded():
+        return layout_from_recorded_mask(mask, past_length)
+    return layout_from_mask(mask, None if past is None else past.layout, int(past_length))
 
 
 def base_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -415,8 +420,7 @@ def topology_attention_forward(
     scores: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap")}
 
     if topology.merged:
-        out = hard_attention(query, key, value, plan_of(topology, depths), **scores)
-        return out.transpose(1, 2), None
+        return _merged_attention(topology, query, key, value, depths, scores).transpose(1, 2), None
 
     weights = None
     if topology.training or host.distillation is not None:
@@ -438,6 +442,28 @@ def topology_attention_forward(
     return out, weights
 
 
+def _merged_attention(
+    call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
+) -> Tensor:
+    """The hard topology, `[B, H, T, D]`: a few new tokens scan the cache, longer chunks sort it."""
+    if serves_decode(query, key, value, call.keys.records):
+        route = _route_heads(call, depths)
+        assert call.keys.records is not None
+        return decode_attention(
+            query,
+            key,
+            value,
+            _per_head(call.query_address, route.heads),
+            call.query,
+            _records_per_head(call.keys.records, route.heads),
+            route.balls,
+            local_window=call.config.local_window,
+            num_sink_tokens=call.config.num_sink_tokens,
+            **scores,
+        )
+    return hard_attention(query, key, value, plan_of(call, depths), **scores)
+
+
 def _bridged(
     call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
 ) -> Tensor:
@@ -449,9 +475,9 @@ def _bridged(
         value,
         None if call.routes is None else _routes_per_head(call.routes, heads),
         _per_head(call.query_address, heads),
-        _per_head(call.key_address, heads),
+        _per_head(call.keys.address, heads),
         call.query,
-        call.key,
+        call.keys.layout,
         arity=config.arity,
         depths=depths,
         local_window=config.local_window,
@@ -471,7 +497,7 @@ def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores:
             query,
             key,
             _routes_per_head(call.routes, query.shape[1]),
-            call.key,
+            call.keys.layout,
             local_window=config.local_window,
             num_sink_tokens=config.num_sink_tokens,
             num_queries=distillation.num_queries,
@@ -502,17 +528,52 @@ def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> 
     return attach_loss(out, host.auxiliary_ramp * loss, host) if loss.requires_grad else out
 
 
-def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
-    """The plan of a call: one per route head, or one per query head where depths differ within a route."""
+@dataclass(frozen=True)
+class RouteHeads:
+    """Number of route heads, and int32 `[heads]`: the balls of each at its visible depth."""
+
+    heads: int
+    balls: Tensor
+    max_balls: int
+
+
+def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
+    """One per route, or one per query head where depths differ within a route."""
     routed = call.query_address.shape[1]
     group = len(depths) // routed
     shared = [depths[r * group] for r in range(routed)]
-    same = all(depths[h] == shared[h // group] for h in range(len(depths)))
-    heads = routed if same else len(depths)
-    depth = torch.tensor(shared if same else depths, device=call.query_address.device)[:, None]
-    query_ball = ball(_per_head(call.query_address, heads), call.config.arity, depth)
-    key_ball = ball(_per_head(call.key_address, heads), call.config.arity, depth)
-    return build_plan(query_ball, key_ball, call.query, call.key, call.config.local_window, call.config.num_sink_tokens)
+    if any(depths[h] != shared[h // group] for h in range(len(depths))):
+        shared = depths
+    device = call.query_address.device
+    return RouteHeads(len(shared), _balls(call.config.arity, tuple(shared), device), call.config.arity ** max(shared))
+
+
+@functools.lru_cache(maxsize=1024)
+def _balls(arity: int, depths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once, because a copy from the host may not be recorded in a graph."""
+    return torch.tensor([arity**d for d in depths], dtype=torch.int32, device=device)
+
+
+def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
+    """The plan of a call, for each of its route heads."""
+    route = _route_heads(call, depths)
+    return make_plan(
+        _per_head(call.query_address, route.heads),
+        _per_head(call.keys.address, route.heads),
+        route.balls,
+        route.max_balls,
+        call.query,
+        call.keys.layout,
+        call.config.local_window,
+        call.config.num_sink_tokens,
+    )
+
+
+def _records_per_head(records: Tensor, heads: int) -> Tensor:
+    """Repeat the addresses in records `[B, S, R + 2]` like `_per_head`."""
+    if records.shape[-1] - 2 == heads:
+        return records
+    return torch.cat([_per_head(records[..., :-2].transpose(1, 2), heads).transpose(1, 2), records[..., -2:]], -1)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backend import kernels_serve
 from .errors import TopologyConfigError
 from .tree import digits_to_address
+
+if TYPE_CHECKING:
+    from topo_kernels import PackedRouter
 
 
 class RoleDigits(NamedTuple):
@@ -72,6 +76,7 @@ class TopologyRouter(nn.Module):
         self.num_heads, self.arity, self.depth = num_heads, arity, depth
         width = hidden_size if router_dim is None else router_dim
         logits = num_heads * depth * (arity - 1)
+        self._packing: tuple[Any, PackedRouter] | None = None
         self.down = Float32Linear(hidden_size, width, bias=False, dtype=torch.float32)
         self.query = Float32Linear(width, logits, dtype=torch.float32)
         self.key = None if tie_query_key else Float32Linear(width, logits, dtype=torch.float32)
@@ -129,6 +134,46 @@ class TopologyRouter(nn.Module):
                 )
             projection.weight.copy_(projection.weight / deviation[:, None])
             projection.bias.copy_((projection.bias - mean) / deviation)
+
+    @torch.no_grad()
+    def addresses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The hard choice alone, without probabilities: one fused pass on a GPU.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`, any float dtype.
+
+        Returns:
+            query and key addresses, int32 `[B, H, T]`; the same tensor if tied.
+        """
+        whole = self.down.weight.shape == (self.down.out_features, self.down.in_features)  # ZeRO-3 may hold none of it
+        if whole and kernels_serve(hidden_states, self.down.weight):
+            from topo_kernels import MAX_ROUTER_WIDTH, route_addresses
+
+            if self.down.out_features <= MAX_ROUTER_WIDTH:
+                return route_addresses(hidden_states, self._packed(hidden_states.dtype))
+        query, key = (digits_to_address(logits.argmax(-1), self.arity).int() for logits in self(hidden_states))
+        return query, query if self.key is None else key
+
+    def _packed(self, dtype: torch.dtype) -> PackedRouter:
+        """The weights as the kernels read them, laid out anew when they have changed."""
+        from topo_kernels import pack_router
+
+        parameters = list(self.parameters())
+        version = dtype, *((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
+        if self._packing is None or self._packing[0] != version:
+            packed = pack_router(
+                self.down.weight,
+                self.query.weight,
+                self.query.bias,
+                None if self.key is None else self.key.weight,
+                None if self.key is None else self.key.bias,
+                num_routes=self.num_heads,
+                depth=self.depth,
+                arity=self.arity,
+                dtype=dtype,
+            )
+            self._packing = version, packed
+        return self._packing[1]
 
     def route(self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False) -> Routes:
         """Digits and level probabilities for both roles.

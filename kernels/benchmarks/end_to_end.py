@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measure import Table, Timing, dense_calls, dense_causal, dense_one, label, summary, time_call
+from measure import DEVICE, Table, Timing, dense_calls, dense_causal, dense_one, label, summary, time_call
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -85,7 +85,7 @@ def dense_attention(
 AttentionInterface.register("unmasked", dense_attention)
 
 
-def build(config: LlamaConfig, quantised: bool, device: str = "cuda") -> Any:
+def build(config: LlamaConfig, quantised: bool, device: str = DEVICE) -> Any:
     """A model with random weights; `quantised`: linear layers but the head in 4-bit NF4."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
@@ -243,7 +243,7 @@ def choose_dense(length: int, batch: int) -> None:
     """Set FASTEST to the fastest attention of a shape: prefill for one row, decode for `batch`."""
     for phase, rows, queries in (("prefill", 1, length), ("decode", batch, 1)):
         q, k, v = (
-            torch.randn(rows, n, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            torch.randn(rows, n, heads, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
             for n, heads in ((queries, 32), (length, 8), (length, 8))
         )
         times: dict[str, float] = {}
@@ -304,7 +304,7 @@ def measure(model: Any, name: str, table: Table, arguments: Arguments) -> None:
 
 def measure_length(model: Any, name: str, table: Table, arguments: Arguments, length: int) -> None:
     """Prefill, then decode at the largest batches that fit, then decode eagerly, which changes the prefilled cache."""
-    tokens = torch.randint(0, model.config.vocab_size, (1, length), device="cuda")
+    tokens = torch.randint(0, model.config.vocab_size, (1, length), device=DEVICE)
     shape: dict[str, Any] = {"length": length}
     if name != "dense":
         shape["balls"] = 2 ** visible_depth(length)
@@ -379,7 +379,7 @@ def main(arguments: Arguments) -> None:
         measure(model, "dense", table, arguments)
         print(f"--- dense done at {time.perf_counter() - begin:.0f} s", flush=True)
     depth = max(visible_depth(length) for length in arguments.lengths)
-    sample = torch.randint(0, model.config.vocab_size, (1, 2048), device="cuda")
+    sample = torch.randint(0, model.config.vocab_size, (1, 2048), device=DEVICE)
     for route_per in arguments.route_per:
         routed = topology(model, route_per, max(8, depth), sample)
         name = {"query_head": "topology per query head", "kv_head": "topology per KV head"}[route_per]

@@ -4,7 +4,7 @@
     python kernels/benchmarks/measure.py --only prefill decode --lengths 8192 32768
 
 Shapes are one layer of an 8B Llama: 32 query and 8 KV heads of 128, hidden size 4096, bf16. `topology` rows hold the
-whole path: router, plan, attention. The router runs on random hidden states; the plan then takes addresses drawn with
+whole path of a layer: router, plan, attention (what all layers of a forward share is timed apart). The router runs on random hidden states; the plan then takes addresses drawn with
 the balance asked for (a router's work does not depend on what it chooses), so that density is what the row says.
 Query and key addresses are drawn independently. Every configuration is checked in the same run against float64 on
 sampled queries (column `error`, relative; the run fails above 1e-2).
@@ -46,14 +46,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
-from topo_adapter.layout import contiguous_layout
+from topo_adapter.layout import SequenceLayout, contiguous_layout
 from topo_adapter.router import TopologyRouter
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 8, 128, 4096
 ROUTER_DIM = 32
 WINDOW, SINKS = 128, 4
 SCALE = HEAD_DIM**-0.5
-DTYPE = torch.bfloat16
+DTYPE, DEVICE = torch.bfloat16, "cuda"
 MAX_LEAVES = 4096
 FLEX_BLOCK = 128
 LEAVES = 128  # of the distillation step: all depths up to 7
@@ -95,12 +95,20 @@ def route(hidden: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
 
 
 def plan_for(inputs: Inputs) -> Any:
-    from topo_adapter.plan import build_plan
+    """The plan of one layer. Windows are the same in all layers of a forward, which share the layout: made once."""
+    from topo_adapter.plan import make_plan
 
     layout = inputs.layout
-    return build_plan(
-        inputs.query_address, inputs.key_address, inputs.balls, inputs.case.balls, layout, layout, WINDOW, SINKS
-    )
+    addresses = inputs.query_address, inputs.key_address
+    return make_plan(*addresses, inputs.balls, inputs.case.balls, layout, layout, WINDOW, SINKS)
+
+
+def shared_plan(inputs: Inputs) -> Any:
+    """What is made once per forward: the layout and its windows."""
+    from topo_adapter.plan import local_plan
+
+    layout = contiguous_layout(inputs.case.batch, inputs.case.length, inputs.q.device)
+    return local_plan(layout, layout, WINDOW, SINKS)
 
 
 def attend(inputs: Inputs, plan: Any) -> Tensor:
@@ -178,10 +186,7 @@ class Inputs:
     query_address: Tensor
     key_address: Tensor
     balls: Tensor
-
-    @property
-    def layout(self) -> Any:
-        return contiguous_layout(self.case.batch, self.case.length, self.q.device)
+    layout: SequenceLayout
 
 
 def random_addresses(
@@ -198,7 +203,7 @@ def random_addresses(
     return (ball + balls * finer).int()
 
 
-def prefill_inputs(case: Case, device: str = "cuda", dtype: torch.dtype = DTYPE) -> Inputs:
+def prefill_inputs(case: Case, device: str = DEVICE, dtype: torch.dtype = DTYPE) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
@@ -215,6 +220,7 @@ def prefill_inputs(case: Case, device: str = "cuda", dtype: torch.dtype = DTYPE)
         query_address=addresses(),
         key_address=addresses(),
         balls=torch.full((case.routes,), case.balls, dtype=torch.int32, device=device),
+        layout=contiguous_layout(batch, length, device),
     )
 
 
@@ -293,7 +299,7 @@ def time_call(call: Callable[[], object], budget_ms: float = 150.0) -> Timing:
     torch.cuda.synchronize()
     estimate = (time.perf_counter() - begin) * 1e3
     repeats = int(min(100, max(3, budget_ms / estimate)))
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     host = []
     for start, end in events:
@@ -431,14 +437,14 @@ def line(row: dict[str, Any]) -> str:
 
 def ceilings(table: Table) -> None:
     """The two rates that floors are computed from, on random data."""
-    source = torch.randn(2**30, device="cuda").to(DTYPE)
+    source = torch.randn(2**30, device=DEVICE).to(DTYPE)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     timing = time_call(lambda: target.copy_(source))
     table.bandwidth = moved / timing.ms * 1e3
     note = f"{table.bandwidth / 1e12:.2f} TB/s"
     table.add("ceiling", "device copy", "torch", timing, {"megabytes": moved / 1e6, "note": note})
-    a, b = (torch.randn(8192, 8192, device="cuda").to(DTYPE) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE).to(DTYPE) for _ in range(2))
     timing = time_call(lambda: a @ b, 300.0)
     flop = 2 * 8192**3
     table.rate = flop / timing.ms * 1e3
@@ -532,7 +538,7 @@ def router_depth(balls: int) -> int:
 
 
 def new_router(case: Case) -> Any:
-    return pack(TopologyRouter(HIDDEN, case.routes, 2, router_depth(case.balls), ROUTER_DIM).to("cuda"))
+    return pack(TopologyRouter(HIDDEN, case.routes, 2, router_depth(case.balls), ROUTER_DIM).to(DEVICE))
 
 
 @torch.no_grad()
@@ -551,7 +557,7 @@ def prefill(table: Table, part: str, case: Case, breakdown: bool = False) -> Non
             route(inputs.hidden, packed)
             return attend(inputs, plan_for(inputs))
 
-        rows = sample_rows(case.length).to("cuda")
+        rows = sample_rows(case.length).to(DEVICE)
         error = sampled_error(topology(), inputs.q, inputs.k, inputs.v, query_ball, key_ball, rows)
         values = shape | prefill_work(inputs, visible) | against | {"density": density, "error": error}
         values["peak_mb"] = peak_mb(topology)
@@ -561,6 +567,7 @@ def prefill(table: Table, part: str, case: Case, breakdown: bool = False) -> Non
             stages: dict[str, Callable[[], object]] = {
                 "router": lambda: route(inputs.hidden, packed),
                 "plan": lambda: plan_for(inputs),
+                "plan shared by all layers": lambda: shared_plan(inputs),
                 **{name.replace("_", " "): call for name, call in passes(inputs, plan).items()},
             }
             for stage, call in stages.items():
@@ -611,13 +618,13 @@ def window_only(table: Table, length: int, flex: bool) -> None:
             "gflop": visible * HEADS * 4 * HEAD_DIM / 1e9,
             "megabytes": attention_megabytes(inputs),
         }
-        check = (inputs.q, inputs.k, inputs.v, *unseen, sample_rows(length).to("cuda"))
+        check = (inputs.q, inputs.k, inputs.v, *unseen, sample_rows(length).to(DEVICE))
         call = passes(inputs, plan)["local_pass"]
         error = sampled_error(call()[0].transpose(1, 2), *check)
         table.add("window", config, "our local pass", time_call(call), shape | {"error": error})
         if flex:
             blocks = -(-length // FLEX_BLOCK)
-            call, _ = flex_call(inputs, *(torch.full((1, blocks), i, device="cuda") for i in (0, 1)))
+            call, _ = flex_call(inputs, *(torch.full((1, blocks), i, device=DEVICE) for i in (0, 1)))
             error = sampled_error(call(), *check)
             table.add("window", config, "FlexAttention", time_call(call), shape | {"error": error})
     except Exception as problem:
@@ -676,10 +683,10 @@ def flex(table: Table, length: int, balls: int) -> None:
     try:
         inputs = prefill_inputs(Case(config, length, balls))
         against = dense_prefill(table, inputs)
-        query_ball, key_ball = torch.randint(0, balls, (2, HEADS, length // FLEX_BLOCK), device="cuda")
+        query_ball, key_ball = torch.randint(0, balls, (2, HEADS, length // FLEX_BLOCK), device=DEVICE)
         call, visited = flex_call(inputs, query_ball, key_ball)
         query_ball, key_ball = (x.repeat_interleave(FLEX_BLOCK, -1)[None] for x in (query_ball, key_ball))
-        rows = sample_rows(length).to("cuda")
+        rows = sample_rows(length).to(DEVICE)
         error = sampled_error(call(), inputs.q, inputs.k, inputs.v, query_ball, key_ball, rows)
         values = {
             "length": length,
@@ -698,7 +705,7 @@ def flex(table: Table, length: int, balls: int) -> None:
     torch.cuda.empty_cache()
 
 
-def decode_records(case: Case, device: str = "cuda") -> Tensor:
+def decode_records(case: Case, device: str = DEVICE) -> Tensor:
     """int32 `[B, S, R + 2]`: key addresses, position plus one, document, as topo_adapter/cache.py keeps them."""
     address = random_addresses(case.batch, case.routes, case.length, case.balls, device=device).transpose(1, 2)
     position = torch.arange(1, case.length + 1, dtype=torch.int32, device=device).expand(case.batch, -1)[..., None]
@@ -739,11 +746,11 @@ def decode_step(table: Table, case: Case) -> None:
         sets = []
         for _ in range(max(2, min(8, 2**33 // per_set))):  # at most 8.6 GB, each visited once per round
             k, v = (
-                torch.randn(case.batch, KV_HEADS, case.length, HEAD_DIM, device="cuda", dtype=DTYPE) for _ in range(2)
+                torch.randn(case.batch, KV_HEADS, case.length, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2)
             )
-            q = torch.randn(case.batch, 1, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE).transpose(1, 2)
-            address = random_addresses(case.batch, case.routes, 1, case.balls, device="cuda")
-            hidden = torch.randn(case.batch, 1, HIDDEN, device="cuda", dtype=DTYPE)
+            q = torch.randn(case.batch, 1, HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+            address = random_addresses(case.batch, case.routes, 1, case.balls, device=DEVICE)
+            hidden = torch.randn(case.batch, 1, HIDDEN, device=DEVICE, dtype=DTYPE)
             sets.append((hidden, q, k, v, address, decode_records(case)))
         if not table.fastest("decode", case.name):
             arms: dict[str, list[Callable[[], Tensor]]] = {}
@@ -759,7 +766,7 @@ def decode_step(table: Table, case: Case) -> None:
                     table.failed("decode", case.name, arm, problem)
 
         packed = new_router(case)
-        balls = torch.full((case.routes,), case.balls, dtype=torch.int32, device="cuda")
+        balls = torch.full((case.routes,), case.balls, dtype=torch.int32, device=DEVICE)
 
         def step(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, address: Tensor, records: Tensor) -> Tensor:
             _, key_address = route(hidden, packed)
@@ -768,7 +775,7 @@ def decode_step(table: Table, case: Case) -> None:
 
         _, q, k, v, address, records = sets[0]
         key_ball = records[..., :-2].transpose(1, 2) % case.balls
-        rows = torch.zeros(1, dtype=torch.long, device="cuda")
+        rows = torch.zeros(1, dtype=torch.long, device=DEVICE)
         out = step(*sets[0])
         error = sampled_error(out, q, k, v, address % case.balls, key_ball, rows)
         seen, loaded = decode_visible(address, records, case.balls)
@@ -805,12 +812,12 @@ def distill(table: Table, length: int) -> None:
     """Forward and backward of one layer's distillation on all queries, beside SDPA with nothing excluded."""
     config = f"distillation {label(length)}"
     levels = LEAVES.bit_length() - 1
-    q = torch.randn(1, HEADS, length, HEAD_DIM, device="cuda", dtype=DTYPE)
-    k = torch.randn(1, KV_HEADS, length, HEAD_DIM, device="cuda", dtype=DTYPE)
+    q = torch.randn(1, HEADS, length, HEAD_DIM, device=DEVICE, dtype=DTYPE)
+    k = torch.randn(1, KV_HEADS, length, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     shape = {"length": length, "batch": 1, "routes": HEADS, "balls": LEAVES, "gflop": distillation_gflop(length)}
     try:
         expanded = k.repeat_interleave(HEADS // KV_HEADS, 1)
-        leaves = [torch.rand(1, HEADS, length, LEAVES, device="cuda", dtype=DTYPE).softmax(-1) for _ in range(2)]
+        leaves = [torch.rand(1, HEADS, length, LEAVES, device=DEVICE, dtype=DTYPE).softmax(-1) for _ in range(2)]
         for leaf in leaves:
             leaf.requires_grad_()
         for name in ("sdpa cudnn", "sdpa flash"):
@@ -824,7 +831,7 @@ def distill(table: Table, length: int) -> None:
         table.failed("distill", config, "sdpa", problem)
     torch.cuda.empty_cache()
     try:
-        logits = [torch.randn(1, HEADS, length, levels, 2, device="cuda", requires_grad=True) for _ in range(2)]
+        logits = [torch.randn(1, HEADS, length, levels, 2, device=DEVICE, requires_grad=True) for _ in range(2)]
 
         def step() -> None:
             for x in logits:

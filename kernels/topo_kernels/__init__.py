@@ -1,5 +1,16 @@
-"""Triton kernels of the hard topology attention. Imports torch and triton, nothing of `topo_adapter`."""
+"""Triton kernels of the topology: router, plan, attention. Imports torch and triton, nothing of `topo_adapter`."""
 
 from .attention import topology_attention
+from .decode import decode_attention
+from .plan import tree_plan
+from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
 
-__all__ = ["topology_attention"]
+__all__ = [
+    "MAX_ROUTER_WIDTH",
+    "PackedRouter",
+    "decode_attention",
+    "pack_router",
+    "route_addresses",
+    "topology_attention",
+    "tree_plan",
+]

@@ -76,10 +76,7 @@ def _attend_run(
         o_rank = i_n + o_n
         m_n = o_rank < hi
         if HAS_ORDER:
-            if EDGES > 0:
-                o_key = tl.load(p_order + o_rank, mask=m_n, other=0)
-            else:
-                o_key = tl.load(p_order + o_rank)
+            o_key = tl.load(p_order + o_rank, mask=m_n, other=0) if EDGES > 0 else tl.load(p_order + o_rank)
         else:
             o_key = tl.minimum(o_rank, hi - 1) if EDGES == 1 else o_rank
         if WIDE:
@@ -764,18 +761,41 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Both passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    tree = [t.contiguous() for t in (query_order, range_start, range_end, key_order)]
-    order = None if local_order is None else local_order.contiguous()
-    local = [t.contiguous() for t in (document_start, local_start, local_end)]
     hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] == 9
     tiles = choose_tiles(q.shape[3], q.dtype, hopper)
-    out, lse = local_pass(q, k, v, order, *local, num_sink_tokens, scale, softcap, tiles.local)
-    tree_pass(q, k, v, *tree, out, lse, local_order is None, scale, softcap, tiles.tree)
+    out, lse = local_pass(
+        q,
+        k,
+        v,
+        None if local_order is None else local_order.contiguous(),
+        document_start.contiguous(),
+        local_start.contiguous(),
+        local_end.contiguous(),
+        num_sink_tokens,
+        scale,
+        softcap,
+        tiles.local,
+    )
+    tree_pass(
+        q,
+        k,
+        v,
+        query_order.contiguous(),
+        range_start.contiguous(),
+        range_end.contiguous(),
+        key_order.contiguous(),
+        out,
+        lse,
+        local_order is None,
+        scale,
+        softcap,
+        tiles.tree,
+    )
     return out, lse
 
 
 @_attention.register_fake
-def _(q, k, v, *_plan):  # type: ignore[no-untyped-def]
+def _(q, k, v, *_plan):
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 

@@ -461,8 +461,9 @@ def _dkdv_kernel(
     top = tl.max(tl.where(m_some, b_last, 0), 0)
     common = 0
     if not MERGE:  # windows are too short
-        same = tl.min(tl.where(m_n, tl.where(m_some, b_last, 0), top), 0) == top
-        common = tl.where(same, tl.maximum(top - tl.max(b_first, 0), 0) // TOKENS * TOKENS, 0)
+        same = tl.min(tl.where(m_some, b_last, top), 0) == top
+        latest = tl.max(tl.where(m_some, b_first, 0), 0)
+        common = tl.where(same, tl.maximum(top - latest, 0) // TOKENS * TOKENS, 0)
     b_rest = tl.minimum(b_last, top - common)
     b_from = tl.where(b_first < b_rest, b_first, _NEVER)
 
@@ -611,27 +612,38 @@ class SinkChunks(NamedTuple):
     sink_index: Tensor
 
 
-def tree_ranges(
-    query_order: Tensor, range_start: Tensor, range_end: Tensor, key_order: Tensor
-) -> tuple[QueryRanges, Tensor]:
-    """Turn the tree's ranges around: for each sorted key the sorted queries that see it.
+def inverse_ranges(range_start: Tensor, range_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """For each sorted key the sorted queries that see it: int32 `[B, R, S]` first, and one past the last.
 
-    Ends and starts rise along the sorted queries except where a range is empty. Such a query takes the end before it
-    and the start after it, so that no key counts it.
+    Among the queries with a range that is not empty, starts and ends must rise. The others take the end before them
+    and the start after them, so that no key counts them.
 
-    Returns:
-        The ranges, and int32 `[B, R, S]`: the rank of each key in `key_order`, -1 if no query sees it.
+    Args:
+        range_start, range_end: int32 `[B, R, T]`; sorted query `i` sees the sorted keys `[start, end)`.
     """
     some = range_start < range_end
     ends = torch.where(some, range_end, 0).cummax(-1).values
     starts = torch.where(some, range_start, _ABSENT).flip(-1).cummin(-1).values.flip(-1)
-    rank = torch.arange(key_order.shape[-1], dtype=torch.int32, device=key_order.device).expand_as(key_order)
-    rank = rank.contiguous()
+    rank = torch.arange(num_keys, dtype=torch.int32, device=starts.device)
+    rank = rank.expand(*starts.shape[:2], num_keys).contiguous()
     first = torch.searchsorted(ends, rank, right=True, out_int32=True)
-    last = torch.searchsorted(starts.contiguous(), rank, right=True, out_int32=True)
+    return first, torch.searchsorted(starts.contiguous(), rank, right=True, out_int32=True)
+
+
+def tree_ranges(
+    query_order: Tensor, range_start: Tensor, range_end: Tensor, key_order: Tensor
+) -> tuple[QueryRanges, Tensor]:
+    """Turn the tree's ranges around.
+
+    Returns:
+        The ranges, and int32 `[B, R, S]`: the rank of each key in `key_order`, -1 if no query sees it.
+    """
+    B, R, S = key_order.shape
+    first, last = inverse_ranges(range_start, range_end, S)
     seen = first < last
-    slot = torch.full((*key_order.shape[:2], key_order.shape[2] + 1), -1, dtype=torch.int32, device=rank.device)
-    index = torch.where(seen, key_order, key_order.shape[2]).long()  # entries that are in no range share a column
+    slot = torch.full((B, R, S + 1), -1, dtype=torch.int32, device=key_order.device)
+    index = torch.where(seen, key_order, S).long()  # entries that are in no range share a column
+    rank = torch.arange(S, dtype=torch.int32, device=key_order.device)
     slot.scatter_(2, index, torch.where(seen, rank, -1))
     return QueryRanges(query_order, key_order, first, last), slot[..., :-1].contiguous()
 

@@ -182,14 +182,12 @@ def _attend_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     o_map = tl.arange(0, MAP)
     for i_map in range(lo, hi, MAP):
-        # rank -> chunk, the last that starts at or before the rank, and offset in it; for several tiles at once
+        # for several tiles at once: rank -> chunk, the last that starts at or before the rank, and place in it
         m_begun = b_first <= i_map
         m_within = (b_first > i_map) & (b_first < i_map + MAP)
         b_begins = tl.histogram(tl.where(m_within, b_first - i_map, 0), MAP, mask=m_within)
         o_chunk = tl.sum(m_begun.to(tl.int32), 0) - 1 + tl.cumsum(b_begins, 0)
-        b_begin = tl.max(tl.where(m_begun, b_first, 0), 0) - i_map  # <= 0
-        b_begin = tl.associative_scan(tl.where(b_begins > 0, o_map, b_begin), 0, _larger)
-        p_entry = p_entries + (o_chunk * chunk + o_map - b_begin)
+        p_entry = p_entries + (o_chunk * chunk + i_map + o_map - tl.gather(b_first, o_chunk, 0))
         b_entries = tl.load(p_entry, mask=o_map < hi - i_map, other=0)
         b_keys = o_chunk * chunk + (b_entries & 0xFFFF)
 
@@ -220,11 +218,6 @@ def _attend_kernel(
     tl.store(split_sum + o_split, b_sum, mask=m_m)
     m_some = (m_m & (b_sum > 0))[:, None] & m_d[None, :]  # the combine kernel reads no other rows
     tl.store(split_out + o_split[:, None] * D + o_d[None, :], b_acc, mask=m_some)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit(do_not_specialize=["T", "splits", "U"])
@@ -267,19 +260,20 @@ def _combine_kernel(
 class Tiles(NamedTuple):
     """Work of one program and how it is compiled."""
 
+    attend_keys: int
+    attend_warps: int
+    attend_stages: int
+    map_keys: int = 256
+    programs_per_processor: int = 6  # more than fit at once, because lists differ in length
     scan_keys: int = 256
     scan_warps: int = 8
-    attend_keys: int = 64
-    map_keys: int = 256
-    attend_warps: int = 4
-    attend_stages: int = 3
-    programs_per_processor: int = 8  # several more than fit at once: lists differ in length
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for which several programs share a processor, whose loads then hide each other's latency."""
-    size = head_dim * dtype.itemsize
-    return Tiles(attend_keys=64 if size <= 256 else 32 if size <= 512 else 16)
+    """Tiles of about 16 KB of K and V each: several programs share a processor and hide each other's latency."""
+    if dtype == torch.float32:
+        return Tiles(32 if head_dim <= 128 else 16, 8, 2)
+    return Tiles(64 if head_dim <= 128 else 32, 4, 3)
 
 
 def _heads_per_list(group: int) -> int:
@@ -334,7 +328,7 @@ def _decode(
         for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
         for i, axis in enumerate(axes)
     }
-    block_u = min(32, triton.next_power_of_2(lists))
+    block_u = min(triton.next_power_of_2(lists), 16, 32 // triton.next_power_of_2(bits))  # bounds registers
     subs = 32 * tiles.scan_warps // block_u
     with torch.cuda.device_of(q):
         _scan_kernel[(B * triton.cdiv(lists, block_u) * chunks * T,)](

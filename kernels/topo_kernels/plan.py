@@ -316,47 +316,48 @@ def _tree_plan(
         balls if t is None else t.contiguous() for t in (document_start, tree_queries, tree_keys)
     )
     sizes = {"T": queries, "S": keys, "CHUNK": blocks.chunk, "BALLS": columns}
-    _sort_kernel[(batch * routes * chunks,)](
-        query_address,
-        key_address,
-        balls,
-        tree_queries,
-        tree_keys,
-        codes,
-        run_end,
-        *query_address.stride(),
-        *key_address.stride(),
-        R=routes,
-        num_sink_tokens=num_sink_tokens,
-        LOG_CHUNK=blocks.chunk.bit_length() - 1,
-        WIDTH=max(1, blocks.chunk // (32 * blocks.sort_warps)),
-        HAS_ORDER=has_order,
-        num_warps=blocks.sort_warps,
-        **sizes,
-    )
-    _shift_kernel[(batch * routes * 2 * (columns // blocks.shift_balls),)](
-        run_end,
-        shift,
-        BLOCK_C=blocks.shift_chunks,
-        BLOCK_B=blocks.shift_balls,
-        num_warps=blocks.shift_warps,
-        **sizes,
-    )
-    _place_kernel[(batch * routes * chunks * (blocks.chunk // blocks.place),)](
-        codes,
-        run_end,
-        shift,
-        local_start,
-        document_start,
-        tree_queries,
-        tree_keys,
-        *outputs,
-        R=routes,
-        BLOCK=blocks.place,
-        HAS_ORDER=has_order,
-        num_warps=blocks.place_warps,
-        **sizes,
-    )
+    with torch.cuda.device_of(query_address):
+        _sort_kernel[(batch * routes * chunks,)](
+            query_address,
+            key_address,
+            balls,
+            tree_queries,
+            tree_keys,
+            codes,
+            run_end,
+            *query_address.stride(),
+            *key_address.stride(),
+            R=routes,
+            num_sink_tokens=num_sink_tokens,
+            LOG_CHUNK=blocks.chunk.bit_length() - 1,
+            WIDTH=max(1, blocks.chunk // (32 * blocks.sort_warps)),
+            HAS_ORDER=has_order,
+            num_warps=blocks.sort_warps,
+            **sizes,
+        )
+        _shift_kernel[(batch * routes * 2 * (columns // blocks.shift_balls),)](
+            run_end,
+            shift,
+            BLOCK_C=blocks.shift_chunks,
+            BLOCK_B=blocks.shift_balls,
+            num_warps=blocks.shift_warps,
+            **sizes,
+        )
+        _place_kernel[(batch * routes * chunks * (blocks.chunk // blocks.place),)](
+            codes,
+            run_end,
+            shift,
+            local_start,
+            document_start,
+            tree_queries,
+            tree_keys,
+            *outputs,
+            R=routes,
+            BLOCK=blocks.place,
+            HAS_ORDER=has_order,
+            num_warps=blocks.place_warps,
+            **sizes,
+        )
     return outputs
 
 

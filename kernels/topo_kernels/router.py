@@ -2,13 +2,13 @@
 
 Router maths is fp32 whatever the model's dtype, but tensor cores do not multiply fp32. A half-precision hidden state
 is exact, so it is the first projection's weights that are split into up to three parts of its dtype, which add up to
-the fp32 weight: every product is exact and sums in fp32. Parts that are zero everywhere, because the weights were
+the fp32 weight: every product is exact, and sums are fp32. Parts that are zero everywhere, because the weights were
 rounded to the model's dtype, are not stored. What has fp32 operands runs as three TF32 products (relative error about
 2^-22). The second projection's columns are sorted by level, so that a tile of routes takes its digits level by level.
 
 Many tokens: one program takes a tile of them through everything and reads each hidden state once. Few tokens cannot
 fill the GPU that way: one kernel gives each program a slice of the channels, a second one adds the slices in a fixed
-order and does the rest. Addresses of the two can differ where a logit is 0, or two are equal, to rounding.
+order and does the rest. The two can choose different digits where the largest logits are equal to rounding.
 """
 
 from typing import NamedTuple
@@ -119,7 +119,7 @@ def _fused_kernel(
 def _slice_kernel(
     hidden,  # [B, T, C]
     down,  # [PARTS, BLOCK_W, C padded]
-    partial,  # [N, slices, BLOCK_W] fp32
+    partial,  # [N, SLICES, PARTS, BLOCK_W] fp32
     stride_hb,
     stride_ht,
     T,
@@ -129,32 +129,30 @@ def _slice_kernel(
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    SLICE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    i_slice = tl.program_id(0)
+    i_part = tl.program_id(0) % PARTS
+    first = tl.program_id(0) // PARTS * BLOCK_C
     o_n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_row = tl.minimum(o_n, N - 1)
     p_row = hidden + (o_row // T).to(tl.int64) * stride_hb + (o_row % T).to(tl.int64) * stride_ht
-    first = i_slice * SLICE
-    b_acc = _project(p_row, down, first, first + SLICE, C, C_PADDED, PARTS, BLOCK_T, BLOCK_W, SLICE)
-    o_partial = o_n * (C_PADDED // SLICE) + i_slice
-    tl.store(
-        partial + o_partial[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :],
-        b_acc,
-        mask=(o_n < N)[:, None],
-    )
+    p_part = down + i_part * BLOCK_W * C_PADDED
+    b_acc = _project(p_row, p_part, first, first + BLOCK_C, C, C_PADDED, 1, BLOCK_T, BLOCK_W, BLOCK_C)
+    o_partial = o_n * (C_PADDED // BLOCK_C * PARTS) + tl.program_id(0)
+    p_out = partial + o_partial[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    tl.store(p_out, b_acc, mask=(o_n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _digits_kernel(
-    partial,  # [N, SLICES, BLOCK_W] fp32
+    partial,  # [N, ROWS, BLOCK_W] fp32
     down_scale,  # [BLOCK_W]
     weight,  # [DEPTH, ARITY - 1, BLOCK_W, ROUTES_PADDED]
     bias,  # [DEPTH, ARITY - 1, ROUTES_PADDED]
     out,  # [roles, B, R, T] int32
     B,
     T,
-    SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
     R: tl.constexpr,
     ROUTES: tl.constexpr,
     ROUTES_PADDED: tl.constexpr,
@@ -166,27 +164,34 @@ def _digits_kernel(
     BLOCK_R: tl.constexpr,
 ):
     i_n = tl.program_id(0)
-    o_s = tl.arange(0, BLOCK_S)
     o_w = tl.arange(0, BLOCK_W)
-    b_acc = tl.zeros([BLOCK_W], dtype=tl.float32)
-    for i_s in range(0, SLICES, BLOCK_S):
-        p_partial = partial + (i_n * SLICES + i_s + o_s)[:, None] * BLOCK_W + o_w[None, :]
-        b_acc += tl.sum(tl.load(p_partial, mask=(i_s + o_s < SLICES)[:, None], other=0.0), 0)
-    b_h = _gelu(b_acc * tl.load(down_scale + o_w))
-
     o_l = tl.arange(0, BLOCK_L)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_l = o_l < DEPTH
+    # the first weights are on their way while the hidden layer is summed: nothing else hides their latency
+    o_column = o_l * (ARITY - 1)
+    o_weight = (o_column[:, None, None] * BLOCK_W + o_w[None, :, None]) * ROUTES_PADDED + o_r[None, None, :]
+    o_bias = o_column[:, None] * ROUTES_PADDED + o_r[None, :]
+    b_w = tl.load(weight + o_weight, mask=m_l[:, None, None], other=0.0)  # [BLOCK_L, BLOCK_W, BLOCK_R]
+    b_bias = tl.load(bias + o_bias, mask=m_l[:, None], other=0.0)
+    b_scale = tl.load(down_scale + o_w)
+
+    b_acc = tl.zeros([BLOCK_W], dtype=tl.float32)
+    for i_s in range(0, ROWS, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S)
+        p_partial = partial + (i_n * ROWS + o_s)[:, None] * BLOCK_W + o_w[None, :]
+        b_acc += tl.sum(tl.load(p_partial, mask=(o_s < ROWS)[:, None], other=0.0), 0)
+    b_h = _gelu(b_acc * b_scale)
+
     b_best = tl.zeros([BLOCK_L, BLOCK_R], dtype=tl.float32)  # child 0 has logit 0
     b_digit = tl.zeros([BLOCK_L, BLOCK_R], dtype=tl.int32)
-    for i_child in range(ARITY - 1):
-        o_column = o_l * (ARITY - 1) + i_child
-        o_weight = (o_column[:, None, None] * BLOCK_W + o_w[None, :, None]) * ROUTES_PADDED + o_r[None, None, :]
-        b_w = tl.load(weight + o_weight, mask=m_l[:, None, None], other=0.0)  # [BLOCK_L, BLOCK_W, BLOCK_R]
-        b_bias = tl.load(bias + o_column[:, None] * ROUTES_PADDED + o_r[None, :], mask=m_l[:, None], other=0.0)
+    for i_child in range(1, ARITY):
         b_logit = tl.sum(b_h[None, :, None] * b_w, 1) + b_bias
-        b_digit = tl.where(b_logit > b_best, i_child + 1, b_digit)
+        b_digit = tl.where(b_logit > b_best, i_child, b_digit)
         b_best = tl.maximum(b_logit, b_best)
+        m_next = m_l & (i_child < ARITY - 1)
+        b_w = tl.load(weight + o_weight + i_child * BLOCK_W * ROUTES_PADDED, mask=m_next[:, None, None], other=0.0)
+        b_bias = tl.load(bias + o_bias + i_child * ROUTES_PADDED, mask=m_next[:, None], other=0.0)
     b_power = tl.full([BLOCK_L], 1, dtype=tl.int32)
     for i_l in tl.static_range(DEPTH):
         b_power *= tl.where((o_l > i_l) & m_l, ARITY, 1)
@@ -236,10 +241,12 @@ def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
         num_tokens: B x T; small tiles where large ones would leave multiprocessors without work.
     """
     width, routes = packed.down.shape[1], packed.bias.shape[2]  # padded
-    if packed.down.dtype == torch.float32 or width > 64:
+    if width > 64:
+        return Blocks(64, 32, 16, 8, 3)
+    if packed.down.dtype == torch.float32:
         return Blocks(64, 32, min(32, routes), 4, 3)
     if num_tokens <= 16384:
-        return Blocks(64, 64, min(64 if packed.arity == 2 else 32, routes), 4, 3 if width <= 32 else 2)
+        return Blocks(64, 64, min(64 if packed.arity == 2 and width <= 32 else 32, routes), 4, 3 if width <= 32 else 2)
     return Blocks(128, 64, min(32, routes), 8, 3 if width <= 32 else 2)
 
 
@@ -363,12 +370,12 @@ def fused_pass(hidden: Tensor, packed: PackedRouter, out: Tensor, blocks: Blocks
 
 
 def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
-    """First a program per 16 tokens and slice of channels, then one per token and a few routes."""
+    """First a program per 16 tokens, slice of channels and part, then one per token and a few routes."""
     B, T, C = hidden.shape
     parts, width, padded_channels = packed.down.shape
-    slices = padded_channels // _SLICE
-    partial = torch.empty(B * T, slices, width, dtype=torch.float32, device=hidden.device)
-    _slice_kernel[(slices, triton.cdiv(B * T, 16))](
+    rows = padded_channels // _SLICE * parts
+    partial = torch.empty(B * T, rows, width, dtype=torch.float32, device=hidden.device)
+    _slice_kernel[(rows, triton.cdiv(B * T, 16))](
         hidden,
         packed.down,
         partial,
@@ -381,8 +388,8 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
         PARTS=parts,
         BLOCK_T=16,
         BLOCK_W=width,
-        SLICE=_SLICE,
-        num_warps=4,
+        BLOCK_C=_SLICE,
+        num_warps=4 if width <= 64 else 8,
         num_stages=1,
     )
     block_l = triton.next_power_of_2(packed.depth)
@@ -396,13 +403,13 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
         out,
         B,
         T,
-        SLICES=slices,
+        ROWS=rows,
         R=packed.num_routes,
         ROUTES=out.shape[0] * packed.num_routes,
         ROUTES_PADDED=routes_padded,
         DEPTH=packed.depth,
         ARITY=packed.arity,
-        BLOCK_S=min(32, triton.next_power_of_2(slices)),
+        BLOCK_S=min(4096 // width, triton.next_power_of_2(rows)),
         BLOCK_W=width,
         BLOCK_L=block_l,
         BLOCK_R=block_r,

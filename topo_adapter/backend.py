@@ -1,0 +1,35 @@
+"""Which tensors the Triton kernels can serve; everything else takes the torch path, with the same result."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def _triton_available() -> bool:
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "triton is not installed: the topology runs exactly but slowly on this GPU. pip install triton",
+        stacklevel=2,
+    )
+    return False
+
+
+@functools.cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def kernels_serve(*tensors: Tensor) -> bool:
+    """Whether all tensors are on a GPU that runs the kernels; integers and half to single precision floats."""
+    if not all(t.is_cuda and (t.dtype in _DTYPES or not t.is_floating_point()) for t in tensors):
+        return False
+    return _new_enough(tensors[0].device) and _triton_available()
