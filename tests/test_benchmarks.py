@@ -73,6 +73,21 @@ def test_sampled_error(queries: int) -> None:
     assert measure.sampled_error(out, q, inputs.k, inputs.v, query_ball, other, rows) > measure.MAX_ERROR
 
 
+def test_far_error() -> None:
+    inputs = measure.prefill_inputs(measure.Case("", 60, 1), "cpu", torch.float32)
+    leaves = torch.rand(1, 4, 60, 8)
+    layout = contiguous_layout(1, 60)
+    never = torch.zeros(1, 4, 60), torch.ones(1, 4, 60)  # queries and keys in different balls: only the window is left
+    local = mask_of(*never)
+    causal = visible_pairs(never[0], never[0], layout, layout, 1, 0)
+    scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * measure.SCALE
+    probs = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    rows = torch.arange(60)
+    check = inputs.q, inputs.k, leaves, rows
+    assert measure.far_error(probs.masked_fill(local, 0.0) @ leaves, *check) < 1e-6
+    assert measure.far_error(probs @ leaves, *check) > measure.MAX_ERROR
+
+
 def test_sample_rows() -> None:
     rows = measure.sample_rows(100)
     assert rows.min() == 0 and rows.max() == 99

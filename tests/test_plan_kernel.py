@@ -182,7 +182,7 @@ CASES = [
     *(Case(layout=layout) for layout in LAYOUTS if layout != "plain"),
     *(Case(pattern=pattern, layout=layout) for pattern in PATTERNS[1:] for layout in ("plain", "packed")),
     Case(layout="left_padding", batch=3, length=40),  # whole rows of padding
-    Case(balls=(1, 2, 4096), batch=1),  # another depth for each head
+    Case(balls=(1, 2, 128), batch=1),  # another depth for each head
     Case(balls=(3, 27), layout="middle_padding"),
     Case(balls=(1,), layout="interleaved"),
     *(Case(length=n, layout=layout) for n in (1, 65) for layout in ("plain", "left_padding")),
@@ -256,6 +256,15 @@ def test_million_tokens() -> None:
     reference = problem.reference()
     assert torch.equal(query_order, reference.query_order)
     assert torch.equal(start, reference.range_start) and torch.equal(end, reference.range_end)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_bound_after_the_last_key(layout: str) -> None:
+    problem = make(Case(length=64, layout=layout, batch=1, sinks=0))
+    query_order, _, end, key_order = run(problem, local_start=torch.full_like(problem.query_address[:, 0], 64))
+    query_ball = problem.query_address[0, 0][query_order[0, 0].long()] % 8
+    key_ball = problem.key_address[0, 0][key_order[0, 0].long()] % 8
+    assert torch.equal(end[0, 0].long(), torch.searchsorted(key_ball, query_ball, right=True))
 
 
 # ---------------------------------------------------------------- controls: a wrong plan is noticed

@@ -18,7 +18,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALF, BF16 = torch.float16, torch.bfloat16
 # Digit logits here have deviation 1. Digits whose two largest logits are closer than this may come out either way;
-# about 4 of 100,000 do (the density of a normal distribution at 0, times twice the tolerance).
+# about 4 of 100,000 are that close at arity 2 (twice the tolerance times a normal density at 0), more at larger ones.
 NEAR_TIE = 5e-5
 
 # ---------------------------------------------------------------- cases
@@ -106,7 +106,7 @@ def check(case: Case, seed: int = 0) -> None:
         addresses = route_addresses(hidden, pack(router, case.dtype))
     wrong, near, total = wrong_digits(router, hidden, addresses)
     assert wrong == 0, f"{wrong} of {total} digits"
-    assert near <= 3 + 2e-4 * total, f"{near} near-ties of {total} digits hide too much"
+    assert near <= 3 + 4e-4 * total, f"{near} near-ties of {total} digits hide too much"
 
 
 # ---------------------------------------------------------------- exactness
@@ -125,10 +125,10 @@ SHAPES = [
     Case(weights=HALF, length=20),
 ]
 CASES = [
-    replace(case, path=path, dtype=dtype)
-    for case in SHAPES
-    for path in ("fused", "split")
-    for dtype in (torch.float32, HALF)
+    *(replace(case, dtype=dtype) for case in SHAPES for dtype in (torch.float32, HALF)),
+    # the interpreter pays per token here
+    *(replace(case, path="split", length=min(case.length, 17), batch=min(case.batch, 9)) for case in SHAPES),
+    *(replace(case, path="split", length=17, dtype=HALF) for case in SHAPES[:9]),
 ]
 
 # as in models: Llama-3.1-8B and SmolLM2-135M
@@ -144,7 +144,7 @@ GPU_CASES = [
     *(replace(_LLAMA, length=n) for n in (20_001, 65_536)),  # large tiles
     *(replace(_LLAMA, length=3001, width=w, tied=tied) for w in (8, 64, 128) for tied in (False, True)),
     *(replace(_LLAMA, length=600, routes=r, depth=4) for r in (1, 5, 8, 100, 128)),
-    *(replace(_LLAMA, length=600, arity=p, depth=d) for p, d in ((2, 12), (3, 7), (5, 5), (7, 4), (4096, 1))),
+    *(replace(_LLAMA, length=600, arity=p, depth=d) for p, d in ((2, 12), (3, 7), (5, 5), (7, 4), (64, 2))),
     *(replace(_LLAMA, length=n, batch=b) for b, n in ((16, 1), (600, 1), (16, 4), (3, 1000), (200, 7))),
     *(
         replace(_SMOL, length=n, depth=d, dtype=dtype)
@@ -364,12 +364,20 @@ def test_cuda_graph(length: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out, route_addresses(hidden, packed), strict=True))
 
 
-@pytest.mark.gpu
-def test_torch_compile() -> None:
-    router, hidden = make(replace(_LLAMA, length=600))
-    packed = pack(router, BF16)
-    compiled = torch.compile(lambda x: [a + 1 for a in route_addresses(x, packed)], fullgraph=True, dynamic=True)
-    for x in (hidden, hidden[:, :577], hidden[:, :3]):
+@pytest.mark.parametrize(
+    ("case", "lengths"),
+    [(Case(length=17), (17, 5)), pytest.param(replace(_LLAMA, length=600), (600, 577, 3), marks=pytest.mark.gpu)],
+    ids=str,
+)
+def test_torch_compile(case: Case, lengths: tuple[int, ...]) -> None:
+    router, hidden = make(case)
+    packed = pack(router, case.dtype)
+    backend = "inductor" if GPU else "eager"
+    compiled = torch.compile(
+        lambda x: [a + 1 for a in route_addresses(x, packed)], fullgraph=True, dynamic=True, backend=backend
+    )
+    for n in lengths:
+        x = hidden[:, :n]
         assert all(torch.equal(a, b + 1) for a, b in zip(compiled(x), route_addresses(x, packed), strict=True))
 
 

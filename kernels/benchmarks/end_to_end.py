@@ -9,7 +9,8 @@ length: balls of 512 tokens. The dense model runs the fastest attention that SDP
 
 Prefill: a DynamicCache, logits of the last token. Decode: `CUDA graph`, one token at a time from a StaticCache, 256 of
 them, the dense attention reading every slot (what a perfect dense decode would read); `eager`, a DynamicCache, which
-waits for Python. `compile` adds torch.compile(mode="reduce-overhead"). Larger batches repeat the prefilled cache.
+waits for Python. `compile` adds torch.compile(mode="reduce-overhead"). Larger batches repeat the prefilled row, which
+stays in memory and so counts in the peak of every decode row.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     python kernels/benchmarks/measure.py --only prefill decode --lengths 8192 32768
 
 Shapes are one layer of an 8B Llama: 32 query and 8 KV heads of 128, hidden size 4096, bf16. `topology` rows hold the
-whole path of a layer: router, plan, attention (what all layers of a forward share is timed apart). The router runs on random hidden states; the plan then takes addresses drawn with
-the balance asked for (a router's work does not depend on what it chooses), so that density is what the row says.
-Query and key addresses are drawn independently. Every configuration is checked in the same run against float64 on
-sampled queries (column `error`, relative; the run fails above 1e-2).
+whole path of a layer: router, plan, attention (what all layers of a forward share is timed apart). The router runs on
+random hidden states; the plan then takes addresses drawn with the balance asked for (a router's work does not depend on
+what it chooses), so that density is what the row says. Query and key addresses are drawn independently. Every
+configuration is checked in the same run against float64 on sampled queries (column `error`, relative; the run fails
+above 1e-2).
 
 Device time by CUDA events, median of many repeats, L2 flushed before each; a short sleep on the device before each lets
 the host queue everything first, as in a model whose queue is full. `host_ms` is what the queueing itself takes. Decode
@@ -146,6 +147,17 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_address: Tensor, records: Tens
     )
 
 
+def far_values(q: Tensor, k: Tensor, key_leaves: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaf distributions from far keys, and the mass of window and sinks, for all queries."""
+    from topo_adapter.plan import local_plan
+    from topo_kernels.distill import far_values as kernel
+
+    layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
+    local = local_plan(layout, layout, WINDOW, SINKS)
+    ranges = local.order, local.document_start, local.start, local.end
+    return kernel(q, k, key_leaves, *ranges, num_sink_tokens=SINKS, scale=SCALE)
+
+
 def distillation_step(q: Tensor, k: Tensor, query_logits: Tensor, key_logits: Tensor) -> Tensor:
     """The loss of one layer on all its queries, from digit logits `[B, H, N, L, 2]` with a gradient."""
     from topo_adapter.objective import distillation_loss
@@ -267,6 +279,21 @@ def sampled_error(
     return math.sqrt(difference / norm)
 
 
+def far_error(values: Tensor, q: Tensor, k: Tensor, key_leaves: Tensor, rows: Tensor) -> float:
+    """`sampled_error` of `far_values`: dense causal attention without the values of window and sinks."""
+    heads, length = q.shape[1], q.shape[2]
+    position = torch.arange(length, device=q.device)
+    gap = rows[:, None] - position
+    difference, norm = 0.0, 0.0
+    for h in range(heads):
+        scores = q[0, h, rows].double() @ k[0, h // (heads // k.shape[1])].double().T * SCALE
+        probs = scores.masked_fill(gap < 0, -math.inf).softmax(-1)
+        ref = probs.masked_fill((gap < WINDOW) | (position < SINKS), 0.0) @ key_leaves[0, h].double()
+        difference += (values[0, h, rows].double() - ref).square().sum().item()
+        norm += ref.square().sum().item()
+    return math.sqrt(difference / norm)
+
+
 def sample_rows(length: int, count: int = 32) -> Tensor:
     """The first and the last query and some between."""
     return torch.cat([torch.tensor([0, length - 1]), torch.randint(0, length, (count,))])
@@ -319,6 +346,7 @@ def time_call(call: Callable[[], object], budget_ms: float = 150.0) -> Timing:
 def time_graph(calls: Sequence[Callable[[], object]], repeats: int = 20) -> Timing:
     """Time of one call in a CUDA graph that makes all of them, in turn and several times."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -799,38 +827,57 @@ def decode_step(table: Table, case: Case) -> None:
     torch.cuda.empty_cache()
 
 
-def plain_distillation(name: str, q: Tensor, k: Tensor, query_leaves: Tensor, key_leaves: Tensor) -> Tensor:
-    """Kept mass with leaf distributions as values, nothing excluded, forward and backward."""
-    query_leaves.grad = key_leaves.grad = None
-    values = dense_causal(name, q, k, key_leaves)
-    loss = -(values * query_leaves).sum(-1, dtype=torch.float32).clamp(min=1e-6).log().mean()
-    loss.backward()
-    return loss
+def backward_of(kept: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
+    """Forward and backward of -log of the kept mass `[B, H, N]`."""
+    for leaf in leaves:
+        leaf.grad = None
+    (-kept().clamp(min=1e-6).log().mean()).backward()
 
 
 def distill(table: Table, length: int) -> None:
-    """Forward and backward of one layer's distillation on all queries, beside SDPA with nothing excluded."""
+    """Forward and backward of one layer's distillation on all queries.
+
+    `far_values`: the kernel and the loss at one depth, on given leaf distributions; beside it the same through SDPA,
+    which excludes nothing. `topology`: the whole step, from digit logits, at all depths.
+    """
     config = f"distillation {label(length)}"
     levels = LEAVES.bit_length() - 1
     q = torch.randn(1, HEADS, length, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     k = torch.randn(1, KV_HEADS, length, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     shape = {"length": length, "batch": 1, "routes": HEADS, "balls": LEAVES, "gflop": distillation_gflop(length)}
-    try:
+
+    def attempt(name: str, call: Callable[[], None], check: Callable[[], dict[str, float]]) -> None:
+        try:
+            values = shape | check()
+            table.add("distill", config, name, time_call(call), values | {"peak_mb": peak_mb(call)})
+        except Exception as problem:
+            table.failed("distill", config, name, problem)
+        torch.cuda.empty_cache()
+
+    def given_leaves() -> None:
+        leaves = [torch.randn(1, HEADS, length, LEAVES, device=DEVICE).softmax(-1).to(DTYPE) for _ in range(2)]
+        query_leaves, key_leaves = (leaf.requires_grad_() for leaf in leaves)
         expanded = k.repeat_interleave(HEADS // KV_HEADS, 1)
-        leaves = [torch.rand(1, HEADS, length, LEAVES, device=DEVICE, dtype=DTYPE).softmax(-1) for _ in range(2)]
-        for leaf in leaves:
-            leaf.requires_grad_()
+
+        def through_sdpa(name: str) -> Tensor:
+            return (dense_causal(name, q, expanded, key_leaves) * query_leaves).sum(-1, dtype=torch.float32)
+
+        def through_kernel() -> Tensor:
+            values, local = far_values(q, k, key_leaves)
+            return local + (values * query_leaves).sum(-1)
+
+        def check() -> dict[str, float]:
+            with torch.no_grad():
+                values, _ = far_values(q, k, key_leaves)
+                rows = sample_rows(length).to(DEVICE)
+                return {"error": far_error(values, q, k, key_leaves, rows)}
+
         for name in ("sdpa cudnn", "sdpa flash"):
-            call = functools.partial(plain_distillation, name, q, expanded, *leaves)
-            try:
-                arm = f"{name}, nothing excluded"
-                table.add("distill", config, arm, time_call(call), shape | {"peak_mb": peak_mb(call)})
-            except Exception as problem:
-                table.failed("distill", config, name, problem)
-    except Exception as problem:
-        table.failed("distill", config, "sdpa", problem)
-    torch.cuda.empty_cache()
-    try:
+            kept = functools.partial(through_sdpa, name)
+            attempt(f"{name}, nothing excluded", functools.partial(backward_of, kept, leaves), dict)
+        attempt("far_values", functools.partial(backward_of, through_kernel, leaves), check)
+
+    def whole_step() -> None:
         logits = [torch.randn(1, HEADS, length, levels, 2, device=DEVICE, requires_grad=True) for _ in range(2)]
 
         def step() -> None:
@@ -838,10 +885,10 @@ def distill(table: Table, length: int) -> None:
                 x.grad = None
             distillation_step(q, k, *logits).backward()
 
-        table.add("distill", config, "topology", time_call(step), shape | {"peak_mb": peak_mb(step)})
-    except Exception as problem:
-        table.failed("distill", config, "topology", problem)
-    torch.cuda.empty_cache()
+        attempt("topology", step, dict)
+
+    given_leaves()
+    whole_step()
 
 
 def distillation_gflop(length: int) -> float:

@@ -244,7 +244,8 @@ def draw_decode(rows: Sequence[Row], path: Path) -> None:
             x, colour = i + 0.27 * (j - 1), COLOURS.get(name, "#444444")
             axis.bar(x, row["ms"] * 1e3, 0.25, color=colour, label=name if i == 0 else None)
             axis.hlines(row["floor_ms"] * 1e3, x - 0.125, x + 0.125, color="red", label="floor" if i + j == 0 else None)
-    axis.set(yscale="log", ylabel="microseconds, one layer", title="decode of one token")
+    axis.set(yscale="log", ylabel="microseconds per token, one layer")
+    legend_above(axis)
     axis.set_xticks(range(len(configs)), [name.removeprefix("decode ").replace(", ", "\n", 1) for name in configs])
     save(figure, path)
 
@@ -270,6 +271,7 @@ def draw_breakdown(rows: Sequence[Row], path: Path) -> None:
     axis.set_yticks(range(len(bars)), titles, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.15), xlabel="share of the stages, each timed alone")
+    legend_above(axis)
     save(figure, path)
 
 
@@ -298,10 +300,14 @@ def draw_end_to_end(rows: Sequence[Row], path: Path) -> None:
     save(figure, path)
 
 
+def legend_above(axis: Any) -> None:
+    axis.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+
+
 def save(figure: Any, path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
+        if axis.get_legend_handles_labels()[0] and axis.get_legend() is None:
             axis.legend(fontsize=6, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -561,8 +561,11 @@ def _dkdv_kernel(
     o_out = o_n.to(tl.int64)
     if MERGE:
         o_out = o_key
+    else:  # whole tiles went to keys that nobody sees, too
+        b_dk = tl.where(m_some[:, None], b_dk, 0.0)
+        b_dv = tl.where(m_some[:, None], b_dv, 0.0)
     o_out = (i_b * stride_db + i_g.to(tl.int64) * stride_dh + o_out * stride_ds)[:, None] + o_d[None, :]
-    m_out = m_n[:, None] & m_d[None, :]  # also rows that no query sees: 0
+    m_out = m_n[:, None] & m_d[None, :]
     tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_out)
     tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=m_out)
 
@@ -576,16 +579,15 @@ class BackwardTiles(NamedTuple):
     chunk: int
 
 
-def choose_backward_tiles(head_dim: int, dtype: torch.dtype, shared_memory: int) -> BackwardTiles:
-    """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
+def choose_backward_tiles(head_dim: int, dtype: torch.dtype) -> BackwardTiles:
+    """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
     if dtype == torch.float32:
-        small = Blocks(16, 16, 4, 2) if head_dim > 128 else Blocks(32, 32, 4, 2)
-        return BackwardTiles(small, small, Blocks(small.m, 16, 4, 2), 512)
+        small = Blocks(16, 16, 4, 2) if head_dim > 128 else Blocks(32, 32, 8, 2)
+        return BackwardTiles(small, small, Blocks(16, 16, 4, 2), 512)
     if head_dim > 128:
-        return BackwardTiles(Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 16, 4, 2), 512)
-    if shared_memory < 160 * 1024:
-        return BackwardTiles(Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(64, 16, 4, 2), 512)
-    return BackwardTiles(Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2), Blocks(64, 16, 4, 2), 512)
+        return BackwardTiles(Blocks(64, 16, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 16, 4, 2), 512)
+    # as in the forward: several small programs to a multiprocessor hide each other's gathers
+    return BackwardTiles(Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 16, 4, 2), 512)
 
 
 class QueryRanges(NamedTuple):
@@ -726,12 +728,6 @@ def _shared_heads(heads: int, rows: int) -> int:
     return math.gcd(heads, max(1, rows // 8))
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have."""
-    properties: Any = None if INTERPRETED else torch.cuda.get_device_properties(device)
-    return 99 * 1024 if properties is None else properties.shared_memory_per_block_optin
-
-
 def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
     """What both kernels are launched with."""
     strides = {
@@ -836,7 +832,7 @@ def attention_backward(
     tree = (query_order.contiguous(), range_start.contiguous(), range_end.contiguous(), key_order.contiguous())
     order = None if local_order is None else local_order.contiguous()
     local = (document_start.contiguous(), local_start.contiguous(), local_end.contiguous())
-    tiles = choose_backward_tiles(D, q.dtype, _shared_memory(q.device))
+    tiles = choose_backward_tiles(D, q.dtype)
     kv_group, route_group = H // kv_heads, H // query_order.shape[1]
     shared = math.gcd(kv_group, route_group)  # heads that share route and keys
     with torch.cuda.device_of(q):

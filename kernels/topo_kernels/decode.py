@@ -4,11 +4,11 @@ No key order is kept: a key's record (one int32 per route, its position and its 
 so every step scans the records and attends to the keys it finds.
 
 1. Scan: lists the keys that each query sees, chunk by chunk of the cache. The query heads of one KV head share a list,
-   the union of what they see, whose entries say which of them see the key: no row of K or V is read twice.
+   the union of what they see, whose entries say which of them see the key: they read each row of K and V once.
 2. Attend: each program takes an equal share of a list, wherever in the cache its keys lie (split-K).
 3. Combine: merges the shares by log-sum-exp.
 
-No `T x S` tensor beyond the lists, no atomics, fixed summation order.
+No `T x S` tensor beyond the lists, no float atomics, fixed summation order.
 """
 
 import math

@@ -19,9 +19,10 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
 
-MAX_BALLS = 4096  # a code has 31 bits, and a chunk has at least as many tokens as there are balls
+MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 
-_NOTHING = tl.constexpr(2**29)  # the code of what is not sorted: sinks, padding, the rest of the last chunk
+# the code of what is not sorted: sinks, padding, the rest of the last chunk. Above all codes; twice it is an int32
+_NOTHING = tl.constexpr(2**29)
 
 
 @triton.jit
@@ -39,8 +40,8 @@ def _exchange(b_cube, BIT: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def _sort(b_code, LOG: tl.constexpr):
-    """Bitonic sort of 2**LOG codes. tl.sort takes half as many instructions again: here what is to fall is
-    complemented and rises, so that an exchange is a minimum or a maximum."""
+    """Bitonic sort of 2**LOG codes, in fewer instructions than tl.sort: what is to fall is complemented and rises, so
+    that every exchange is a minimum or a maximum."""
     b_cube = tl.reshape(b_code, [2] * LOG)
     for stage in tl.static_range(1, LOG + 1):
         if stage < LOG:
@@ -52,9 +53,7 @@ def _sort(b_code, LOG: tl.constexpr):
     return tl.reshape(b_cube, [2**LOG])
 
 
-@triton.jit(
-    do_not_specialize=["stride_qb", "stride_qr", "stride_kb", "stride_kr", "T", "S", "num_sink_tokens"],
-)
+@triton.jit(do_not_specialize=["stride_qb", "stride_qr", "stride_kb", "stride_kr", "T", "S", "num_sink_tokens"])
 def _sort_kernel(
     query_address,  # [B, R, T], any strides
     key_address,  # [B, R, S], any strides
@@ -169,7 +168,7 @@ def _shift_kernel(
 
 @triton.jit
 def _keys_before(
-    b_rank,  # [CHUNK] local ranks of the bounds
+    b_rank,  # [BLOCK] local ranks of the bounds
     b_ball,
     m_rank,
     codes,
@@ -423,7 +422,7 @@ def tree_plan(
         query_address: int32 `[B, R, T]`, addresses >= 0. Any strides.
         key_address: int32 `[B, R, S]`, of cached and new tokens. Any strides.
         balls: int32 `[R]`, from 1 to `max_balls`: `arity**depth` of each head.
-        local_start: int32 `[B, T]`; the local rank where the query's window starts, as in `topology_attention`.
+        local_start: int32 `[B, T]`, 0 to S; the local rank where the query's window starts, as in `topology_attention`.
         document_start: int32 `[B, T]`; the local rank where the query's document starts, or its first tree key.
         tree_queries: int32 `[B, T]`; the real queries by local rank, then -1 once for each padding query.
         tree_keys: int32 `[B, S]`; local rank -> key, -1 for sinks and padding.

@@ -48,9 +48,13 @@ def _project(
             b_x = tl.load(p_row[:, None] + o_c[None, :])
         else:
             b_x = tl.load(p_row[:, None] + o_c[None, :], mask=(o_c < C)[None, :], other=0.0)
+        # tensor cores truncate as they add, which over thousands of products would bias the sum: start afresh in
+        # each tile (with a single part Triton folds the two sums into one again; its chain is a third as long)
+        b_tile = tl.zeros([BLOCK_T, BLOCK_W], dtype=tl.float32)
         for i_part in tl.static_range(PARTS):
             p_down = down + i_part * BLOCK_W * C_PADDED + o_w[None, :] * C_PADDED + o_c[:, None]
-            b_acc = tl.dot(b_x, tl.load(p_down), b_acc, input_precision="tf32x3")
+            b_tile = tl.dot(b_x, tl.load(p_down), b_tile, input_precision="tf32x3")
+        b_acc += b_tile
     return b_acc
 
 
@@ -418,6 +422,23 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
     )
 
 
+def _check_device(hidden: Tensor) -> None:
+    if INTERPRETED:
+        if hidden.dtype == torch.bfloat16:
+            raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
+    elif not hidden.is_cuda:
+        raise RuntimeError(
+            f"route_addresses needs CUDA tensors, got hidden on {hidden.device}. Use the torch router, or set "
+            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
+        )
+    elif torch.version.cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(hidden.device)
+        raise RuntimeError(
+            f"route_addresses needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
+            f"({torch.cuda.get_device_name(hidden.device)}). Use the torch router."
+        )
+
+
 @torch.library.custom_op("topo_kernels::route_addresses", mutates_args=())
 def _route_addresses(
     hidden: Tensor,
@@ -431,6 +452,7 @@ def _route_addresses(
     tied: bool,
 ) -> Tensor:
     """Addresses `[roles, B, R, T]` of checked arguments."""
+    _check_device(hidden)
     B, T, C = hidden.shape
     packed = PackedRouter(down, down_scale, weight, bias, C, num_routes, depth, arity, tied)
     out = torch.empty(1 if tied else 2, B, num_routes, T, dtype=torch.int32, device=hidden.device)
@@ -476,23 +498,6 @@ def _check(hidden: Tensor, packed: PackedRouter) -> None:
         raise ValueError(f"hidden must be on the router's device {packed.down.device}, got {hidden.device}.")
 
 
-def _check_device(hidden: Tensor) -> None:
-    if INTERPRETED:
-        if hidden.dtype == torch.bfloat16:
-            raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
-    elif not hidden.is_cuda:
-        raise RuntimeError(
-            f"route_addresses needs CUDA tensors, got hidden on {hidden.device}. Use the torch router, or set "
-            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
-        )
-    elif torch.version.cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(hidden.device)
-        raise RuntimeError(
-            f"route_addresses needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
-            f"({torch.cuda.get_device_name(hidden.device)}). Use the torch router."
-        )
-
-
 def route_addresses(hidden: Tensor, packed: PackedRouter) -> tuple[Tensor, Tensor]:
     """Hard addresses of both roles: the digits `TopologyRouter` chooses, packed.
 
@@ -513,7 +518,6 @@ def route_addresses(hidden: Tensor, packed: PackedRouter) -> tuple[Tensor, Tenso
         RuntimeError: the device cannot run the kernels.
     """
     _check(hidden, packed)
-    _check_device(hidden)
     out = _route_addresses(
         hidden,
         packed.down,

@@ -1,0 +1,631 @@
+"""Dense causal attention whose values are leaf distributions, without window and sinks (docs/method.md, section 5.2).
+
+A query's causal keys are its document's keys up to itself, a range of local ranks in three parts: sinks, far keys,
+window. One online softmax runs over all of them. Every key adds to its sum, sinks and window also add to a second sum,
+the local mass, and only far keys add their values. So nothing is subtracted, and nothing cancels where the local mass
+is near 1. Gradients flow to the values alone: `d values_j = sum_i A_ij g_i` over the queries for which key `j` is far,
+with `A` recomputed from the log-sum-exp. Memory is `O(N)`; no atomics.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import _LOWEST, _NEVER, INTERPRETED, Blocks, _check_device, _tanh
+from .backward import inverse_ranges
+
+#: Wider leaf distributions do not fit a tile.
+MAX_LEAVES = 256
+
+
+@triton.jit
+def _far_run(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_acc,  # [BLOCK_M, BLOCK_V] fp32, unnormalised values
+    b_max,  # [BLOCK_M] fp32, base 2
+    b_sum,  # [BLOCK_M] fp32, of all causal keys
+    b_local,  # [BLOCK_M] fp32, of window and sinks
+    b_first,  # [BLOCK_M] int32, ranks: causal keys are [first, end), far ones [far, start)
+    b_far,
+    b_start,
+    b_end,
+    lo,
+    hi,
+    p_order,
+    p_k,
+    p_leaves,
+    stride_ks,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Go on over the ranks `[lo, hi)`: without MASKED they are whole tiles of keys that are far from every row."""
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    for i_n in range(lo, hi, BLOCK_N):
+        o_rank = i_n + o_n
+        m_n = o_rank < hi
+        o_key = o_rank
+        if HAS_ORDER:
+            o_key = tl.load(p_order + o_rank, mask=m_n, other=0)
+        o_key = o_key.to(tl.int64)
+        p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
+        p_value = p_leaves + o_key[:, None] * V + o_v[None, :]  # [BLOCK_N, BLOCK_V]
+        if MASKED:
+            b_kt = tl.load(p_kt, mask=(o_d < D)[:, None] & m_n[None, :], other=0.0)
+        elif D == BLOCK_D:
+            b_kt = tl.load(p_kt)
+        else:
+            b_kt = tl.load(p_kt, mask=(o_d < D)[:, None], other=0.0)
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        scale = score_scale
+        if HAS_CAP:
+            b_s = _tanh(b_s * score_scale)
+            scale = score_cap
+        if MASKED:
+            m_causal = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_end[:, None])
+            b_s = tl.where(m_causal, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_decay = tl.exp2(b_max - b_new)
+        b_probs = tl.exp2(b_s * scale - b_new[:, None])
+        b_sum = b_sum * b_decay + tl.sum(b_probs, 1)
+        b_local = b_local * b_decay
+        if MASKED:
+            m_far = (o_rank[None, :] >= b_far[:, None]) & (o_rank[None, :] < b_start[:, None])
+            b_local += tl.sum(tl.where(m_far, 0.0, b_probs), 1)
+            b_probs = tl.where(m_far, b_probs, 0.0)
+            b_value = tl.load(p_value, mask=m_n[:, None] & (o_v < V)[None, :], other=0.0)
+        elif V == BLOCK_V:
+            b_value = tl.load(p_value)
+        else:
+            b_value = tl.load(p_value, mask=(o_v < V)[None, :], other=0.0)
+        b_acc = tl.dot(b_probs.to(b_value.dtype), b_value, b_acc * b_decay[:, None], input_precision="ieee")
+        b_max = b_new
+    return b_acc, b_max, b_sum, b_local
+
+
+@triton.jit(do_not_specialize=["M", "S", "num_sink_tokens"])
+def _far_kernel(
+    q,
+    k,
+    leaves,  # [B, H, S, V]
+    local_order,  # [B, S], unused without HAS_ORDER
+    document_start,  # [B, M]
+    local_start,
+    local_end,
+    values,  # [B, H, M, V] fp32
+    local,  # [B, H, M] fp32
+    lse,  # [B, H, M] fp32, base 2
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    M,
+    S,
+    H,
+    num_sink_tokens,
+    score_scale,
+    score_cap,
+    KV_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    n_m = tl.cdiv(M, BLOCK_M)
+    i_m = n_m - 1 - tl.program_id(0) % n_m  # the last queries have most keys: start them first
+    i_bh = (tl.program_id(0) // n_m).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    m_m = o_m < M
+    b_first = tl.load(document_start + i_b * M + o_m, mask=m_m, other=0)
+    b_start = tl.load(local_start + i_b * M + o_m, mask=m_m, other=0)
+    b_end = tl.load(local_end + i_b * M + o_m, mask=m_m, other=0)
+    m_some = b_start < b_end  # rows of padding bound no loop
+    b_far = tl.minimum(b_first + num_sink_tokens, b_start)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_some[:, None] & (o_d < D)[None, :], other=0.0)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_local = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    # whole tiles of keys that are far from every row, between two stretches that need masks
+    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    hi = tl.max(tl.where(m_some, b_end, 0), 0)
+    lo = tl.minimum(lo, hi)
+    near = tl.max(tl.where(m_some, b_far, 0), 0)
+    near = tl.minimum(lo + tl.cdiv(tl.maximum(near - lo, 0), BLOCK_N) * BLOCK_N, hi)
+    far = tl.min(tl.where(m_some, b_start, _NEVER), 0)
+    far = near + tl.maximum(tl.minimum(far, hi) - near, 0) // BLOCK_N * BLOCK_N
+    p_order = local_order + i_b * S
+    p_k = k + i_b * stride_kb + (i_h // KV_GROUP) * stride_kh
+    p_leaves = leaves + i_bh * S * V
+    for i_part in tl.static_range(3):
+        if i_part == 0:
+            begin = lo
+            stop = near
+        elif i_part == 1:
+            begin = near
+            stop = far
+        else:
+            begin = far
+            stop = hi
+        b_acc, b_max, b_sum, b_local = _far_run(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            b_local,
+            b_first,
+            b_far,
+            b_start,
+            b_end,
+            begin,
+            stop,
+            p_order,
+            p_k,
+            p_leaves,
+            stride_ks,
+            score_scale,
+            score_cap,
+            D,
+            V,
+            BLOCK_D,
+            BLOCK_V,
+            BLOCK_N,
+            HAS_ORDER,
+            HAS_CAP,
+            i_part != 1,
+        )
+    b_scale = tl.where(m_some, 1 / tl.where(m_some, b_sum, 1.0), 0.0)  # 0 in rows of padding
+    o_row = i_bh * M + o_m
+    tl.store(local + o_row, b_local * b_scale, mask=m_m)
+    tl.store(lse + o_row, tl.where(m_some, b_max + tl.log2(tl.where(m_some, b_sum, 1.0)), float("-inf")), mask=m_m)
+    p_values = values + o_row[:, None] * V + o_v[None, :]
+    tl.store(p_values, b_acc * b_scale[:, None], mask=m_m[:, None] & (o_v < V)[None, :])
+
+
+@triton.jit
+def _far_gradient_run(
+    b_k,  # [BLOCK_N, BLOCK_D]
+    b_acc,  # [BLOCK_N, BLOCK_V] fp32
+    b_first,  # [BLOCK_N] int32, ranks of queries
+    b_last,
+    lo,
+    hi,
+    p_order,
+    p_q,
+    p_lse,
+    p_grad,
+    stride_qt,
+    score_scale,
+    score_cap,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Go on over the queries of ranks `[lo, hi)`: without MASKED they are whole tiles, and every key is far."""
+    o_m = tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    for i_m in range(lo, hi, BLOCK_M):
+        o_rank = i_m + o_m
+        m_m = o_rank < hi
+        o_row = o_rank
+        if HAS_ORDER:
+            o_row = tl.load(p_order + o_rank, mask=m_m, other=0)
+        o_row = o_row.to(tl.int64)
+        p_qt = p_q + o_row[None, :] * stride_qt + o_d[:, None]  # [BLOCK_D, BLOCK_M]
+        p_g = p_grad + o_row[:, None] * V + o_v[None, :]  # [BLOCK_M, BLOCK_V]
+        if MASKED:
+            b_qt = tl.load(p_qt, mask=(o_d < D)[:, None] & m_m[None, :], other=0.0)
+            b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0)
+            b_g = tl.load(p_g, mask=m_m[:, None] & (o_v < V)[None, :], other=0.0)
+        else:
+            b_qt = tl.load(p_qt, mask=(o_d < D)[:, None], other=0.0)
+            b_lse = tl.load(p_lse + o_row)
+            b_g = tl.load(p_g, mask=(o_v < V)[None, :], other=0.0)
+        b_s = tl.dot(b_k, b_qt, input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
+        if HAS_CAP:
+            b_s = score_cap * _tanh(b_s)
+        b_probs = tl.exp2(b_s - b_lse[None, :])
+        if MASKED:
+            m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
+            b_probs = tl.where(m_far, b_probs, 0.0)
+        b_acc = tl.dot(b_probs.to(b_g.dtype), b_g, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["M", "S"])
+def _far_gradient_kernel(
+    q,
+    k,
+    lse,  # [B, H, M] fp32, base 2
+    grad,  # [B, H, M, V]
+    query_order,  # [B, M], unused without HAS_ORDER
+    local_order,  # [B, S], unused without HAS_ORDER
+    first,  # [B, S], by local rank of the key, ranks in query_order
+    last,
+    dleaves,  # [B, H, S, V] fp32
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    M,
+    S,
+    H,
+    score_scale,
+    score_cap,
+    KV_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    n_n = tl.cdiv(S, BLOCK_N)
+    i_n = tl.program_id(0) % n_n  # the first keys have most queries: they start first
+    i_bh = (tl.program_id(0) // n_n).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    m_n = o_n < S
+    b_first = tl.load(first + i_b * S + o_n, mask=m_n, other=0)
+    b_last = tl.load(last + i_b * S + o_n, mask=m_n, other=0)
+    m_some = b_first < b_last
+    o_key = o_n
+    if HAS_ORDER:
+        o_key = tl.load(local_order + i_b * S + o_n, mask=m_n, other=0)
+    o_key = o_key.to(tl.int64)
+    p_k = k + i_b * stride_kb + (i_h // KV_GROUP) * stride_kh + o_key[:, None] * stride_ks + o_d[None, :]
+    b_k = tl.load(p_k, mask=m_some[:, None] & (o_d < D)[None, :], other=0.0)
+    b_acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+
+    # whole tiles of queries from which all keys are far, between two stretches that need masks. Keys that are far from
+    # no query count as keys here, and are written as 0.
+    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    hi = tl.max(tl.where(m_some, b_last, 0), 0)
+    lo = tl.minimum(lo, hi)
+    full = tl.max(tl.where(m_some, b_first, 0), 0)
+    full = tl.minimum(lo + tl.cdiv(full - lo, BLOCK_M) * BLOCK_M, hi)
+    rest = tl.min(tl.where(m_some, b_last, _NEVER), 0)
+    rest = full + tl.maximum(tl.minimum(rest, hi) - full, 0) // BLOCK_M * BLOCK_M
+    for i_part in tl.static_range(3):
+        if i_part == 0:
+            begin = lo
+            stop = full
+        elif i_part == 1:
+            begin = full
+            stop = rest
+        else:
+            begin = rest
+            stop = hi
+        b_acc = _far_gradient_run(
+            b_k,
+            b_acc,
+            b_first,
+            b_last,
+            begin,
+            stop,
+            query_order + i_b * M,
+            q + i_b * stride_qb + i_h * stride_qh,
+            lse + i_bh * M,
+            grad + i_bh * M * V,
+            stride_qt,
+            score_scale,
+            score_cap,
+            D,
+            V,
+            BLOCK_D,
+            BLOCK_V,
+            BLOCK_M,
+            HAS_ORDER,
+            HAS_CAP,
+            i_part != 1,
+        )
+    b_acc = tl.where(m_some[:, None], b_acc, 0.0)
+    p_out = dleaves + (i_bh * S + o_key)[:, None] * V + o_v[None, :]
+    tl.store(p_out, b_acc, mask=m_n[:, None] & (o_v < V)[None, :])
+
+
+class FarTiles(NamedTuple):
+    """Tiles (queries x keys) of the forward and of the gradient."""
+
+    forward: Blocks
+    gradient: Blocks
+
+
+def choose_far_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memory: int) -> FarTiles:
+    """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
+    if dtype == torch.float32:
+        return FarTiles(Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2))
+    if max(head_dim, leaves) > 128:
+        return FarTiles(Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
+    if shared_memory < 160 * 1024:
+        return FarTiles(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+    return FarTiles(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if INTERPRETED or torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
+        return 99 * 1024
+    return 163 * 1024
+
+
+def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+    """What both kernels are launched with."""
+    strides = {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"))
+        for i, axis in enumerate(axes)
+    }
+    log2e = 1 / math.log(2)
+    return strides | {
+        "M": q.shape[2],
+        "S": k.shape[2],
+        "H": q.shape[1],
+        "KV_GROUP": q.shape[1] // k.shape[1],
+        "score_scale": scale * log2e if softcap is None else scale / softcap,
+        "score_cap": 0.0 if softcap is None else softcap * log2e,
+        "D": q.shape[3],
+        "V": leaves,
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "BLOCK_V": max(16, triton.next_power_of_2(leaves)),
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "HAS_CAP": softcap is not None,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+@torch.library.custom_op("topo_kernels::far_values", mutates_args=())
+def _far_values(
+    q: Tensor,
+    k: Tensor,
+    key_leaves: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, local mass and log-sum-exp of checked arguments."""
+    B, H, M, D = q.shape
+    V = key_leaves.shape[3]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    # probabilities: float16 has three bits more for them than bfloat16
+    leaves = key_leaves.to(torch.float32 if q.dtype == torch.float32 else torch.float16).contiguous()
+    values = torch.empty(B, H, M, V, dtype=torch.float32, device=q.device)
+    local = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
+    lse = torch.empty_like(local)
+    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).forward
+    with torch.cuda.device_of(q):
+        _far_kernel[(B * H * triton.cdiv(M, blocks.m),)](
+            q,
+            k,
+            leaves,
+            document_start if local_order is None else local_order.contiguous(),
+            document_start.contiguous(),
+            local_start.contiguous(),
+            local_end.contiguous(),
+            values,
+            local,
+            lse,
+            num_sink_tokens=num_sink_tokens,
+            HAS_ORDER=local_order is not None,
+            **_arguments(q, k, V, scale, softcap, blocks),
+        )
+    return values, local, lse
+
+
+@_far_values.register_fake
+def _(q, k, key_leaves, *_rest):
+    values = q.new_empty(*q.shape[:3], key_leaves.shape[3], dtype=torch.float32)
+    return values, q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("topo_kernels::far_values_gradient", mutates_args=())
+def _far_values_gradient(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """float32 `[B, H, S, V]`: the gradient of the leaves."""
+    B, H, _, D = q.shape
+    S, V = k.shape[2], grad.shape[3]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    # gradients need bfloat16's range, which the interpreter does not have
+    half = torch.float32 if INTERPRETED else torch.bfloat16
+    grad = grad.to(torch.float32 if q.dtype == torch.float32 else half).contiguous()
+    far_start, query_order = torch.minimum(document_start + num_sink_tokens, local_start), document_start
+    far_end = local_start
+    if local_order is not None:
+        far_end = torch.where(local_start < local_end, far_end, far_start)  # none in padding
+        place = torch.where(local_start < local_end, local_end, torch.iinfo(torch.int32).max)
+        query_order = place.argsort(1)
+        far_start, far_end = far_start.gather(1, query_order), far_end.gather(1, query_order)
+        query_order = query_order.int()
+    first, last = inverse_ranges(far_start[:, None], far_end[:, None], S)
+    dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
+    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).gradient
+    with torch.cuda.device_of(q):
+        _far_gradient_kernel[(B * H * triton.cdiv(S, blocks.n),)](
+            q,
+            k,
+            lse,
+            grad,
+            query_order,
+            query_order if local_order is None else local_order.contiguous(),
+            first,
+            last,
+            dleaves,
+            HAS_ORDER=local_order is not None,
+            **_arguments(q, k, V, scale, softcap, blocks),
+        )
+    return dleaves
+
+
+@_far_values_gradient.register_fake
+def _(q, k, lse, grad, *_rest):
+    return q.new_empty(*q.shape[:2], k.shape[2], grad.shape[3], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, key_leaves, *layout, num_sink_tokens, scale, softcap = inputs
+    ctx.save_for_backward(q, k, output[2], *layout)
+    ctx.options, ctx.dtype = (num_sink_tokens, scale, softcap), key_leaves.dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx, grad, *_rest):
+    q, k, lse, *layout = ctx.saved_tensors
+    dleaves = _far_values_gradient(q, k, lse, grad, *layout, *ctx.options)
+    return None, None, dleaves.to(ctx.dtype), *[None] * 7
+
+
+_far_values.register_autograd(_backward, setup_context=_setup_context)
+
+
+def far_values(
+    q: Tensor,
+    k: Tensor,
+    key_leaves: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    *,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Leaf distributions that dense causal attention collects from far keys, and the mass it leaves on local ones.
+
+    Query `i` attends to the keys `local_order[document_start:local_end]`; of these
+    `local_order[document_start + num_sink_tokens:local_start]` are far and the others, window and sinks, local. With
+    `A` the softmax over all of them: `values_i = sum_{j far} A_ij key_leaves_j` and `local_i = sum_{j local} A_ij`.
+    Differentiable in `key_leaves` only: q and k are those of a frozen model.
+
+    Args:
+        q: `[B, H, M, D]`, float16, bfloat16 or float32, D from 16 to 256: the queries that are asked for, all or a
+            sample.
+        k: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv. Any strides here and above.
+        key_leaves: `[B, H, S, V]`, any float dtype, V from 1 to 256. Half-precision q and k multiply them as float16,
+            and their gradients as bfloat16.
+        local_order: int32 `[B, S]`, keys by local rank; None is the identity, and then there is no padding and
+            `local_end` rises along the queries.
+        document_start, local_start, local_end: int32 `[B, M]`, as in `topology_attention`, of these queries.
+        num_sink_tokens: >= 0. scale: > 0, factor on the scores.
+        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
+
+    Returns:
+        values: float32 `[B, H, M, V]`. local: float32 `[B, H, M]`, no gradient. Both 0 in rows of padding
+        (`local_start == local_end`).
+
+    Raises:
+        ValueError: a shape, dtype, device or option does not fit; the message names the argument.
+        RuntimeError: the device cannot run the kernels.
+    """
+    layout = {"document_start": document_start, "local_start": local_start, "local_end": local_end}
+    _check(q, k, key_leaves, local_order, layout, num_sink_tokens)
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    _check_device(q)
+    values, local, _ = _far_values(
+        q.detach(), k.detach(), key_leaves, local_order, *layout.values(), num_sink_tokens, scale, softcap
+    )
+    return values, local
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    key_leaves: Tensor,
+    local_order: Tensor | None,
+    layout: dict[str, Tensor],
+    num_sink_tokens: int,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("key_leaves", key_leaves)):
+        if tensor.ndim != 4 or tensor.numel() == 0:
+            raise ValueError(f"{name} must have four dimensions, none of them 0, got {tuple(tensor.shape)}.")
+    B, H, M, D = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
+    if not 16 <= D <= 256:
+        raise ValueError(f"q must have a head dimension D from 16 to 256, got {D}.")
+    if k.shape != (B, kv_heads, S, D) or H % kv_heads:
+        raise ValueError(
+            f"k must have shape [B={B}, H_kv, S, D={D}] with H_kv a divisor of q's {H} heads, got {tuple(k.shape)}."
+        )
+    if k.dtype != q.dtype:
+        raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}.")
+    V = key_leaves.shape[3]
+    if key_leaves.shape[:3] != (B, H, S) or V > MAX_LEAVES:
+        raise ValueError(
+            f"key_leaves must have shape [B={B}, H={H}, S={S}, V] with V up to {MAX_LEAVES}, got "
+            f"{tuple(key_leaves.shape)}."
+        )
+    if not key_leaves.is_floating_point():
+        raise ValueError(f"key_leaves must be floating point, got {key_leaves.dtype}.")
+    needs: list[tuple[str, Tensor, tuple[int, ...]]] = [(name, tensor, (B, M)) for name, tensor in layout.items()]
+    if local_order is not None:
+        needs.append(("local_order", local_order, (B, S)))
+    for name, tensor, shape in needs:
+        if tensor.shape != shape or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32 of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+    for name, tensor in (("k", k), ("key_leaves", key_leaves), *((name, tensor) for name, tensor, _ in needs)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
+    if num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
