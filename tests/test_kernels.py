@@ -520,12 +520,25 @@ def test_refuses_wide_heads() -> None:
         attend(problem)
 
 
-def test_refuses_gradients() -> None:
-    problem = make(Case(length=5))
-    with pytest.raises(RuntimeError, match="forward only"):
-        attend(problem, q=problem.q.clone().requires_grad_())
+def test_gradients_reach_the_inputs() -> None:
+    """`test_backward_kernel.py` checks their values; here, that autograd and `torch.no_grad` find them."""
+    problem = make(Case(length=40))
+    q, k, v = (t.clone().requires_grad_() for t in (problem.q, problem.k, problem.v))
+    loss = attend(problem, q=q, k=k, v=v).square().sum()
+    got = torch.autograd.grad(loss, (q, k, v))
+    expected = torch.autograd.grad(hard_attention_in_torch(problem, q, k, v).square().sum(), (q, k, v))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     with torch.no_grad():
-        attend(problem, q=problem.q.clone().requires_grad_())
+        assert not attend(problem, q=q, k=k, v=v).requires_grad
+
+
+def hard_attention_in_torch(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    case = problem.case
+    balls = (t.repeat_interleave(case.heads // case.routes, 1) for t in (problem.query_ball, problem.key_ball))
+    visible = visible_pairs(*balls, problem.query, problem.key, case.window, case.sinks)
+    k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
+    return eager(q, k, v, visible, problem.scale, case.softcap)
 
 
 @pytest.mark.skipif(GPU, reason="the interpreter's limit")

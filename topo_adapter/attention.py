@@ -6,10 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from .backend import kernels_serve
 from .layout import SequenceLayout
 from .plan import Plan
+
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None) -> Tensor:
@@ -22,6 +31,11 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
         `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64
         and machines without a GPU.
     """
+    if plan.dense and softcap is None:
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+            return scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
+            )
     if 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v):
         from topo_kernels import topology_attention
 

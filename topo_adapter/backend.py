@@ -33,3 +33,8 @@ def kernels_serve(*tensors: Tensor) -> bool:
     if not all(t.is_cuda and (t.dtype in _DTYPES or not t.is_floating_point()) for t in tensors):
         return False
     return _new_enough(tensors[0].device) and _triton_available()
+
+
+def graph_is_recorded() -> bool:
+    """Whether torch.compile or a CUDA graph records what runs, so that the host must not ask for values."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from .backend import graph_is_recorded
 from .errors import CacheError
 from .layout import SequenceLayout
 
@@ -125,11 +126,6 @@ class KeyRecords:
         if fresh and records.shape[1] == layout.position.shape[1]:
             return Keys(address, layout, records)
         return Keys(records=records)
-
-
-def graph_is_recorded() -> bool:
-    """Whether torch.compile or a CUDA graph records what runs, so that the host must not ask for values."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _layout_of(records: Tensor) -> SequenceLayout:

@@ -9,7 +9,6 @@ state is kept between the two, so gradient checkpointing may run a layer as ofte
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .attention import decode_attention, hard_attention, serves_decode
-from .cache import KeyRecords, Keys, graph_is_recorded
+from .backend import graph_is_recorded
+from .cache import KeyRecords, Keys
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
 from .layout import (
@@ -106,6 +106,7 @@ class TopologyHost(nn.Module):
         self.distillation: Distillation | None = None
         self.standardising = False
         self.unused: set[str] = set()  # adapters that were never loaded nor in force
+        self._constants: dict[tuple[int, ...], Tensor] = {}
 
     def in_force(self) -> tuple[TopologyRouter, TopologyConfig, bool] | None:
         """The active router, its configuration and whether it is merged; None if the base is to run."""
@@ -114,6 +115,13 @@ class TopologyHost(nn.Module):
     def depths(self, config: TopologyConfig) -> list[int]:
         """Visible depth of each query head."""
         return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
+
+    def on_device(self, values: tuple[int, ...], device: torch.device) -> Tensor:
+        """int32 constants, kept: a copy from the host may not be recorded in a graph."""
+        known = self._constants.get(values)
+        if known is None or known.device != device:
+            known = self._constants[values] = torch.tensor(values, dtype=torch.int32, device=device)
+        return known
 
     def prepare(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
         """Route the hidden states `[B, T, hidden_size]` that enter the attention module.
@@ -544,14 +552,8 @@ def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
     shared = [depths[r * group] for r in range(routed)]
     if any(depths[h] != shared[h // group] for h in range(len(depths))):
         shared = depths
-    device = call.query_address.device
-    return RouteHeads(len(shared), _balls(call.config.arity, tuple(shared), device), call.config.arity ** max(shared))
-
-
-@functools.lru_cache(maxsize=1024)
-def _balls(arity: int, depths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once, because a copy from the host may not be recorded in a graph."""
-    return torch.tensor([arity**d for d in depths], dtype=torch.int32, device=device)
+    balls = [call.config.arity**d for d in shared]
+    return RouteHeads(len(shared), call.host.on_device(tuple(balls), call.query_address.device), max(balls))
 
 
 def plan_of(call: TopologyCall, depths: list[int]) -> Plan:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .backend import kernels_serve
 from .layout import SequenceLayout, causal_pairs
+from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
 from .visibility import always_visible
@@ -108,20 +110,46 @@ def kept_mass(
         key_leaves: `[B, H, N, p**L]` at the deepest of them. rows: int64 `[M]`, indices of the sampled queries.
 
     Returns:
-        float32 `[len(query_leaves), B, H, M]` in `(0, 1]`; memory is `O(M * N)`, with `M` fixed by the caller.
+        float32 `[len(query_leaves), B, H, M]` in `(0, 1]`; memory is `O(N)` on a GPU and
+        `O(M * N)` elsewhere, with `M` fixed by the caller. `rows` ascend.
     """
+    sampled = q if rows.numel() == q.shape[2] else q[:, :, rows]
+    options: dict[str, Any] = {"num_sink_tokens": num_sink_tokens, "scale": scale, "softcap": softcap}
+    if 16 <= q.shape[-1] <= 256 and key_leaves.shape[-1] <= 256 and kernels_serve(q, k, key_leaves):
+        from topo_kernels import far_values
+
+        plan = local_plan(layout, layout, local_window, num_sink_tokens)
+        ranges = (t[:, rows].contiguous() for t in (plan.document_start, plan.start, plan.end))
+        values, local = far_values(sampled, k, key_leaves, plan.order, *ranges, **options)
+    else:
+        values, local = _torch_far_values(sampled, k, key_leaves, layout, rows, local_window=local_window, **options)
+    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
+    # rows of padding have no attention; they count as kept, that is as no loss
+    return torch.where(layout.real[:, None, rows], torch.stack(kept), 1.0).clamp(1e-6, 1.0)
+
+
+def _torch_far_values(
+    q: Tensor,
+    k: Tensor,
+    key_leaves: Tensor,
+    layout: SequenceLayout,
+    rows: Tensor,
+    *,
+    local_window: int,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`sum_{j far} A_ij P_k(j)` `[B, H, M, V]` and the local mass `[B, H, M]` of sampled queries `[B, H, M, D]`."""
     part = SequenceLayout(layout.document[:, rows], layout.position[:, rows])
     with torch.no_grad():
-        scores = scaled_scores(q[:, :, rows], k, scale, softcap)
+        scores = scaled_scores(q, k, scale, softcap)
         causal = causal_pairs(part, layout)[:, None]
         always = always_visible(part, layout, local_window, num_sink_tokens)[:, None]
         attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1).float()
         far = attention.masked_fill(always | ~causal, 0.0)
         local = attention.masked_fill(~always, 0.0).sum(-1)
-    values = far @ key_leaves
-    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
-    # rows of padding have no attention; they count as kept, that is as no loss
-    return torch.where(part.real[:, None], torch.stack(kept), 1.0).clamp(1e-6, 1.0)
+    return far @ key_leaves, local
 
 
 def distillation_loss(

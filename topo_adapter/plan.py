@@ -51,6 +51,8 @@ class Plan:
         range_start, range_end: `[B, R, T]`; the sorted query's keys are `key_order[start:end]`.
         key_order: `[B, R, S]`; sorted rank -> key index. What follows the keys of the tree is in no range.
     Local pass, in original query order, shared by all heads: see `LocalPlan`.
+
+    dense: known on the host that every query sees every key up to its own, as in plain causal attention.
     """
 
     query_order: Tensor
@@ -62,6 +64,7 @@ class Plan:
     local_start: Tensor
     local_end: Tensor
     num_sink_tokens: int
+    dense: bool = False
 
     def visible_count(self) -> Tensor:
         """float64 `[R]`: visible pairs of each route head, summed over the batch."""
@@ -100,6 +103,8 @@ def make_plan(
     from topo_kernels import tree_plan
 
     local = local_plan(query, key, local_window, num_sink_tokens)
+    if max_balls == 1 and local.order is None:
+        return _dense_plan(query_address, local, num_sink_tokens)
     tree = tree_plan(
         query_address.int(),
         key_address.int(),
@@ -112,6 +117,15 @@ def make_plan(
         num_sink_tokens=num_sink_tokens,
     )
     return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+
+
+def _dense_plan(query_address: Tensor, local: LocalPlan, num_sink_tokens: int) -> Plan:
+    """What sorting plain rows of one ball would give, without sorting."""
+    order = torch.arange(query_address.shape[2], dtype=torch.int32, device=query_address.device)
+    end = (local.start - num_sink_tokens).clamp(min=0)[:, None].expand(query_address.shape)
+    key_order = torch.where(order + num_sink_tokens < order.numel(), order + num_sink_tokens, 0)
+    tree = order.expand(end.shape), torch.zeros_like(end), end, key_order.expand(end.shape)
+    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens, dense=True)
 
 
 def build_plan(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import kernels_serve
+from .backend import graph_is_recorded, kernels_serve
 from .errors import TopologyConfigError
 from .tree import digits_to_address
 
@@ -157,6 +157,9 @@ class TopologyRouter(nn.Module):
     def _packed(self, dtype: torch.dtype) -> PackedRouter:
         """The weights as the kernels read them, laid out anew when they have changed."""
         from topo_kernels import pack_router
+
+        if self._packing is not None and graph_is_recorded() and self._packing[1].down.dtype == dtype:
+            return self._packing[1]
 
         parameters = list(self.parameters())
         version = dtype, *((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)

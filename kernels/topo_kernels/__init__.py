@@ -1,7 +1,8 @@
-"""Triton kernels of the topology: router, plan, attention. Imports torch and triton, nothing of `topo_adapter`."""
+"""Triton kernels of the topology: routes, plans, attention, decode, distillation. Nothing of `topo_adapter`."""
 
 from .attention import topology_attention
 from .decode import decode_attention
+from .distill import far_values
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
 
@@ -9,6 +10,7 @@ __all__ = [
     "MAX_ROUTER_WIDTH",
     "PackedRouter",
     "decode_attention",
+    "far_values",
     "pack_router",
     "route_addresses",
     "topology_attention",

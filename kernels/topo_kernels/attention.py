@@ -1,4 +1,4 @@
-"""Hard topology attention, forward: a local pass and a tree pass (kernels/README.md).
+"""Hard topology attention: a local pass and a tree pass (kernels/README.md).
 
 Each query attends to three contiguous ranges of sorted keys: its window and its document's sinks (local pass, keys
 sorted by position) and its ball (tree pass, keys sorted by ball). The ranges are disjoint. The local pass leaves a
@@ -800,6 +800,24 @@ def _(q, k, v, *_plan):
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *plan, num_sink_tokens, scale, softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan)
+    ctx.options = num_sink_tokens, scale, softcap
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+    from .backward import attention_backward  # imports this module
+
+    q, k, v, out, lse, *plan = ctx.saved_tensors
+    gradients = attention_backward(q, k, v, out.transpose(1, 2), lse, dout.transpose(1, 2), *plan, *ctx.options)
+    return *gradients, *[None] * (len(plan) + len(ctx.options))
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
 def topology_attention(
     q: Tensor,
     k: Tensor,
@@ -820,7 +838,7 @@ def topology_attention(
     """Attention over the visible pairs of docs/method.md, section 2, executed as section 6 says.
 
     The plan's tensors are those of `topo_adapter.plan.Plan`, int32 and contiguous or made so. Their values are
-    trusted: checking them would wait for the GPU. Not differentiable.
+    trusted: checking them would wait for the GPU. Differentiable in q, k and v (`backward.py`).
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
@@ -841,7 +859,7 @@ def topology_attention(
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
-        RuntimeError: the device cannot run the kernels, or a gradient was asked for.
+        RuntimeError: the device cannot run the kernels.
     """
     plan: dict[str, Any] = {
         "query_order": query_order,
@@ -857,11 +875,6 @@ def topology_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
     _check_device(q)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError(
-            "topology_attention is forward only, but q, k or v requires a gradient: use the torch path for training, "
-            "or call it under torch.no_grad()."
-        )
     if q.numel() == 0:
         return torch.empty_like(q)
     out, _ = _attention(q, k, v, *plan.values(), num_sink_tokens, scale, softcap)
