@@ -53,7 +53,7 @@ def test_merged_is_unmerged(route_per: str, padded: bool) -> None:
     model.merge_adapter()
     with mock.patch.object(topo_kernels, "topology_attention", wraps=topo_kernels.topology_attention) as kernel:
         hard = model(ids, attention_mask=mask, use_cache=False).logits
-    assert kernel.call_count == 3
+    assert kernel.call_count == (3 if padded else 2)  # a plain layer of depth 0 is dense: SDPA's
     real = mask.bool()
     assert hard.isfinite().all()
     assert (soft - hard)[real].abs().max() < 1e-3

@@ -239,8 +239,8 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                 found = max(found, float((got - exact).abs().max()))
                 eager_error = max(eager_error, float((same_dtype - exact).abs().max()))
                 floor = max(floor, 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()))
-                if case.dtype == torch.float32:  # between the passes the output is rounded once more
-                    floor = max(floor, 2 * torch.finfo(case.dtype).eps * float(exact.abs().max()))
+                if case.dtype == torch.float32:  # the GPU's exp2 is good to 2 ulp, and partial outputs are rounded
+                    floor = max(floor, 8 * torch.finfo(case.dtype).eps * float(exact.abs().max()))
     return found, (3 if case.dtype == torch.float32 else 2) * eager_error + floor
 
 

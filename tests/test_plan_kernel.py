@@ -244,8 +244,8 @@ def test_against_a_stable_sort(length: int, pattern: str) -> None:
     query_order, start, end, key_order = run(problem, None)
     reference = problem.reference()
     query_ball, key_ball = (a % problem.balls[:, None] for a in (problem.query_address, problem.key_address))
-    assert torch.equal(query_order.long(), query_ball.sort(-1, stable=True).indices)
-    assert torch.equal(key_order[..., : length - 4].long(), key_ball[..., 4:].sort(-1, stable=True).indices + 4)
+    assert torch.equal(query_order.long(), query_ball.sort(stable=True, dim=-1).indices)
+    assert torch.equal(key_order[..., : length - 4].long(), key_ball[..., 4:].sort(stable=True, dim=-1).indices + 4)
     assert torch.equal(start, reference.range_start) and torch.equal(end, reference.range_end)
 
 

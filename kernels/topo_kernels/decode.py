@@ -193,7 +193,8 @@ def _attend_kernel(
 
         for i_n in range(i_map, tl.minimum(i_map + MAP, hi), BLOCK_N):
             m_n = o_n < hi - i_n
-            o_key = tl.gather(b_keys, i_n - i_map + o_n, 0).to(tl.int64)
+            o_map_n = tl.minimum(i_n - i_map + o_n, MAP - 1)  # the software pipeline looks beyond the last tile
+            o_key = tl.gather(b_keys, o_map_n, 0).to(tl.int64)
             p_kt = p_k + o_key[None, :] * stride_ks + o_d[:, None]  # [BLOCK_D, BLOCK_N]
             p_vt = p_v + o_key[:, None] * stride_vs + o_d[None, :]  # [BLOCK_N, BLOCK_D]
             b_kt = tl.load(p_kt, mask=m_d[:, None] & m_n[None, :], other=0.0)
@@ -203,7 +204,7 @@ def _attend_kernel(
                 b_s = score_cap * _tanh(b_s)
             m_s = m_n[None, :]
             if BITS > 1:
-                b_entry = tl.gather(b_entries, i_n - i_map + o_n, 0)
+                b_entry = tl.gather(b_entries, o_map_n, 0)
                 m_s = m_s & ((b_entry[None, :] >> o_bit[:, None]) & 1 != 0)
             b_s = tl.where(m_s, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1))

@@ -239,7 +239,7 @@ class Blocks(NamedTuple):
 
 
 def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
-    """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has.
+    """Tiles that fit the 99 KB of shared memory most GPUs from compute capability 8.0 on have.
 
     Args:
         num_tokens: B x T; small tiles where large ones would leave multiprocessors without work.
@@ -250,6 +250,8 @@ def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
     if packed.down.dtype == torch.float32:
         return Blocks(64, 32, min(32, routes), 4, 3)
     if num_tokens <= 16384:
+        if packed.down.is_cuda and torch.cuda.get_device_capability(packed.down.device) == (9, 0) and width <= 32:
+            return Blocks(64, 128, min(64 if packed.arity == 2 else 32, routes), 4, 3)  # 123 KB
         return Blocks(64, 64, min(64 if packed.arity == 2 and width <= 32 else 32, routes), 4, 3 if width <= 32 else 2)
     return Blocks(128, 64, min(32, routes), 8, 3 if width <= 32 else 2)
 
