@@ -243,9 +243,6 @@ def _local_kernel(
     p_k = k + i_b * stride_kb + i_kv * stride_kh
     p_v = v + i_b * stride_vb + i_kv * stride_vh
     p_order = local_order + i_b * S
-    b_first = tl.load(document_start + i_b * T + o_t, mask=m_row, other=0)
-    # sinks: the part of [first, first + num_sink_tokens) before the window
-    b_last = tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -281,8 +278,8 @@ def _local_kernel(
             b_acc,
             b_max,
             b_sum,
-            b_first,
-            b_last,
+            b_start,
+            tl.minimum(num_sink_tokens, b_start),
             0,
             tl.minimum(num_sink_tokens, tl.load(local_start + p_last)),
             p_order,
@@ -302,6 +299,9 @@ def _local_kernel(
             1,
         )
     else:
+        b_first = tl.load(document_start + i_b * T + o_t, mask=m_row, other=0)
+        # sinks: the part of [first, first + num_sink_tokens) before the window
+        b_last = tl.where(m_some, tl.minimum(b_first + num_sink_tokens, b_start), 0)
         b_acc, b_max, b_sum = _attend(
             b_q,
             b_acc,
@@ -556,7 +556,8 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, hopper: bool) -> Tiles:
         return Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 3))
     # small tiles and, where operands come from shared memory, a cap on registers: four programs to a multiprocessor
     # hide each other's gathers
-    return Tiles(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 3, max_registers=128 if hopper else None))
+    cap = 128 if hopper else None
+    return Tiles(Blocks(64, 32, 4, 2, cap), Blocks(64, 32, 4, 3, cap))
 
 
 def _fixed_reference(dtype: torch.dtype) -> bool:

@@ -265,7 +265,7 @@ class Tiles(NamedTuple):
     attend_warps: int
     attend_stages: int
     map_keys: int = 256
-    programs_per_processor: int = 6  # more than fit at once, because lists differ in length
+    programs_per_processor: int = 2  # few, with long shares: each fills a software pipeline anew
     scan_keys: int = 256
     scan_warps: int = 8
 
