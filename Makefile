@@ -18,8 +18,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# one process per core; a file stays in one process, because its tests share models
 test: setup
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)

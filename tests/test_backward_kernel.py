@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -15,6 +15,7 @@ from test_kernels import (
     GPU,
     HALF,
     LAYOUTS,
+    PLAN_TENSORS,
     SWEEP,
     Case,
     Problem,
@@ -292,7 +293,7 @@ def test_nothing_outside_is_read(case: Case) -> None:
         key_order=torch.where(rank < in_tree, plan.key_order, 0),
         query_order=torch.where(padding, -1, plan.query_order),
     )
-    tensors = {f.name: guarded(getattr(plan, f.name)) for f in fields(plan) if f.name != "num_sink_tokens"}
+    tensors = {name: guarded(getattr(plan, name)) for name in PLAN_TENSORS}
     plan = replace(plan, **tensors)
     with nan_in_new_memory():
         found = differentiate(problem, bad_out, lse, bad_dout, plan, q=q, k=k, v=v)
@@ -348,6 +349,8 @@ def test_fake_implementation() -> None:
     problem = make(Case(length=20))
     plan, dout = problem.plan(), cotangent(problem)
     out, lse = forward(problem, dout)
-    arguments = [problem.q, problem.k, problem.v, out, lse, dout, *(getattr(plan, f.name) for f in fields(plan))]
+    arguments = [problem.q, problem.k, problem.v, out, lse, dout, *(getattr(plan, name) for name in PLAN_TENSORS)]
     with tile(64, 64):
-        torch.library.opcheck(attention_backward, (*arguments, problem.scale, None), test_utils="test_faketensor")
+        torch.library.opcheck(
+            attention_backward, (*arguments, plan.num_sink_tokens, problem.scale, None), test_utils="test_faketensor"
+        )

@@ -21,6 +21,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 QUERY_CHUNK = 2048  # bounds the T x S tensors of the reference
 
+PLAN_TENSORS = [f.name for f in fields(Plan) if f.name not in ("num_sink_tokens", "dense")]
+
 # ---------------------------------------------------------------- cases
 
 
@@ -446,7 +448,7 @@ def test_nothing_outside_is_read(case: Case) -> None:
     q = problem.q.masked_fill(~problem.query.real[:, None, :, None], float("nan"))
     k, v = (t.masked_fill(~problem.key.real[:, None, :, None], float("nan")) for t in (problem.k, problem.v))
     plan = problem.plan()
-    tensors = {f.name: guarded(getattr(plan, f.name)) for f in fields(plan) if f.name != "num_sink_tokens"}
+    tensors = {name: guarded(getattr(plan, name)) for name in PLAN_TENSORS}
     with nan_in_new_memory():
         out = attend(problem, replace(plan, **tensors), q=poisoned(q), k=poisoned(k), v=poisoned(v))
     assert torch.equal(out, clean)
@@ -508,7 +510,8 @@ def test_more_heads_than_a_grid_axis_holds() -> None:
 )
 def test_refuses(argument: str, change, message: str) -> None:
     problem = make(Case(length=20))
-    arguments = {f.name: getattr(problem.plan(), f.name) for f in fields(Plan)}
+    plan = problem.plan()
+    arguments = {name: getattr(plan, name) for name in (*PLAN_TENSORS, "num_sink_tokens")}
     arguments |= {"q": problem.q, "k": problem.k, "v": problem.v, "scale": 1.0, "softcap": None}
     with pytest.raises(ValueError, match=message):
         topology_attention(**(arguments | {argument: change(arguments[argument])}))
@@ -551,7 +554,7 @@ def test_no_queries() -> None:
     problem = make(Case(length=5))
     plan = problem.plan()
     asking = {
-        f.name: getattr(plan, f.name)[..., :0] for f in fields(plan) if f.name.startswith(("q", "r", "d", "local_s"))
+        name: getattr(plan, name)[..., :0] for name in PLAN_TENSORS if name.startswith(("q", "r", "d", "local_s"))
     }
     none = replace(plan, **asking, local_end=plan.local_end[:, :0])
     assert attend(problem, none, q=problem.q[:, :, :0]).shape == (2, 2, 0, 32)

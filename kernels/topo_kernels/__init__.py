@@ -1,4 +1,4 @@
-"""Triton kernels of the topology: routes, plans, attention, decode, distillation. Nothing of `topo_adapter`."""
+"""Triton kernels of the topology: routes, plans, attention, decode, distillation."""
 
 from .attention import topology_attention
 from .decode import decode_attention

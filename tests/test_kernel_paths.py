@@ -1,0 +1,172 @@
+"""The library on its kernels: on a GPU, or in Triton's interpreter with the choice of path forced."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import topo_kernels
+from topo_adapter import TopologyConfig, attention, initialize_routers, objective, plan, record_routes, router
+from topo_adapter.attention import hard_attention
+from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
+from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTH, VOCAB = 40, 97
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """Everything that may run on kernels does."""
+    with ExitStack() as stack:
+        for module in (attention, objective, plan, router):
+            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
+        yield
+
+
+def merged_model(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    settings = {"depth": 3, "visible_depth": 2, "local_window": 4, "num_sink_tokens": 2, **settings}
+    model = get_peft_model(LlamaForCausalLM(config).to(DEVICE), TopologyConfig(**settings)).eval()
+    initialize_routers(model, tokens())
+    model.peft_config["default"].homotopy = 1.0
+    model.merge_adapter()
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def largest_error(found: Tensor, right: Tensor) -> float:
+    return float((found - right).abs().max() / right.abs().max())
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"route_per": "kv_head"},
+    {"route_per": "kv_head", "visible_depth": {0: [0, 1, 2, 3], 1: 0}},  # depths differ within a route; a dense layer
+    {"arity": 3, "depth": 2, "tie_query_key": True},
+]
+
+
+@pytest.mark.parametrize("cache_type", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@torch.no_grad()
+def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, request: pytest.FixtureRequest) -> None:
+    """Prefill, token by token and in small chunks, against one forward of the torch path."""
+    model, ids = merged_model(**settings), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # left padding
+    with mock.patch.object(attention, "kernels_serve", lambda *_: False):
+        right = model(ids, attention_mask=mask, use_cache=False).logits
+    request.getfixturevalue("kernels")
+    cache = {"none": lambda: None, "dynamic": DynamicCache, "static": lambda: static_cache(model)}[cache_type]()
+    cuts = [0, LENGTH] if cache is None else [0, 20, 21, 22, 25, LENGTH]
+    found = []
+    with mock.patch.object(topo_kernels, "decode_attention", wraps=topo_kernels.decode_attention) as decode:
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            found.append(
+                model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=cache is not None)
+            )
+    assert decode.call_count == (0 if cache is None else 2 * 4)
+    real = mask.bool()
+    assert largest_error(torch.cat([f.logits for f in found], 1)[real], right[real]) < 1e-5
+    with model.base_model.model.model.layers[0].self_attn.topo_adapter.__class__ and mock.patch.object(
+        model.peft_config["default"], "local_window", 5
+    ):
+        other = model(ids, attention_mask=mask, use_cache=False).logits
+    assert largest_error(other[real], right[real]) > 1e-3, "another window must show"
+
+
+def static_cache(model: Any) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=LENGTH + 9)
+
+
+@torch.no_grad()
+def test_decoding_compiles_to_one_graph(kernels: None) -> None:
+    model, ids = merged_model(), tokens()
+    right = model(ids, use_cache=False).logits
+    cache = static_cache(model)
+    model(ids[:, :30], past_key_values=cache)
+    model(ids[:, 30:31], past_key_values=cache)
+
+    def step(token: Tensor) -> Tensor:
+        return model(token, past_key_values=cache).logits
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    found = torch.cat([compiled(ids[:, i : i + 1]) for i in range(31, LENGTH)], 1)
+    assert largest_error(found, right[:, 31:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_changed_router_is_packed_anew(kernels: None) -> None:
+    model, ids = merged_model(), tokens()
+    before = record_routes(model, ids)[0].query_digits
+    weight = model.base_model.model.model.layers[0].self_attn.topo_adapter.topo_routers["default"].query.weight
+    weight.neg_()
+    assert not torch.equal(record_routes(model, ids)[0].query_digits, before)
+
+
+# ---------------------------------------------------------------- plans
+
+
+def problem(length: int = 50) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 16, device=DEVICE) for heads in (4, 2, 2))
+    addresses = (torch.randint(8, (2, 4, length), dtype=torch.int32, device=DEVICE) for _ in range(2))
+    return q, k, v, *addresses
+
+
+def test_plain_dense_heads_are_sdpa(kernels: None) -> None:
+    q, k, v, query, key = problem()
+    layout, balls = contiguous_layout(2, 50, DEVICE), torch.ones(4, dtype=torch.int32, device=DEVICE)
+    dense = make_plan(query, key, balls, 1, layout, layout, 4, 2)
+    general = build_plan(query % 1, key % 1, layout, layout, 4, 2)
+    assert dense.dense and not general.dense
+    assert torch.equal(dense.visible_count(), general.visible_count())
+    right = attention._torch_attention(q, k, v, general, 0.25, None)
+    with mock.patch.object(topo_kernels, "topology_attention", side_effect=AssertionError("SDPA is the way")):
+        assert largest_error(hard_attention(q, k, v, dense, 0.25), right) < 1e-5
+    assert largest_error(attention._torch_attention(q, k, v, dense, 0.25, None), right) < 1e-5
+    assert not make_plan(query, key, balls, 1, *[layout_from_padding(layout.real)] * 2, 4, 2).dense
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_torch_path_runs_a_kernel_plan(kernels: None, padded: bool) -> None:
+    """float64 on a GPU: planned by kernels, which leave padding queries out, and attended by torch."""
+    q, k, v, query, key = problem()
+    real = torch.arange(50, device=DEVICE) >= torch.tensor([0, 9 if padded else 0], device=DEVICE)[:, None]
+    layout = layout_from_padding(real) if padded else contiguous_layout(2, 50, DEVICE)
+    balls = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=DEVICE)
+    ours = make_plan(query, key, balls, 8, layout, layout, 4, 2)
+    assert isinstance(ours, Plan) and (ours.local_order is None) != padded
+    right = build_plan(query % balls[:, None], key % balls[:, None], layout, layout, 4, 2)
+    found, expected = (attention._torch_attention(q.double(), k, v, p, 0.25, None) for p in (ours, right))
+    assert torch.equal(found, expected)
+
+
+def test_layers_share_what_depends_on_positions_alone() -> None:
+    ids = torch.arange(12, device=DEVICE)[None]
+    layout = layout_from_position_ids(ids, 2)
+    assert layout_from_position_ids(ids, 2) is layout and layout.plain
+    assert local_plan(layout, layout, 4, 2) is local_plan(layout, layout, 4, 2)
+    assert local_plan(layout, layout, 4, 2) is not local_plan(layout, layout, 5, 2)
+    assert layout_from_position_ids(ids) is not layout
+    ids[0, 6:] -= 6  # in place: another document starts
+    assert not layout_from_position_ids(ids, 2).plain
