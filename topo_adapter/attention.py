@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +19,10 @@ _FASTEST_FIRST = [
 ]
 
 
+def _kernels_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v)
+
+
 def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None) -> Tensor:
     """Attention over exactly the visible pairs of `plan`, without an `N x N` tensor.
 
@@ -36,7 +38,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
             )
-    if 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v):
+    if _kernels_attend(q, k, v):
         from topo_kernels import topology_attention
 
         return topology_attention(
@@ -65,7 +67,7 @@ def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Tensor | None) -> bo
     """Whether `decode_attention` is the way to run this forward: a few new tokens over a cache, on a GPU."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     few = records is not None and q.shape[2] <= _DECODE_TOKENS and q.shape[2] < k.shape[2]
-    return few and not needs_grad and 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v)
+    return few and not needs_grad and _kernels_attend(q, k, v)
 
 
 def decode_attention(
@@ -93,9 +95,20 @@ def decode_attention(
     """
     from topo_kernels import decode_attention as kernel
 
-    options: dict[str, Any] = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    options |= {"scale": scale, "softcap": softcap}
-    return kernel(q, k, v, query_address, query.position, query.document, records, balls, **options)
+    return kernel(
+        q,
+        k,
+        v,
+        query_address,
+        query.position,
+        query.document,
+        records,
+        balls,
+        local_window=local_window,
+        num_sink_tokens=num_sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 def _torch_attention(

@@ -107,9 +107,8 @@ class KeyRecords:
 
     @property
     def layout(self) -> SequenceLayout:
-        """Layout of the cached tokens; of all slots if their number is a tensor."""
-        records = self._slot.indexer_keys
-        return _layout_of(records if isinstance(self.length, Tensor) else records[:, : self.length])
+        """Layout of the cached tokens; waits for the GPU where their number is a tensor."""
+        return _layout_of(self._slot.indexer_keys[:, : self.length])
 
     @property
     def last_token(self) -> SequenceLayout:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import check_qkv, score_arguments, stride_arguments
+
 INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
 
 _NEVER = tl.constexpr(2**31 - 1)  # above any rank
@@ -571,22 +573,13 @@ def _fixed_reference(dtype: torch.dtype) -> bool:
 
 def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> dict:
     """What both kernels are launched with."""
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
-        for i, axis in enumerate(axes)
-    }
-    log2e = 1 / math.log(2)
-    return strides | {
+    return {
+        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
+        **score_arguments(q.shape[3], scale, softcap),
         "T": q.shape[2],
         "S": k.shape[2],
         "H": q.shape[1],
         "KV_GROUP": q.shape[1] // k.shape[1],
-        "score_scale": scale * log2e if softcap is None else scale / softcap,
-        "score_cap": 0.0 if softcap is None else softcap * log2e,
-        "D": q.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
-        "HAS_CAP": softcap is not None,
         "WIDE": k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31,
     }
 
@@ -685,21 +678,9 @@ def tree_pass(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], num_sink_tokens: int) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
-    B, H, T, D = q.shape
-    kv_heads, S = k.shape[1], k.shape[2]
-    if k.shape != (B, kv_heads, S, D):
-        raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
-    if kv_heads == 0 or H == 0 or H % kv_heads:
-        raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
-    if not 16 <= D <= 256:
-        raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
+    check_qkv(q, k, v)
+    B, H, T, _ = q.shape
+    S = k.shape[2]
     routes = plan["query_order"].shape[1] if plan["query_order"].ndim == 3 else 0
     if routes == 0 or H % routes:
         raise ValueError(
@@ -716,10 +697,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], num_sink_token
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(plan[name].shape)}.")
         if plan[name].dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {plan[name].dtype}.")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
-    for name, tensor in (("k", k), ("v", v), *plan.items()):
+    for name, tensor in plan.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
     if num_sink_tokens < 0:
@@ -851,7 +829,7 @@ def topology_attention(
         document_start, local_start, local_end: `[B, T]`; query `i` also sees `local_order[local_start:local_end]`
             and `local_order[document_start:min(document_start + num_sink_tokens, local_start)]`.
         num_sink_tokens: >= 0.
-        scale: factor on the scores.
+        scale: > 0, factor on the scores.
         softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
@@ -873,6 +851,8 @@ def topology_attention(
         "local_end": local_end,
     }
     _check(q, k, v, plan, num_sink_tokens)
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
     _check_device(q)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import _NEVER, INTERPRETED, Blocks, _check, _check_device, _tanh
+from .launch import score_arguments, stride_arguments
 
 _ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
 
@@ -730,33 +731,21 @@ def _shared_heads(heads: int, rows: int) -> int:
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
     """What both kernels are launched with."""
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
-        for i, axis in enumerate(axes)
-    }
-    log2e = 1 / math.log(2)
     registers = {} if blocks.max_registers is None or INTERPRETED else {"maxnreg": blocks.max_registers}
-    return (
-        strides
-        | registers
-        | {
-            "T": q.shape[2],
-            "S": k.shape[2],
-            "H": q.shape[1],
-            "KV_GROUP": q.shape[1] // k.shape[1],
-            "scale": scale,
-            "score_scale": scale * log2e if softcap is None else scale / softcap,
-            "score_cap": 0.0 if softcap is None else softcap * log2e,
-            "D": q.shape[3],
-            "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
-            "BLOCK_M": blocks.m,
-            "BLOCK_N": blocks.n,
-            "HAS_CAP": softcap is not None,
-            "num_warps": blocks.num_warps,
-            "num_stages": blocks.num_stages,
-        }
-    )
+    return {
+        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
+        **score_arguments(q.shape[3], scale, softcap),
+        **registers,
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "H": q.shape[1],
+        "KV_GROUP": q.shape[1] // k.shape[1],
+        "scale": scale,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
 
 
 @torch.library.custom_op("topo_kernels::attention_backward", mutates_args=())
@@ -894,12 +883,7 @@ def _launch_dq(
     query_order, range_start, range_end, key_order = tree
     document_start, local_start, local_end = local
     kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("o", out, "bht"), ("g", dout, "bht"))
-        for i, axis in enumerate(axes)
-    }
-    arguments = _arguments(q, k, v, scale, softcap, blocks) | strides
+    arguments = _arguments(q, k, v, scale, softcap, blocks) | stride_arguments(o=(out, "bht"), g=(dout, "bht"))
     arguments |= {"num_sink_tokens": num_sink_tokens, "BLOCK_SINK": 16}
     group = _shared_heads(kv_group, blocks.m)
     _dq_kernel[(B * (H // group) * triton.cdiv(T, blocks.m // group),)](
@@ -967,11 +951,6 @@ def _launch_dkdv(
     """Write dk and dv `[B, H // heads, rows, D]` of N keys; `merge` are the sums that the local pass adds."""
     B, H = q.shape[:2]
     N, routes = ranges.first.shape[2], ranges.query_order.shape[1]
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("g", dout, "bht"), ("d", dk, "bhs"))
-        for i, axis in enumerate(axes)
-    }
     tree_slot, tree_dk, tree_dv, *sums = merge or (ranges.first, dk, dv, *[ranges.first] * 3, dk, dv)
     _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, blocks.n),)](
         q,
@@ -1000,6 +979,6 @@ def _launch_dkdv(
         TREE_ROUTE_GROUP=H // tree_slot.shape[1],
         HAS_ORDER=ranges.key_order is not None,
         MERGE=merge is not None,
-        **strides,
+        **stride_arguments(g=(dout, "bht"), d=(dk, "bhs")),
         **_arguments(q, k, v, scale, softcap, blocks),
     )

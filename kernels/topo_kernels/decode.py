@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import _check_device, _tanh
+from .launch import check_qkv, score_arguments, stride_arguments
 
 _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
 _MAX_CHUNKS = 256  # a program of the attend kernel holds the counts of all chunks
@@ -323,12 +324,6 @@ def _decode(
     split_out = torch.empty(rows, heads, splits, D, dtype=torch.float32, device=q.device)
     split_max, split_sum = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=q.device)
     out = q.new_empty(B, T, H, D)
-    log2e = 1 / math.log(2)
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
-        for i, axis in enumerate(axes)
-    }
     block_u = min(triton.next_power_of_2(lists), 16, 32 // triton.next_power_of_2(bits))  # bounds registers
     subs = 32 * tiles.scan_warps // block_u
     with torch.cuda.device_of(q):
@@ -366,7 +361,8 @@ def _decode(
             split_out,
             split_max,
             split_sum,
-            **strides,
+            **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
+            **score_arguments(D, scale, softcap),
             T=T,
             chunks=chunks,
             chunk=chunk,
@@ -374,17 +370,12 @@ def _decode(
             rows=rows,
             U=lists,
             KV_GROUP=kv_group,
-            score_scale=scale * log2e if softcap is None else scale / softcap,
-            score_cap=0.0 if softcap is None else softcap * log2e,
             HEADS=heads,
             BITS=bits,
-            D=D,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
             BLOCK_M=16,
             BLOCK_N=tiles.attend_keys,
             BLOCK_C=_MAX_CHUNKS,
             MAP=tiles.map_keys,
-            HAS_CAP=softcap is not None,
             num_warps=tiles.attend_warps,
             num_stages=tiles.attend_stages,
         )
@@ -415,26 +406,11 @@ def _(q, *_others):
 def _check(
     q: Tensor, k: Tensor, v: Tensor, query: dict[str, Tensor], records: Tensor, balls: Tensor, local_window: int
 ) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
-    B, H, T, D = q.shape
-    kv_heads, S = k.shape[1], k.shape[2]
-    if k.shape != (B, kv_heads, S, D):
-        raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
-    if kv_heads == 0 or H == 0 or H % kv_heads:
-        raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
-    if not 16 <= D <= 256:
-        raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
+    check_qkv(q, k, v)
+    B, H, T, _ = q.shape
+    S = k.shape[2]
     if S > _MAX_KEYS:
         raise ValueError(f"k must have at most {_MAX_KEYS} keys, got {S}.")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
     if balls.ndim != 1 or balls.shape[0] == 0 or H % balls.shape[0]:
         raise ValueError(f"balls must have shape [R] with R a divisor of q's {H} heads, got {tuple(balls.shape)}.")
     R = balls.shape[0]
@@ -449,7 +425,7 @@ def _check(
     for name in ("query_position", "query_document"):
         if tensors[name].dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} must be int32 or int64, got {tensors[name].dtype}.")
-    for name, tensor in ({"k": k, "v": v} | tensors).items():
+    for name, tensor in tensors.items():
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
     if local_window < 1:

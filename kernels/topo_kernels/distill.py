@@ -7,7 +7,6 @@ is near 1. Gradients flow to the values alone: `d values_j = sum_i A_ij g_i` ove
 with `A` recomputed from the log-sum-exp. Memory is `O(N)`; no atomics.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .attention import _LOWEST, _NEVER, INTERPRETED, Blocks, _check_device, _tanh
 from .backward import inverse_ranges
+from .launch import score_arguments, stride_arguments
 
 #: Wider leaf distributions do not fit a tile.
 MAX_LEAVES = 256
@@ -391,26 +391,17 @@ def _shared_memory(device: torch.device) -> int:
 
 def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, blocks: Blocks) -> dict:
     """What both kernels are launched with."""
-    strides = {
-        f"stride_{name}{axis}": tensor.stride(i)
-        for name, tensor, axes in (("q", q, "bht"), ("k", k, "bhs"))
-        for i, axis in enumerate(axes)
-    }
-    log2e = 1 / math.log(2)
-    return strides | {
+    return {
+        **stride_arguments(q=(q, "bht"), k=(k, "bhs")),
+        **score_arguments(q.shape[3], scale, softcap),
         "M": q.shape[2],
         "S": k.shape[2],
         "H": q.shape[1],
         "KV_GROUP": q.shape[1] // k.shape[1],
-        "score_scale": scale * log2e if softcap is None else scale / softcap,
-        "score_cap": 0.0 if softcap is None else softcap * log2e,
-        "D": q.shape[3],
         "V": leaves,
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
         "BLOCK_V": max(16, triton.next_power_of_2(leaves)),
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
-        "HAS_CAP": softcap is not None,
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }

@@ -1,0 +1,56 @@
+"""What the attention kernels' launches and checks have in common."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+
+def stride_arguments(**tensors: tuple[Tensor, str]) -> dict[str, int]:
+    """`stride_<name><axis>` for each tensor and the letters of its leading axes."""
+    return {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, (tensor, axes) in tensors.items()
+        for i, axis in enumerate(axes)
+    }
+
+
+def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[str, int | float]:
+    """Head dimension and scores in base 2: `score * score_scale`, or `score_cap * tanh(score * score_scale)`."""
+    log2e = 1 / math.log(2)
+    return {
+        "score_scale": scale * log2e if softcap is None else scale / softcap,
+        "score_cap": 0.0 if softcap is None else softcap * log2e,
+        "HAS_CAP": softcap is not None,
+        "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+    }
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse queries, keys and values that do not fit together.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
+    B, H, _, D = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    if k.shape != (B, kv_heads, S, D):
+        raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
+    if kv_heads == 0 or H == 0 or H % kv_heads:
+        raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
+    if not 16 <= D <= 256:
+        raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
