@@ -505,6 +505,8 @@ def test_more_heads_than_a_grid_axis_holds() -> None:
         ("key_order", lambda t: t.long(), "key_order must be int32, got torch.int64"),
         ("local_end", lambda t: t[:1], r"local_end must have shape \[2, 20\]"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
+        ("scale", lambda _: 0.0, "scale must be > 0, got 0.0"),
+        ("scale", lambda _: -1.0, "scale must be > 0, got -1.0"),
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
     ],
 )
