@@ -96,13 +96,13 @@ def test_sample_rows() -> None:
 def test_decode_inputs() -> None:
     case = measure.Case("", 200, 5, routes=4, batch=2)
     records = measure.decode_records(case, "cpu")
-    assert records.shape == (2, 200, 6) and records.dtype == torch.int32 and records.is_contiguous()
-    assert torch.equal(records[0, :, -2], torch.arange(1, 201, dtype=torch.int32)) and not records[..., -1].any()
+    assert records.address.shape == (2, 200, 4) and records.address.dtype == torch.uint8
+    assert torch.equal(records.position[0], torch.arange(1, 201, dtype=torch.int32)) and not records.document.any()
     address = measure.random_addresses(2, 4, 1, 5)
-    seen, loaded = measure.decode_visible(address, records, 5)
+    seen, loaded = measure.decode_visible(address, records.address, 5)
     query_ball = torch.zeros(2, 4, 200, dtype=torch.long)
     query_ball[..., -1:] = address % 5
-    expected = mask_of(query_ball, records[..., :-2].transpose(1, 2) % 5)[:, :, -1]
+    expected = mask_of(query_ball, records.address.transpose(1, 2) % 5)[:, :, -1]
     assert torch.equal(seen, expected)
     assert torch.equal(loaded, expected.unflatten(1, (2, 2)).any(2))
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from test_kernels import DEVICE, GPU, LAYOUTS, Case, Problem, check, errors, make, nan_in_new_memory, poisoned
 from torch import Tensor
 
+from topo_adapter.cache import Records, pack_records
+from topo_adapter.layout import contiguous_layout
 from topo_kernels import decode
 from topo_kernels.decode import decode_attention
 
@@ -29,7 +31,7 @@ class Step:
     problem: Problem
     query_address: Tensor
     balls: Tensor
-    records: Tensor
+    records: Records
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -41,7 +43,9 @@ class Step:
             "query_address": self.query_address,
             "query_position": problem.query.position,
             "query_document": problem.query.document,
-            "records": self.records,
+            "key_address": self.records.address,
+            "key_position": self.records.position,
+            "key_document": self.records.document,
             "balls": self.balls,
             "local_window": case.window,
             "num_sink_tokens": case.sinks,
@@ -51,8 +55,8 @@ class Step:
 
 
 def addresses(kind: str, batch: int, routes: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key addresses `[B, R, N]` and the number of balls `[R]`."""
-    query, key = torch.randint(4096, (2, batch, routes, length))
+    """Query and key addresses `[B, R, N]`, below `leaves_of(kind)`, and the number of balls `[R]`."""
+    query, key = torch.randint(leaves_of(kind), (2, batch, routes, length))
     if kind == "mixed":  # depths differ between the heads, the first is dense
         return query, key, torch.tensor([1, 3, 2, 27, 16, 2187])[torch.arange(routes) % 6]
     if kind == "dense":
@@ -63,8 +67,14 @@ def addresses(kind: str, batch: int, routes: int, length: int) -> tuple[Tensor, 
         return query // 2 * 2, key // 2 * 2 + 1, torch.full((routes,), 64)
     if kind == "run":  # all keys of the queries' ball lie together
         inside = (torch.arange(length) - length // 3).abs() < max(1, length // 8)
-        return query // 9 * 9, torch.where(inside, key // 9 * 9, key // 9 * 9 + 4), torch.full((routes,), 9)
+        query, key = query // 9 * 9 % 252, key // 9 * 9 % 252  # a byte holds the sum, too
+        return query, torch.where(inside, key, key + 3), torch.full((routes,), 9)
     raise ValueError(f"kind must be a known pattern of addresses, got {kind!r}")
+
+
+def leaves_of(kind: str) -> int:
+    """Records hold addresses as bytes, or as int16."""
+    return 4096 if kind in ("mixed", "tiny") else 256
 
 
 def step(case: Case, routing: str = "mixed", seed: int = 0) -> Step:
@@ -72,8 +82,7 @@ def step(case: Case, routing: str = "mixed", seed: int = 0) -> Step:
     query, key, balls = (t.to(DEVICE) for t in addresses(routing, case.batch, case.routes, case.length))
     query = query[..., slice(*case.queries)]
     problem = replace(problem, query_ball=query % balls[:, None], key_ball=key % balls[:, None])
-    layout = [problem.key.position[..., None] + 1, problem.key.document[..., None]]
-    return Step(problem, query.int(), balls.int(), torch.cat([key.transpose(1, 2), *layout], -1).int())
+    return Step(problem, query.int(), balls.int(), pack_records(key, problem.key, leaves_of(routing)))
 
 
 def attend(step: Step, **changes: Any) -> Tensor:
@@ -83,7 +92,7 @@ def attend(step: Step, **changes: Any) -> Tensor:
 @contextmanager
 def small_tiles(max_chunks: int = 16) -> Iterator[None]:
     """Many tiles, chunks and splits in short caches."""
-    tiles = decode.Tiles(16, 1, 1, map_keys=32, programs_per_processor=6, scan_keys=32, scan_warps=1)
+    tiles = decode.Tiles(16, 1, 1, 6, map_keys=32, scan_keys=32, scan_warps=1)
     with (
         mock.patch.object(decode, "choose_tiles", lambda *_: tiles),
         mock.patch.object(decode, "_MAX_CHUNKS", max_chunks),
@@ -217,12 +226,13 @@ def test_every_ball(balls: int) -> None:
     key[-4:] = (query[-4:] + balls).clamp(max=2**15 - 1)  # near misses and hits
     count = len(query)
     position = torch.full((1, count), length)  # after all keys
-    records = torch.stack([key, torch.arange(length) + 1, torch.zeros(length, dtype=torch.long)], -1)[None].int()
+    records = pack_records(key[None, None], contiguous_layout(1, length), 2**15)
     q = torch.zeros(1, 1, count, dim)  # equal weights: the output is the mean of what is seen
     k = torch.zeros(1, 1, length, dim)
     v = torch.randn(1, 1, length, dim)
     out = decode_attention(
-        *(t.to(DEVICE) for t in (q, k, v, query[None, None].int(), position, torch.zeros_like(position), records)),
+        *(t.to(DEVICE) for t in (q, k, v, query[None, None].int(), position, torch.zeros_like(position))),
+        *(t.to(DEVICE) for t in (records.address, records.position, records.document)),
         torch.tensor([balls], dtype=torch.int32, device=DEVICE),
         local_window=1,
         num_sink_tokens=0,
@@ -239,8 +249,8 @@ def test_every_ball(balls: int) -> None:
 @pytest.mark.parametrize("wrong", ["window", "sinks", "address", "balls", "position", "document", "record"])
 def test_wrong_step_is_noticed(wrong: str) -> None:
     given = step(replace(ONE, length=100, batch=1), "disjoint" if wrong in ("window", "sinks") else "mixed")
-    records = given.records.clone()
-    records[:, 1, -2] = 0  # a sink is gone
+    place = given.records.position.clone()
+    place[:, 1] = 0  # a sink is gone
     changes: dict[str, Any] = {
         "window": {"local_window": given.problem.case.window - 1},
         "sinks": {"num_sink_tokens": given.problem.case.sinks - 1},
@@ -248,7 +258,7 @@ def test_wrong_step_is_noticed(wrong: str) -> None:
         "balls": {"balls": given.balls + 1},
         "position": {"query_position": given.arguments["query_position"] - 1},
         "document": {"query_document": given.arguments["query_document"] + 1},
-        "record": {"records": records},
+        "record": {"key_position": place},
     }[wrong]
     found, allowed = errors(given.problem, attend(given, **changes))
     assert found > 3 * allowed
@@ -259,7 +269,7 @@ def test_wrong_step_is_noticed(wrong: str) -> None:
 
 def scattered(tensor: Tensor) -> Tensor:
     """The same integers as a strided view into memory full of invalid ones."""
-    memory = tensor.new_full([n + 3 for n in tensor.shape], 2**30)
+    memory = tensor.new_full([n + 3 for n in tensor.shape], torch.iinfo(tensor.dtype).max)
     view = memory[tuple(slice(1, 1 + n) for n in tensor.shape)]
     return view.copy_(tensor)
 
@@ -280,13 +290,14 @@ def test_nothing_outside_is_read(case: Case) -> None:
     problem, padding = given.problem, ~given.problem.key.real
     q = problem.q.masked_fill(~problem.query.real[:, None, :, None], float("nan"))
     k, v = (t.masked_fill(padding[:, None, :, None], float("nan")) for t in (problem.k, problem.v))
-    records = given.records.clone()
-    records[padding] = -(2**30)
-    records[..., -2].masked_fill_(padding, 0)
-    integers = {"records": scattered(records)}
-    integers |= {
+    given.records.address.masked_fill_(padding[..., None], 255)
+    given.records.document.masked_fill_(padding, 2**30)
+    integers = {
         name: scattered(given.arguments[name])
-        for name in ("query_address", "query_position", "query_document", "balls")
+        for name in (
+            *("query_address", "query_position", "query_document"),
+            *("key_address", "key_position", "key_document", "balls"),
+        )
     }
     with nan_in_new_memory():
         out = attend(given, q=poisoned(q), k=poisoned(k), v=poisoned(v), **integers)
@@ -312,9 +323,10 @@ def test_strides_and_integer_types() -> None:
     for dims in ((1, 2), (2, 3), (0, 3)):
         views = {name: given.arguments[name].transpose(*dims).contiguous().transpose(*dims) for name in "qkv"}
         assert torch.equal(attend(given, **views), clean)
-    flipped = given.records.transpose(1, 2).contiguous().transpose(1, 2)
+    flipped = given.records.address.transpose(1, 2).contiguous().transpose(1, 2)
     position, document = (given.arguments[name].int() for name in ("query_position", "query_document"))
-    assert torch.equal(attend(given, records=flipped, query_position=position, query_document=document), clean)
+    assert torch.equal(attend(given, key_address=flipped, query_position=position, query_document=document), clean)
+    assert torch.equal(attend(given, key_address=given.records.address.int()), clean)
     assert clean.transpose(1, 2).is_contiguous()
 
 
@@ -337,7 +349,8 @@ def test_repeats_are_bitwise_equal(length: int) -> None:
 
 def test_no_dependence_on_unfilled_slots() -> None:
     """A static cache gives what the same tokens give without it."""
-    given = step(replace(ONE, length=100))
+    case = replace(ONE, length=100)
+    given = step(case)
     problem = given.problem
 
     def longer(tensor: Tensor, dim: int, value: float) -> Tensor:
@@ -346,7 +359,9 @@ def test_no_dependence_on_unfilled_slots() -> None:
         return torch.cat([tensor, tensor.new_full(shape, value)], dim)
 
     k, v = (longer(t, 2, float("nan")) for t in (problem.k, problem.v))
-    check(problem, attend(given, k=k, v=v, records=longer(given.records, 1, 0)))
+    records = Records(longer(given.records.words, 1, 0), case.routes, 4096)
+    keys = {"key_address": records.address, "key_position": records.position, "key_document": records.document}
+    check(problem, attend(given, k=k, v=v, **keys))
 
 
 @pytest.mark.gpu
@@ -408,8 +423,10 @@ def test_compiles_without_a_break() -> None:
         ("query_address", lambda t: t.long(), "query_address must be int32, got torch.int64"),
         ("query_position", lambda t: t[:1], r"query_position must have shape \[2, 1\]"),
         ("query_position", lambda t: t.float(), "query_position must be int32 or int64, got torch.float32"),
-        ("records", lambda t: t[:, 1:], r"records must have shape \[2, 20, 4\], got \[2, 19, 4\]"),
-        ("records", lambda t: t.short(), "records must be int32, got torch.int16"),
+        ("key_address", lambda t: t[:, 1:], r"key_address must have shape \[2, 20, 2\], got \[2, 19, 2\]"),
+        ("key_address", lambda t: t.long(), "key_address must be uint8 or int16 or int32, got torch.int64"),
+        ("key_position", lambda t: t[:, 1:], r"key_position must have shape \[2, 20\], got \[2, 19\]"),
+        ("key_document", lambda t: t.long(), "key_document must be int32, got torch.int64"),
         ("balls", lambda t: t.repeat(3), r"balls must have shape \[R\] with R a divisor of q's 2 heads, got \(6,\)"),
         ("local_window", lambda n: 0, "local_window must be >= 1, got 0"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
@@ -429,7 +446,7 @@ def test_refuses_wide_heads_and_long_caches() -> None:
     length = decode._MAX_KEYS + 1
     k = given.problem.k.expand(-1, -1, length, -1)
     with pytest.raises(ValueError, match=f"at most {decode._MAX_KEYS} keys, got {length}"):
-        attend(given, k=k, v=k, records=given.records.expand(-1, length, -1))
+        attend(given, k=k, v=k)
 
 
 def test_refuses_gradients() -> None:
@@ -452,5 +469,6 @@ def test_no_queries_and_no_keys() -> None:
     none = {"q": given.problem.q[:, :, :0], "query_address": given.query_address[..., :0]}
     none |= {name: given.arguments[name][:, :0] for name in ("query_position", "query_document")}
     assert attend(given, **none).shape == (2, 2, 0, 32)
-    empty = {"k": given.problem.k[:, :, :0], "v": given.problem.v[:, :, :0], "records": given.records[:, :0]}
+    empty = {"k": given.problem.k[:, :, :0], "v": given.problem.v[:, :, :0]}
+    empty |= {name: given.arguments[name][:, :0] for name in ("key_address", "key_position", "key_document")}
     assert not attend(given, **empty).any()

@@ -1,4 +1,4 @@
-"""Distillation's far values against fp64: `kept_mass` by its formula, and autograd; on a GPU or interpreted."""
+"""Distillation's far values and far mass against the definition in fp64, with autograd; on a GPU or interpreted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned
+from test_leaves_kernel import coarsened, leaves_by_definition, rows
 from torch import Tensor
 
 from topo_adapter.layout import SequenceLayout, causal_pairs
-from topo_adapter.objective import kept_mass
 from topo_adapter.plan import build_plan
-from topo_adapter.relaxation import leaf_distributions, scaled_scores
+from topo_adapter.relaxation import scaled_scores
 from topo_adapter.visibility import always_visible
-from topo_kernels import distill
+from topo_kernels import distill, far_mass
 from topo_kernels.attention import Blocks
-from topo_kernels.distill import FarTiles, far_values
+from topo_kernels.distill import FarTiles, Layout, far_gradient, far_values, gradient_dtype, leaf_dtype
 
 # ---------------------------------------------------------------- cases
 
@@ -104,16 +104,14 @@ def tile(size: int) -> Iterator[None]:
 def run(problem: Problem, tile_size: int | None = None, **tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Values, local mass and the leaves' gradient; the interpreter takes large tiles, because it pays per tile."""
     size = tile_size or (None if GPU else 64)
-    grad = tensors.pop("grad", problem.grad)
-    arguments: dict = {"q": problem.q, "k": problem.k, "key_leaves": problem.leaves} | problem.ranges() | tensors
-    arguments["key_leaves"] = arguments["key_leaves"].detach().requires_grad_()
+    case = problem.case
+    x = {"q": problem.q, "k": problem.k, "leaves": problem.leaves, "grad": problem.grad, **problem.ranges(), **tensors}
+    layout = Layout(*(x[name] for name in Layout._fields))
+    leaves, grad = x["leaves"].to(leaf_dtype(case.dtype)), x["grad"].to(gradient_dtype(case.dtype))
+    options = case.sinks, problem.scale, case.softcap
     with nullcontext() if size is None else tile(size):
-        values, local = far_values(
-            **arguments, num_sink_tokens=problem.case.sinks, scale=problem.scale, softcap=problem.case.softcap
-        )
-        (dleaves,) = torch.autograd.grad(values, arguments["key_leaves"], grad)
-    assert not local.requires_grad
-    return values.detach(), local, dleaves
+        values, local, lse = far_values(x["q"], x["k"], leaves.contiguous(), layout, *options)
+        return values, local, far_gradient(x["q"], x["k"], lse, grad.contiguous(), layout, *options)
 
 
 def formula(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,25 +212,14 @@ def test_small_tiles(length: int, sample: int, layout: str, window: int, sinks: 
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed", "left_padding"])
-def test_kept_mass_at_every_depth(layout: str) -> None:
-    """One call serves all depths, and a local mass near 1 leaves the small rest exact."""
+def test_far_mass_beside_a_local_mass_near_1(layout: str) -> None:
+    """Nothing is subtracted: the small rest is exact."""
     problem = make(Case(layout=layout, leaves=16, length=60, sinks=2, window=4))
-    case = problem.case
-    q = problem.q * 6  # sharp
-    torch.manual_seed(1)
-    probs = torch.softmax(torch.randn(2, case.batch, case.heads, case.length, 4, 2), -1).to(DEVICE)
-    query_leaves, key_leaves = (leaf_distributions(p, 4)[1:] for p in probs)
-    values, local, _ = run(problem, q=q, key_leaves=key_leaves[-1])
-    kept = torch.stack([local + (p * values.unflatten(-1, (-1, p.shape[-1])).sum(-2)).sum(-1) for p in query_leaves])
-    rows = torch.arange(case.length, device=DEVICE)
-    options = {"local_window": case.window, "num_sink_tokens": case.sinks, "scale": problem.scale}
-    exact = kept_mass(q.double(), problem.k.double(), query_leaves, key_leaves[-1], problem.key, rows, **options)
-    real = problem.key.real[:, None].expand_as(local)
-    assert float((kept - exact)[:, real].abs().max()) < 1e-5
-    relative = run(problem, q=q, key_leaves=torch.ones_like(key_leaves[-1]))[0][..., 0]
-    far = formula(replace(problem, q=q, leaves=torch.ones_like(problem.leaves)), torch.float64)[0][..., 0]
+    ones = torch.ones_like(problem.leaves)
+    problem = replace(problem, q=problem.q * 6, leaves=ones)  # sharp
+    found, far = run(problem)[0][..., 0], formula(problem, torch.float64)[0][..., 0]
     tiny = (far > 1e-30) & (far < 1e-6)
-    assert tiny.any() and float((relative / far - 1)[tiny].abs().max()) < 1e-4
+    assert tiny.any() and float((found / far - 1)[tiny].abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("wrong", ["window", "sinks", "order", "leaves"])
@@ -248,7 +235,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
     else:
         leaves[0, 1, 40] = 1 - leaves[0, 1, 40]
     with pytest.raises(AssertionError, match="error"):
-        check(problem, run(problem, **(ranges | {"key_leaves": leaves})))
+        check(problem, run(problem, **(ranges | {"leaves": leaves})))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +258,7 @@ def test_nothing_outside_is_read(case: Case) -> None:
     grad = problem.grad.masked_fill(~real, float("nan"))
     ranges = {name: None if t is None else guarded(t) for name, t in problem.ranges().items()}
     with nan_in_new_memory():
-        found = run(problem, q=q, k=k, key_leaves=leaves, grad=grad, **ranges)
+        found = run(problem, q=q, k=k, leaves=leaves, grad=grad, **ranges)
     for got, right in zip(found, clean, strict=True):
         assert torch.equal(got, right)
 
@@ -285,13 +272,230 @@ def test_repeats_are_bitwise_equal(length: int) -> None:
             assert torch.equal(got, right)
 
 
+# ---------------------------------------------------------------- far mass: from probabilities to kept mass
+
+
+@dataclass(frozen=True)
+class Mass:
+    """A problem with level probabilities; the gradients are of `far_mass`'s three outputs."""
+
+    problem: Problem
+    query_probs: Tensor  # [B, H, M, L, p]
+    key_probs: Tensor  # [B, H, N, L, p]
+    query_weight: Tensor  # [B, M], 0 in padding
+    key_weight: Tensor  # [B, N]
+    grads: tuple[Tensor, Tensor, Tensor]
+
+    def arguments(self) -> dict:
+        """Of `far_mass`, its options included."""
+        case, problem = self.problem.case, self.problem
+        names = ("query_probs", "key_probs", "query_weight", "key_weight")
+        tensors = {name: getattr(self, name) for name in names} | {"q": problem.q, "k": problem.k} | problem.ranges()
+        return tensors | {"num_sink_tokens": case.sinks, "scale": problem.scale, "softcap": case.softcap}
+
+
+def make_mass(case: Case, arity: int = 2, depth: int = 4, one_hot: bool = False) -> Mass:
+    problem = make(case)
+    B, H, M, N, V = case.batch, case.heads, problem.q.shape[2], case.length, arity**depth
+
+    def random_probs(length: int) -> Tensor:
+        probs = torch.softmax(2 * torch.randn(B, length, H, depth, arity), -1).transpose(1, 2)  # as a router's
+        return torch.nn.functional.one_hot(probs.argmax(-1), arity).float() if one_hot else probs
+
+    # gradients of means are spread over tokens: this large, they show beside those of the kept mass
+    grads = torch.randn(depth, B, H, M), M * torch.randn(H, V), N * torch.randn(H, V)
+    weights = (layout.real / layout.real.sum().clamp(min=1) for layout in (problem.query, problem.key))
+    tensors = *(random_probs(length).to(DEVICE) for length in (M, N)), *weights
+    return Mass(problem, *tensors, tuple(grad.to(DEVICE) for grad in grads))
+
+
+MASS_NAMES = ("kept", "query_mean", "key_mean", "dquery_probs", "dkey_probs")
+
+
+def run_mass(mass: Mass, **changes: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
+    """In the order of MASS_NAMES; the interpreter takes large tiles, because it pays per tile."""
+    grads = changes.pop("grads", mass.grads)
+    arguments = mass.arguments() | changes
+    for name in ("query_probs", "key_probs"):
+        arguments[name] = arguments[name].detach().requires_grad_()
+    with nullcontext() if GPU else tile(64), nullcontext() if GPU else rows(32, 2):
+        outputs = far_mass(**arguments)
+        dprobs = torch.autograd.grad(outputs, [arguments["query_probs"], arguments["key_probs"]], grads)
+    return [t.detach() for t in (*outputs, *dprobs)]
+
+
+def mass_formula(mass: Mass, dtype: torch.dtype) -> list[Tensor]:
+    """The same from the definition, with autograd; attention and values in `dtype`, the rest in float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    problem, case = mass.problem, mass.problem.case
+    query_probs, key_probs = (p.to(wide).requires_grad_() for p in (mass.query_probs, mass.key_probs))
+    query_leaves, key_leaves = (leaves_by_definition(p) for p in (query_probs, key_probs))
+    scores = scaled_scores(problem.q.to(dtype), problem.k.to(dtype), problem.scale, case.softcap)
+    causal = causal_pairs(problem.query, problem.key)[:, None]
+    near = always_visible(problem.query, problem.key, case.window, case.sinks)[:, None]
+    attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1)
+    local = attention.masked_fill(~near, 0.0).sum(-1).to(wide)
+    values = (attention.masked_fill(near | ~causal, 0.0).to(dtype) @ key_leaves[-1].to(dtype)).to(wide)
+    kept = torch.stack([local + (p * coarsened(values, p.shape[-1])).sum(-1) for p in query_leaves])
+    kept = kept.masked_fill(~problem.query.real[:, None], 0.0)
+    query_mean = torch.einsum("bhnv,bn->hv", query_leaves[-1], mass.query_weight.to(wide))
+    key_mean = torch.einsum("bhnv,bn->hv", key_leaves[-1], mass.key_weight.to(wide))
+    outputs = kept, query_mean, key_mean
+    dprobs = torch.autograd.grad(outputs, [query_probs, key_probs], [g.to(wide) for g in mass.grads])
+    return [t.detach() for t in (*outputs, *dprobs)]
+
+
+def check_mass(mass: Mass, found: list[Tensor]) -> None:
+    """Each within three times the error of the same formula in q's dtype, as in `check`."""
+    exact = mass_formula(mass, torch.float64)
+    dtype = mass.problem.case.dtype
+    same = mass_formula(mass, torch.bfloat16 if dtype == HALF and GPU else dtype)  # gradients, at least
+    for name, got, right, plain in zip(MASS_NAMES, found, exact, same, strict=True):
+        assert got.dtype == torch.float32 and got.shape == right.shape and got.isfinite().all(), name
+        floor = 8 * torch.finfo(torch.float32).eps * float(right.abs().max())
+        allowed = 3 * float((plain - right).abs().max()) + floor
+        error = float((got - right).abs().max())
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+MASS_CASES: list[tuple[Case, int, int]] = [
+    *((Case(length=60, identity=True), *tree) for tree in ((2, 1), (2, 7), (3, 3), (5, 2), (7, 2))),
+    *((Case(length=60, layout=layout, sample=23), 3, 2) for layout in LAYOUTS),
+    (Case(length=60, layout="packed", dtype=HALF), 2, 6),
+    (Case(length=70, layout="left_padding", heads=4, kv_heads=2, softcap=5.0), 2, 3),
+]
+MASS_GPU_CASES: list[tuple[Case, int, int]] = [
+    *((replace(_MODEL, length=n), 2, 7) for n in (1, 63, 129, 1000, 2049)),
+    *((replace(_MODEL, length=700, dtype=dtype), 2, 7) for dtype in (HALF, torch.float32)),
+    *((replace(_MODEL, length=700), *tree) for tree in ((2, 1), (2, 8), (3, 5), (5, 3), (7, 2), (16, 2))),
+    *(
+        (replace(_MODEL, length=900, layout=layout, sample=sample, identity=False, batch=2, dtype=dtype), 2, 6)
+        for layout in LAYOUTS
+        for sample in (None, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "arity", "depth"), MASS_CASES, ids=str)
+def test_far_mass(case: Case, arity: int, depth: int) -> None:
+    mass = make_mass(case, arity, depth)
+    check_mass(mass, run_mass(mass))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "arity", "depth"), MASS_GPU_CASES, ids=str)
+def test_far_mass_on_gpu(case: Case, arity: int, depth: int) -> None:
+    mass = make_mass(case, arity, depth)
+    check_mass(mass, run_mass(mass))
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_far_mass_of_hard_digits(layout: str) -> None:
+    mass = make_mass(Case(length=60, layout=layout), 3, 3, one_hot=True)
+    check_mass(mass, run_mass(mass))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_far_mass_without_the_gradient_of_one_output(missing: int) -> None:
+    mass = make_mass(Case(length=40), 2, 3)
+    grads = tuple(torch.zeros_like(g) if i == missing else g for i, g in enumerate(mass.grads))
+    arguments = mass.arguments()
+    probs = [arguments[name].requires_grad_() for name in ("query_probs", "key_probs")]
+    with tile(64), rows(32, 2):
+        outputs = far_mass(**arguments)
+        used = [i for i in range(3) if i != missing]
+        found = torch.autograd.grad([outputs[i] for i in used], probs, [grads[i] for i in used])
+    for got, right in zip(found, run_mass(mass, grads=grads)[3:], strict=True):
+        assert torch.equal(got, right)
+
+
+def test_far_mass_of_tied_probabilities() -> None:
+    mass = make_mass(Case(length=40), 2, 3)
+    mass = replace(mass, query_probs=mass.key_probs)
+    shared = mass.key_probs.clone().requires_grad_()
+    with tile(64), rows(32, 2):
+        outputs = far_mass(**(mass.arguments() | {"query_probs": shared, "key_probs": shared}))
+        (found,) = torch.autograd.grad(outputs, shared, mass.grads)
+    *_, query, key = run_mass(mass)
+    assert torch.equal(found, query + key)
+
+
+@pytest.mark.parametrize("wrong", ["weight", "probs", "levels", "window"])
+def test_wrong_far_mass_is_noticed(wrong: str) -> None:
+    mass = make_mass(Case(length=60), 2, 3)
+    change: dict = {}
+    if wrong == "weight":
+        change["key_weight"] = mass.key_weight * (1 + 1e-3)
+    elif wrong == "probs":
+        change["query_probs"] = mass.query_probs.clone()
+        change["query_probs"][0, 1, 40] = mass.query_probs[0, 1, 39]
+    elif wrong == "levels":
+        change["key_probs"] = mass.key_probs.flip(3)
+    else:
+        change["local_start"] = mass.problem.ranges()["local_start"] + 1
+    with pytest.raises(AssertionError, match="error"):
+        check_mass(mass, run_mass(mass, **change))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(layout="middle_padding", length=70, sample=40),
+        Case(layout="packed", length=70, dtype=HALF),
+        pytest.param(replace(_MODEL, length=1500, layout="middle_padding", identity=False), marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_far_mass_reads_nothing_outside(case: Case) -> None:
+    mass = make_mass(case, 2, 7 if GPU else 3)
+    problem, clean = mass.problem, run_mass(mass)
+    real, real_key = problem.query.real[:, None, :, None], problem.key.real[:, None, :, None]
+    changes = {
+        "q": poisoned(problem.q.masked_fill(~real, float("nan"))),
+        "k": poisoned(problem.k.masked_fill(~real_key, float("nan"))),
+        "query_probs": poisoned(mass.query_probs.masked_fill(~real[..., None], float("nan"))),
+        "key_probs": poisoned(mass.key_probs.masked_fill(~real_key[..., None], float("nan"))),
+        "query_weight": poisoned(mass.query_weight),
+        "key_weight": poisoned(mass.key_weight),
+        **{name: None if t is None else guarded(t) for name, t in problem.ranges().items()},
+    }
+    grads = poisoned(mass.grads[0].masked_fill(~real[..., 0], float("nan"))), *(poisoned(g) for g in mass.grads[1:])
+    with nan_in_new_memory():
+        found = run_mass(mass, grads=grads, **changes)
+    for name, got, right in zip(MASS_NAMES, found, clean, strict=True):
+        assert torch.equal(got, right), name
+
+
+@pytest.mark.gpu
+def test_far_mass_repeats_are_bitwise_equal() -> None:
+    mass = make_mass(replace(_MODEL, length=4099, layout="packed", identity=False), 2, 7)
+    first = run_mass(mass)
+    for _ in range(250):
+        for got, right in zip(run_mass(mass), first, strict=True):
+            assert torch.equal(got, right)
+
+
+@pytest.mark.gpu
+def test_memory_per_leaf() -> None:
+    """Forward and backward of all queries: the values, and at the peak both roles' gradients beside them."""
+    mass = make_mass(replace(_MODEL, length=8192), 2, 7)
+    run_mass(mass)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run_mass(mass)
+    per_leaf = (torch.cuda.max_memory_allocated() - before) / (8 * 8192 * 128)
+    assert per_leaf < 4 + 4 + 2 + 2  # bytes: float32 values and gradient, bfloat16 gradient, all else
+
+
 def test_no_gradient_to_queries_and_keys() -> None:
-    problem = make(Case(length=20))
-    q, k, leaves = (t.clone().requires_grad_() for t in (problem.q, problem.k, problem.leaves))
-    with tile(64):
-        values, _ = far_values(q, k, leaves, **problem.ranges(), num_sink_tokens=4, scale=1.0)
-    values.sum().backward()
-    assert q.grad is None and k.grad is None and leaves.grad is not None
+    mass = make_mass(Case(length=20), 2, 2)
+    arguments = mass.arguments()
+    tensors = {name: arguments[name].clone().requires_grad_() for name in ("q", "k", "query_probs", "key_probs")}
+    with tile(64), rows(32, 2):
+        kept, query_mean, key_mean = far_mass(**(arguments | tensors))
+        (kept.sum() + query_mean.sum() + key_mean.sum()).backward()
+    assert [t.grad is None for t in tensors.values()] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -299,31 +503,41 @@ def test_no_gradient_to_queries_and_keys() -> None:
     [
         ("q", lambda t: t[0], "q must have four dimensions"),
         ("q", lambda t: t.double(), "q must be float16, bfloat16 or float32, got torch.float64"),
+        ("q", lambda t: t[..., :8], "q must have a head dimension D from 16 to 256, got 8"),
         ("k", lambda t: t.half(), "k must have q's dtype"),
         ("k", lambda t: t.repeat(1, 3, 1, 1), "divisor of q's 2 heads"),
-        ("key_leaves", lambda t: t[:, :, 1:], "key_leaves must have shape"),
-        ("key_leaves", lambda t: t.repeat(1, 1, 1, 17), "V up to 256"),
-        ("key_leaves", lambda t: t.long(), "key_leaves must be floating point"),
-        ("local_order", lambda t: t.long(), "local_order must be int32"),
-        ("local_end", lambda t: t[:, 1:], r"local_end must be int32 of shape \[2, 20\]"),
+        ("query_probs", lambda t: t[0], r"query_probs must have shape \[B, H, M, L, p\]"),
+        ("query_probs", lambda t: t.repeat(1, 1, 1, 3, 1), r"p\*\*L up to 256, got \(2, 2, 20, 12, 2\)"),
+        ("query_probs", lambda t: t[..., :1], "p >= 2"),
+        ("query_probs", lambda t: t[:, :, 1:], r"query_probs must be torch.float32 of shape \[2, 2, 20, 4, 2\]"),
+        ("query_probs", lambda t: t.half(), "query_probs must be torch.float32"),
+        ("key_probs", lambda t: t[..., 1:, :], r"key_probs must be torch.float32 of shape \[2, 2, 20, 4, 2\]"),
+        ("query_weight", lambda t: t.double(), "query_weight must be torch.float32"),
+        ("key_weight", lambda t: t[:, 1:], r"key_weight must be torch.float32 of shape \[2, 20\]"),
+        ("local_order", lambda t: t.long(), "local_order must be torch.int32"),
+        ("local_end", lambda t: t[:, 1:], r"local_end must be torch.int32 of shape \[2, 20\]"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
         ("scale", lambda _: 0.0, "scale must be > 0, got 0.0"),
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
     ],
 )
 def test_refuses(argument: str, change, message: str) -> None:
-    problem = make(Case(length=20))
-    arguments: dict = {"q": problem.q, "k": problem.k, "key_leaves": problem.leaves} | problem.ranges()
-    arguments |= {"num_sink_tokens": 4, "scale": 1.0, "softcap": None}
+    arguments = make_mass(Case(length=20)).arguments()
     with pytest.raises(ValueError, match=message):
-        far_values(**(arguments | {argument: change(arguments[argument])}))
+        far_mass(**(arguments | {argument: change(arguments[argument])}))
 
 
-def test_operator() -> None:
-    """Fake implementation and autograd registration."""
-    problem = make(Case(length=20))
-    leaves = problem.leaves.clone().requires_grad_()
-    arguments = (problem.q, problem.k, leaves, *problem.ranges().values(), 4, 1.0, None)
+def test_operators() -> None:
+    """Fake implementations and autograd registration."""
+    mass = make_mass(Case(length=20), 2, 3)
+    arguments = mass.arguments()
+    probs = {name: arguments[name].contiguous().requires_grad_() for name in ("query_probs", "key_probs")}
+    names = ("q", "k", "query_probs", "key_probs", *Layout._fields, "query_weight", "key_weight")
+    inputs = [(arguments | probs)[name] for name in names]
+    options = arguments["num_sink_tokens"], arguments["scale"], arguments["softcap"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    with tile(64):
-        torch.library.opcheck(distill._far_values, arguments, test_utils=tests)
+    with tile(64), rows(32, 2):
+        torch.library.opcheck(distill._far_mass, (*inputs, *options), test_utils=tests)
+        *_, values, lse = distill._far_mass(*(t.detach() for t in inputs), *options)
+        inputs = [*mass.grads, values, lse, *(t.detach() for t in inputs)]
+        torch.library.opcheck(distill._far_mass_gradient, (*inputs, *options), test_utils=tests)

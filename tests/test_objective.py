@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from helpers import LAYOUTS, Problem, dense_probs, largest_error, make_problem, 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topo_adapter.layout import contiguous_layout
+import topo_kernels
+from topo_adapter import objective
+from topo_adapter.layout import SequenceLayout, contiguous_layout
 from topo_adapter.objective import attach_loss, balance_loss, distillation_loss, expected_density, kept_mass
-from topo_adapter.relaxation import leaf_distribution, leaf_distributions
+from topo_adapter.relaxation import leaf_distribution
 from topo_adapter.router import RoleDigits, Routes, TopologyRouter
 from topo_adapter.visibility import always_visible
 
@@ -119,14 +122,15 @@ def test_expected_density_of_one_ball_is_1_and_of_padding_0() -> None:
 # ---------------------------------------------------------------- kept mass
 
 
-def kept(problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None) -> Tensor:
-    """At depths `0..depth`."""
-    query = [leaves[:, :, rows] for leaves in leaf_distributions(problem.routes.query.probs.float(), depth)]
+def kept_and_means(
+    problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = (role.probs.float()[..., :depth, :] for role in problem.routes)
     return kept_mass(
         problem.q,
         problem.k,
-        query,
-        leaf_distribution(problem.routes.key.probs.float(), depth),
+        query[:, :, rows],
+        key,
         problem.key,
         rows,
         local_window=problem.window,
@@ -134,6 +138,11 @@ def kept(problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None =
         scale=problem.scale,
         softcap=softcap,
     )
+
+
+def kept(problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None) -> Tensor:
+    """At depths `1..depth`."""
+    return kept_and_means(problem, rows, depth, softcap)[0]
 
 
 def kept_by_definition(problem: Problem, depth: int, softcap: float | None = None) -> Tensor:
@@ -150,19 +159,18 @@ def test_kept_mass_at_every_depth(layout: str, one_hot: bool) -> None:
     problem = make_problem(layout, one_hot=one_hot)
     rows = torch.tensor([0, 3, 11, 17, 23])
     found = kept(problem, rows)
-    assert found.dtype == torch.float32 and found.shape == (5, 2, 4, 5)
-    for depth in range(5):
+    assert found.dtype == torch.float32 and found.shape == (4, 2, 4, 5)
+    for depth, at_depth in enumerate(found, start=1):
         exact = kept_by_definition(problem, depth)[:, :, rows]
-        assert largest_error(found[depth], exact) < 1e-5
-    assert largest_error(found[0], torch.ones(2, 4, 5)) < 1e-6
-    assert found[4].min() < 0.9
+        assert largest_error(at_depth, exact) < 1e-5
+    assert found[-1].min() < 0.9
     wider = replace(problem, window=problem.window + 2)
     assert largest_error(kept(wider, rows), found) > 1e-3
 
 
 def test_kept_mass_with_a_softcap() -> None:
     problem, rows = make_problem("packed"), torch.arange(24)
-    found = kept(problem, rows, softcap=1.0)[4]
+    found = kept(problem, rows, softcap=1.0)[-1]
     assert largest_error(found, kept_by_definition(problem, 4, softcap=1.0)) < 1e-5
     assert largest_error(found, kept_by_definition(problem, 4)) > 1e-3
 
@@ -177,8 +185,23 @@ def test_minus_log_kept_is_a_divergence(layout: str) -> None:
     divergence = torch.where(masked > 0, masked * (masked / dense).log(), 0.0).sum(-1)
     found = kept(problem, torch.arange(24))
     for head, depth in enumerate(problem.depths):
-        assert largest_error(-found[depth, :, head].log(), divergence[:, head]) < 1e-5
+        if depth == 0:  # nothing is masked
+            assert largest_error(divergence[:, head] + 1, torch.ones(2, 24)) < 1e-6
+            continue
+        assert largest_error(-found[depth - 1, :, head].log(), divergence[:, head]) < 1e-5
     assert divergence[:, -1].max() > 0.1
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_mean_distributions_of_real_tokens(layout: str) -> None:
+    problem = make_problem(layout, arity=3)
+    rows = torch.tensor([0, 3, 11, 17, 23])
+    _, query_mean, key_mean = kept_and_means(problem, rows)
+    query, key = (leaf_distribution(role.probs, 4) for role in problem.routes)
+    real = problem.key.real
+    for head in range(4):
+        assert largest_error(key_mean[head], key[:, head][real].mean(0)) < 1e-5
+        assert largest_error(query_mean[head], query[:, head, rows][real[:, rows]].mean(0)) < 1e-5
 
 
 def test_kept_mass_gives_no_gradient_to_queries_and_keys() -> None:
@@ -263,7 +286,7 @@ def test_distillation_learns_planted_balls() -> None:
     def loss_and_kept() -> tuple[Tensor, float]:
         now = replace(problem, routes=router.route(hidden_states))
         with torch.no_grad():
-            mass = kept(now, torch.arange(64), depth=2)[2].mean()
+            mass = kept(now, torch.arange(64), depth=2)[-1].mean()
         return distil(now, density_weight=0.1), float(mass)
 
     optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
@@ -279,6 +302,40 @@ def test_distillation_learns_planted_balls() -> None:
     assert last < first - 0.1
     assert kept_last > 0.9 > kept_first
     assert q.grad is None and k.grad is None
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_queries"),
+    [("plain", 1000), ("plain", 9), ("middle_padding", 9), ("packed", 1000), ("interleaved", 9)],
+)
+def test_kernels_and_torch_agree(layout: str, num_queries: int) -> None:
+    """The loss and its gradients."""
+    problem = make_problem(layout, heads=2, depths=(0, 2), arity=3, depth=2, dim=16, dtype=torch.float32)
+    tokens = SequenceLayout(problem.key.document.to(DEVICE), problem.key.position.to(DEVICE), problem.key.plain)
+    q, k = problem.q.to(DEVICE), problem.k.to(DEVICE)
+
+    def loss_and_gradients(kernels: bool) -> list[Tensor]:
+        probs = [role.probs.to(DEVICE).requires_grad_() for role in problem.routes]
+        moved = (RoleDigits(p, role.digits.to(DEVICE)) for p, role in zip(probs, problem.routes, strict=True))
+        torch.manual_seed(3)
+        with (
+            mock.patch.object(objective, "kernels_serve", lambda *_: kernels),
+            mock.patch.object(topo_kernels, "far_mass", wraps=topo_kernels.far_mass) as far_mass,
+        ):
+            loss = distil(
+                replace(problem, q=q, k=k, routes=Routes(*moved), key=tokens),
+                num_queries=num_queries,
+                density_weight=1.0,
+                softcap=20.0,
+            )
+        assert far_mass.call_count == int(kernels)
+        return [loss.detach(), *torch.autograd.grad(loss, probs)]
+
+    for found, right in zip(*map(loss_and_gradients, (True, False)), strict=True):
+        assert right.any() and largest_error(found / right.abs().max(), right / right.abs().max()) < 1e-5
 
 
 # ---------------------------------------------------------------- a loss that rides on an output

@@ -124,6 +124,37 @@ def test_gradients_of_the_bridge(layout: str, homotopy: float, bridge: str) -> N
             assert differ or (homotopy == 0 and "masked" not in (bridge, other))
 
 
+@pytest.mark.parametrize("homotopy", [1.0, 0.999999])
+@pytest.mark.parametrize("layout", ["plain", "middle_padding"])
+def test_the_gradient_of_a_hidden_pair_is_capped(layout: str, homotopy: float) -> None:
+    """At exp(10) relative to the log-sum-exp of the weighted scores, not to the largest of them."""
+    problem = make_problem(layout, window=6)
+    problem = replace(problem, q=10 * problem.q)
+    upstream = torch.randn(problem.q.shape, dtype=torch.float64)
+    differentiable, inputs = leaves_of(problem)
+    out = bridged(differentiable, homotopy, "full", block=10)
+    got = torch.autograd.grad((out * upstream).sum(), inputs[3:])
+
+    causal, far = problem.causal(), problem.causal() & ~always(problem)
+    k, v = (x.repeat_interleave(2, 1) for x in (problem.k, problem.v))
+    scores = problem.q @ k.transpose(-1, -2) * problem.scale
+    weight = torch.where(causal, 1 - homotopy + homotopy * problem.visible().double(), 0.0)
+    exponent = (scores + weight.log()).masked_fill(~causal.any(-1, keepdim=True), 0.0)
+    difference = upstream @ v.transpose(-1, -2) - (upstream * out.detach()).sum(-1, keepdim=True)
+
+    def gradients(reference: Tensor) -> tuple[Tensor, ...]:
+        mass = (exponent.logsumexp(-1, keepdim=True) - reference).exp()
+        of_shared = (scores - reference).clamp(max=10.0).exp() / mass * difference
+        leaves, (*_, query, key) = leaves_of(problem)
+        return torch.autograd.grad(tree_probability(leaves), [query, key], of_shared.masked_fill(~far, 0.0))
+
+    exact = gradients(exponent.logsumexp(-1, keepdim=True))
+    assert ((scores - exponent.logsumexp(-1, keepdim=True))[far] > 10).any(), "the cap must bind"
+    for mine, theirs, other in zip(got, exact, gradients(exponent.amax(-1, keepdim=True)), strict=True):
+        assert largest_error(mine, theirs) <= TIGHT * float(theirs.abs().max())
+        assert largest_error(other, theirs) > 1e-2 * float(theirs.abs().max())
+
+
 def hidden_pair(bridge: str, homotopy: float = 1.0) -> Tensor:
     """Gradient of the last output with respect to the digit logits of the first key, which no query sees."""
     problem = make_problem(batch=1, length=4, heads=1, kv_heads=1, depth=1, depths=(1,), window=1, sinks=0)

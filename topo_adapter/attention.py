@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backend import kernels_serve
+from .cache import Records
 from .layout import SequenceLayout
 from .plan import Plan
 
@@ -63,7 +64,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
 _DECODE_TOKENS = 16  # the cost of scanning the cache grows with the number of new tokens, that of sorting it hardly
 
 
-def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Tensor | None) -> bool:
+def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Records | None) -> bool:
     """Whether `decode_attention` is the way to run this forward: a few new tokens over a cache, on a GPU."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     few = records is not None and q.shape[2] <= _DECODE_TOKENS and q.shape[2] < k.shape[2]
@@ -76,7 +77,8 @@ def decode_attention(
     v: Tensor,
     query_address: Tensor,
     query: SequenceLayout,
-    records: Tensor,
+    key_address: Tensor,
+    key: Records,
     balls: Tensor,
     *,
     local_window: int,
@@ -88,7 +90,8 @@ def decode_attention(
 
     Args:
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`, every slot of the cache. query: layout of the new tokens.
-        query_address: int32 `[B, R, T]`. records: int32 `[B, S, R + 2]`, of `topo_adapter.cache`. balls: int32 `[R]`.
+        query_address: int32 `[B, R, T]`. key_address: uint8 or int16 `[B, S, R]`. key: positions and documents.
+        balls: int32 `[R]`.
 
     Returns:
         `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable.
@@ -102,7 +105,9 @@ def decode_attention(
         query_address,
         query.position,
         query.document,
-        records,
+        key_address,
+        key.position,
+        key.document,
         balls,
         local_window=local_window,
         num_sink_tokens=num_sink_tokens,

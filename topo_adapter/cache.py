@@ -2,9 +2,9 @@
 
 Addresses are per token and independent of the query, so they live beside the keys: in the indexer slot
 that transformers' cache layers offer for sparse attention. Crop, beam reorder, batch repeat, offload and
-reset then act on them as on the keys. One record per token, int32 `[B, S, R + 2]`: the key address of
-each of the `R` routes, the position in its document plus one (0: padding or an unfilled slot), and the
-document.
+reset then act on them as on the keys. One record per token, int32 `[B, S, W + 2]`: the key addresses of
+the `R` routes, packed as bytes (up to 256 leaves) or int16 into `W` words, the position in its document
+plus one (0: padding or an unfilled slot), and the document.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
@@ -24,18 +24,54 @@ from transformers.cache_utils import (
 from .backend import graph_is_recorded
 from .errors import CacheError
 from .layout import SequenceLayout
+from .router import TopologyRouter
+
+
+class Records:
+    """Records of `S` tokens.
+
+    Attributes:
+        words: int32 `[B, S, W + 2]`, as a cache holds them.
+        address: uint8 or int16 `[B, S, R]`. position: int32 `[B, S]`, plus one. document: int32 `[B, S]`.
+            Views of the words.
+    """
+
+    def __init__(self, words: Tensor, routes: int, leaves: int) -> None:
+        self.words = words
+        self.address = words[..., :-2].view(_address_type(leaves))[..., :routes]
+        self.position, self.document = words[..., -2], words[..., -1]
+
+    @property
+    def layout(self) -> SequenceLayout:
+        return SequenceLayout(self.document.long(), self.position.long() - 1)
+
+
+def pack_records(address: Tensor, layout: SequenceLayout, leaves: int) -> Records:
+    """Records of tokens with key addresses `[B, R, T]`, in `[0, leaves)`."""
+    batch, routes, length = address.shape
+    width = -(-routes * _address_type(leaves).itemsize // 4)  # words; the rest of the last one stays 0
+    words = torch.zeros(batch, length, width + 2, dtype=torch.int32, device=address.device)
+    records = Records(words, routes, leaves)
+    records.address.copy_(address.transpose(1, 2))
+    records.position.copy_(layout.position).add_(1)
+    records.document.copy_(layout.document)
+    return records
+
+
+def _address_type(leaves: int) -> torch.dtype:
+    return torch.uint8 if leaves <= 256 else torch.int16
 
 
 class Keys:
     """Addresses and layout of all keys of a forward.
 
     Attributes:
-        records: int32 `[B, S, R + 2]`, every slot of the cache; None without a cache.
+        records: of every slot of the cache; None without a cache.
         address: integer `[B, R, S]`. layout: of the `S` keys; both are read off the records when asked for.
     """
 
     def __init__(
-        self, address: Tensor | None = None, layout: SequenceLayout | None = None, records: Tensor | None = None
+        self, address: Tensor | None = None, layout: SequenceLayout | None = None, records: Records | None = None
     ) -> None:
         self.records = records
         if address is not None:
@@ -46,12 +82,12 @@ class Keys:
     @cached_property
     def address(self) -> Tensor:
         assert self.records is not None
-        return self.records[..., :-2].transpose(1, 2)
+        return self.records.address.transpose(1, 2).int()
 
     @cached_property
     def layout(self) -> SequenceLayout:
         assert self.records is not None
-        return _layout_of(self.records)
+        return self.records.layout
 
 
 class KeyRecords:
@@ -63,6 +99,9 @@ class KeyRecords:
     Attributes:
         length: number of cached tokens.
 
+    Args:
+        routed: whether the router makes the new tokens' addresses; False where all heads are dense and nobody asks.
+
     Raises:
         CacheError: the cache layer's type cannot hold records, or it holds tokens without records because
             they were cached while no topology was active, or with records of another router.
@@ -70,11 +109,12 @@ class KeyRecords:
 
     length: int | Tensor
 
-    def __init__(self, cache: Cache, layer: int, router: nn.Module) -> None:
+    def __init__(self, cache: Cache, layer: int, router: TopologyRouter, routed: bool = True) -> None:
         if not isinstance(cache, Cache):
             raise CacheError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
         _make_indexed(cache, layer)
         self._cache, self._layer = cache, layer
+        self._routes, self._leaves = router.num_heads, router.arity**router.depth
         slot = cache.layers[layer]
         self._slot = slot
         self.length = slot.get_seq_length()
@@ -92,13 +132,13 @@ class KeyRecords:
                 "of it was filled while the topology adapter was disabled or at homotopy 0. "
                 "Start from a fresh cache."
             )
-        owner = id(router)  # an address means nothing on another router's tree
-        if self.length and getattr(slot, "topology_router", None) != owner:
+        # an address means nothing on another router's tree
+        if routed and self.length and getattr(slot, "topology_router", None) != id(router):
             raise CacheError(
-                f"past_key_values holds key addresses of another adapter in layer {layer}; start from a fresh cache "
-                "after set_adapter"
+                f"past_key_values holds keys in layer {layer} that this adapter's router did not address: they were "
+                "cached by another adapter, or while all heads of the layer were dense. Start from a fresh cache."
             )
-        slot.topology_router = owner
+        slot.topology_router = id(router) if routed else None
 
     @property
     def empty(self) -> bool:
@@ -108,27 +148,25 @@ class KeyRecords:
     @property
     def layout(self) -> SequenceLayout:
         """Layout of the cached tokens; waits for the GPU where their number is a tensor."""
-        return _layout_of(self._slot.indexer_keys[:, : self.length])
+        return self._records(self._slot.indexer_keys[:, : self.length]).layout
 
     @property
     def last_token(self) -> SequenceLayout:
         """Layout `[B, 1]` of the last cached token."""
-        records = self._slot.indexer_keys
-        last = torch.as_tensor(self.length, device=records.device).reshape(1) - 1
-        return _layout_of(records.index_select(1, last.clamp(min=0)))
+        words = self._slot.indexer_keys
+        last = torch.as_tensor(self.length, device=words.device).reshape(1) - 1
+        return self._records(words.index_select(1, last.clamp(min=0))).layout
 
     def append(self, address: Tensor, layout: SequenceLayout) -> Keys:
         """Add the new tokens' key addresses `[B, R, T]` and layout; return those of all cache slots."""
-        fields = [address.transpose(1, 2), layout.position[..., None] + 1, layout.document[..., None]]
         fresh = self.empty
-        records = self._cache.update_indexer(torch.cat([x.int() for x in fields], -1), self._layer)
-        if fresh and records.shape[1] == layout.position.shape[1]:
-            return Keys(address, layout, records)
-        return Keys(records=records)
+        words = self._cache.update_indexer(pack_records(address, layout, self._leaves).words, self._layer)
+        if fresh and words.shape[1] == layout.position.shape[1]:
+            return Keys(address, layout, self._records(words))
+        return Keys(records=self._records(words))
 
-
-def _layout_of(records: Tensor) -> SequenceLayout:
-    return SequenceLayout(records[..., -1].long(), records[..., -2].long() - 1)
+    def _records(self, words: Tensor) -> Records:
+        return Records(words, self._routes, self._leaves)
 
 
 def _make_indexed(cache: Cache, layer: int) -> None:

@@ -141,8 +141,13 @@ class TopologyHost(nn.Module):
             return None
 
         differentiable = distilling or (not merged and torch.is_grad_enabled())
-        chosen = None
-        if differentiable or training:
+        chosen, routed = None, True
+        if not (differentiable or training or self.recorder is not None) and not any(self.depths(config)):
+            routed = False  # one ball holds everything: nobody asks for addresses
+            batch, length = hidden_states.shape[:2]
+            nowhere = torch.zeros(1, 1, 1, dtype=torch.int32, device=hidden_states.device)
+            query_address = key_address = nowhere.expand(batch, router.num_heads, length)
+        elif differentiable or training:
             with torch.set_grad_enabled(differentiable):
                 states = hidden_states.detach() if distilling else hidden_states
                 chosen = router.route(states, config.temperature, training and config.gumbel_noise)
@@ -158,7 +163,7 @@ class TopologyHost(nn.Module):
                 "past_key_values must be empty in training: cached keys have addresses but no gradient. "
                 "Train on whole sequences, or call model.eval()."
             )
-        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router)
+        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
         # cached keys have addresses only: no bridge to them
         routes = chosen if differentiable and (records is None or records.empty) else None
@@ -463,7 +468,8 @@ def _merged_attention(
             value,
             _per_head(call.query_address, route.heads),
             call.query,
-            _records_per_head(call.keys.records, route.heads),
+            _per_head(call.keys.records.address, route.heads, dim=2),
+            call.keys.records,
             route.balls,
             local_window=call.config.local_window,
             num_sink_tokens=call.config.num_sink_tokens,
@@ -571,16 +577,9 @@ def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
     )
 
 
-def _records_per_head(records: Tensor, heads: int) -> Tensor:
-    """Repeat the addresses in records `[B, S, R + 2]` like `_per_head`."""
-    if records.shape[-1] - 2 == heads:
-        return records
-    return torch.cat([_per_head(records[..., :-2].transpose(1, 2), heads).transpose(1, 2), records[..., -2:]], -1)
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Repeat `[B, R, ...]` to `[B, heads, ...]`: the heads of a KV head share its route."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+def _per_head(x: Tensor, heads: int, dim: int = 1) -> Tensor:
+    """Repeat the routes `[B, R, ...]` to `[B, heads, ...]`: the heads of a KV head share its route."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def _routes_per_head(routes: Routes, heads: int) -> Routes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +87,8 @@ def attach_loss(output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor
 def kept_mass(
     q: Tensor,
     k: Tensor,
-    query_leaves: Sequence[Tensor],
-    key_leaves: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     layout: SequenceLayout,
     rows: Tensor,
     *,
@@ -97,8 +96,8 @@ def kept_mass(
     num_sink_tokens: int,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
-    """Share of each sampled query's dense attention that the soft mask keeps, at every depth.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of each sampled query's dense attention that the soft mask keeps at every depth, and mean distributions.
 
     `kept_i(d) = local_i + <P_q^d(i), sum_{j far} A_ij P_k^d(j)>` with `A` the dense attention, `local` its
     mass on window and sinks and `far` the other causal keys. The leaf distributions ride through attention
@@ -106,41 +105,95 @@ def kept_mass(
 
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
-        query_leaves: for each depth `d` in question `[B, H, M, p**d]`, of the sampled queries.
-        key_leaves: `[B, H, N, p**L]` at the deepest of them. rows: int64 `[M]`, indices of the sampled queries.
+        query_probs: `[B, H, M, L, p]`, level probabilities of the sampled queries; key_probs: `[B, H, N, L, p]`.
+        rows: int64 `[M]`, ascending: the sampled queries' indices.
 
     Returns:
-        float32 `[len(query_leaves), B, H, M]` in `(0, 1]`; memory is `O(N)` on a GPU and
-        `O(M * N)` elsewhere, with `M` fixed by the caller. `rows` ascend.
+        kept: float32 `[L, B, H, M]` in `(0, 1]`, for the depths `1..L`; 1 in padding.
+        query_mean, key_mean: `[H, p**L]`, leaf distributions averaged over real sampled queries and real keys.
+        Memory is `O(N)` on a GPU and `O(M * N)` elsewhere, with `M` fixed by the caller.
     """
     sampled = q if rows.numel() == q.shape[2] else q[:, :, rows]
-    options: dict[str, Any] = {"num_sink_tokens": num_sink_tokens, "scale": scale, "softcap": softcap}
-    if 16 <= q.shape[-1] <= 256 and key_leaves.shape[-1] <= 256 and kernels_serve(q, k, key_leaves):
-        from topo_kernels import far_values
-
-        plan = local_plan(layout, layout, local_window, num_sink_tokens)
-        ranges = (t[:, rows].contiguous() for t in (plan.document_start, plan.start, plan.end))
-        values, local = far_values(sampled, k, key_leaves, plan.order, *ranges, **options)
-    else:
-        values, local = _torch_far_values(sampled, k, key_leaves, layout, rows, local_window=local_window, **options)
-    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
+    real = layout.real[:, rows]
+    query_weight, key_weight = (some.float() / some.sum().clamp(min=1) for some in (real, layout.real))
+    depth, arity = key_probs.shape[-2:]
+    fits = 16 <= q.shape[-1] <= 256 and arity**depth <= 256
+    far_mass = _triton_far_mass if fits and kernels_serve(q, k, query_probs, key_probs) else _torch_far_mass
+    kept, query_mean, key_mean = far_mass(
+        sampled,
+        k,
+        query_probs,
+        key_probs,
+        layout,
+        rows,
+        query_weight,
+        key_weight,
+        local_window=local_window,
+        num_sink_tokens=num_sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )
     # rows of padding have no attention; they count as kept, that is as no loss
-    return torch.where(layout.real[:, None, rows], torch.stack(kept), 1.0).clamp(1e-6, 1.0)
+    return torch.where(real[:, None], kept, 1.0).clamp(1e-6, 1.0), query_mean, key_mean
 
 
-def _torch_far_values(
+def _triton_far_mass(
     q: Tensor,
     k: Tensor,
-    key_leaves: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     layout: SequenceLayout,
     rows: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
     *,
     local_window: int,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """`sum_{j far} A_ij P_k(j)` `[B, H, M, V]` and the local mass `[B, H, M]` of sampled queries `[B, H, M, D]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_torch_far_mass`."""
+    from topo_kernels import far_mass
+
+    plan = local_plan(layout, layout, local_window, num_sink_tokens)
+    return far_mass(
+        q,
+        k,
+        query_probs,
+        key_probs,
+        plan.order,
+        plan.document_start[:, rows],
+        plan.start[:, rows],
+        plan.end[:, rows],
+        query_weight,
+        key_weight,
+        num_sink_tokens=num_sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+def _torch_far_mass(
+    q: Tensor,
+    k: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
+    layout: SequenceLayout,
+    rows: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    *,
+    local_window: int,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept mass `[L, B, H, M]` of real sampled queries and weighted sums `[H, p**L]` of leaf distributions.
+
+    Args:
+        q: `[B, H, M, D]`, of the sampled queries. query_weight, key_weight: `[B, M]`, `[B, N]`, 0 in padding.
+        The others as in `kept_mass`.
+    """
     part = SequenceLayout(layout.document[:, rows], layout.position[:, rows])
     with torch.no_grad():
         scores = scaled_scores(q, k, scale, softcap)
@@ -149,7 +202,13 @@ def _torch_far_values(
         attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1).float()
         far = attention.masked_fill(always | ~causal, 0.0)
         local = attention.masked_fill(~always, 0.0).sum(-1)
-    return far @ key_leaves, local
+    depth = key_probs.shape[-2]
+    query_leaves = leaf_distributions(query_probs, depth)[1:]
+    key_leaves = leaf_distribution(key_probs, depth)
+    values = far @ key_leaves
+    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
+    query_mean = torch.einsum("bhnl,bn->hl", query_leaves[-1], query_weight)
+    return torch.stack(kept), query_mean, torch.einsum("bhnl,bn->hl", key_leaves, key_weight)
 
 
 def distillation_loss(
@@ -179,15 +238,14 @@ def distillation_loss(
     Returns:
         float32 scalar.
     """
-    length, depth = q.shape[2], routes.query.probs.shape[-2]
+    length = q.shape[2]
+    depth, arity = routes.query.probs.shape[-2:]
     rows = torch.randperm(length, device=q.device)[: min(num_queries, length)].sort().values
-    query_leaves = leaf_distributions(routes.query.probs[:, :, rows], depth)[1:]
-    key_leaves = leaf_distribution(routes.key.probs, depth)
-    kept = kept_mass(
+    kept, query_mean, key_mean = kept_mass(
         q,
         k,
-        query_leaves,
-        key_leaves,
+        routes.query.probs if num_queries >= length else routes.query.probs[:, :, rows],
+        routes.key.probs,
         layout,
         rows,
         local_window=local_window,
@@ -195,13 +253,8 @@ def distillation_loss(
         scale=scale,
         softcap=softcap,
     )
-    weight = layout.real.float() / layout.real.sum().clamp(min=1)
-    key_mean = torch.einsum("bhnl,bn->hl", key_leaves, weight)
-    weight = layout.real[:, rows].float() / layout.real[:, rows].sum().clamp(min=1)
-    query_mean = torch.einsum("bhnl,bn->hl", query_leaves[-1], weight)
     price = torch.zeros_like(kept[0, 0, 0, 0])
-    for leaves in query_leaves:
-        balls = leaves.shape[-1]
+    for balls in (arity**d for d in range(1, depth + 1)):
         density = (_coarsen_to(query_mean, balls) * _coarsen_to(key_mean, balls)).sum(-1)
         price = price + (density * balls).mean() / depth
     return -kept.log().mean() + density_weight * price

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .attention import hard_attention
+from .backend import kernels_serve
 from .layout import SequenceLayout, causal_pairs
+from .plan import Plan, make_plan
 from .router import Routes
 from .tree import ball
 from .visibility import always_visible
 
-#: A hidden key's logit may exceed the visible ones without limit. Its weight enters only the router's gradient;
-#: exp(10) bounds it there.
+#: A hidden key's logit may exceed the visible ones without limit. Its weight relative to their sum enters only the
+#: router's gradient; exp(10) bounds it there.
 _MAX_GAP = 10.0
 
 
@@ -101,11 +104,17 @@ def bridged_attention(
             the router, hard mask only.
         query_address, key_address: int64 `[B, H, T]`, `[B, H, S]`.
         depths: visible depth of each of the `H` heads. homotopy: `c` in `[0, 1]`.
-        block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed).
+        block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed). On a GPU
+            the kernels take over where `homotopy` is 1 and the bridge 'full', in `O(S)`.
 
     Returns:
         `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
     """
+    if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
+        sizes = [arity**depth for depth in depths]
+        balls = torch.tensor(sizes, dtype=torch.int32, device=q.device)
+        plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
+        return _bridged_by_kernels(q, k, v, routes, plan, arity, depths, scale, softcap)
     depth_of_head = torch.tensor(depths, device=q.device)[:, None]
     key_ball = ball(key_address, arity, depth_of_head)
     query_ball = ball(query_address, arity, depth_of_head)
@@ -130,8 +139,10 @@ def bridged_attention(
         weighted = (exponent - top).exp()
         if soft is not None:  # zero in the forward pass, the router's gradient in the backward pass
             reach = hard if bridge == "masked" else causal
-            gap = (scores.detach() - top).clamp(max=_MAX_GAP)
-            weighted = weighted + torch.where(reach, soft - soft.detach(), 0.0) * gap.exp()
+            # capped relative to the row's log-sum-exp, which a kernel's backward pass knows and `top` it does not
+            mass = weighted.detach().sum(-1, keepdim=True)
+            gap = (scores.detach() - top - mass.log()).clamp(max=_MAX_GAP)
+            weighted = weighted + torch.where(reach, soft - soft.detach(), 0.0) * gap.exp() * mass
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
         out = (weighted.unflatten(1, (v.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
@@ -150,3 +161,66 @@ def bridged_attention(
             else:
                 out.append(attend(*arguments))
     return torch.cat(out, dim=2).to(q.dtype)
+
+
+def _router_learns(routes: Routes | None) -> bool:
+    return routes is not None and torch.is_grad_enabled() and any(role.probs.requires_grad for role in routes)
+
+
+def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arity: int, depths: Sequence[int]) -> bool:
+    if not (kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
+        return False
+    from topo_kernels.bridge import MAX_LEAVES
+
+    return not _router_learns(routes) or arity ** max(depths) <= MAX_LEAVES
+
+
+def _bridged_by_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Routes | None,
+    plan: Plan,
+    arity: int,
+    depths: Sequence[int],
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`bridged_attention` at homotopy 1 with the full bridge: the hard attention, and its router's gradient."""
+    if routes is None or not _router_learns(routes) or max(depths) == 0:
+        return hard_attention(q, k, v, plan, scale, softcap)
+    from topo_kernels import bridged_topology_attention
+
+    levels = max(depths)
+    # a head of less depth goes on as if all its tokens took child 0: its leaves come first, and nothing follows
+    taken = torch.arange(levels, device=q.device) < torch.tensor(depths, device=q.device)[:, None]  # [H, levels]
+    child_0 = torch.eye(arity, device=q.device)[0]
+
+    def leaves(probs: Tensor) -> Tensor:
+        return leaf_distribution(torch.where(taken[:, None, :, None], probs[..., :levels, :], child_0), levels)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, query_probs: Tensor, key_probs: Tensor) -> Tensor:
+        return bridged_topology_attention(
+            q,
+            k,
+            v,
+            leaves(query_probs),
+            leaves(key_probs),
+            plan.query_order,
+            plan.range_start,
+            plan.range_end,
+            plan.key_order,
+            plan.local_order,
+            plan.document_start,
+            plan.local_start,
+            plan.local_end,
+            num_sink_tokens=plan.num_sink_tokens,
+            scale=scale,
+            softcap=softcap,
+            max_gap=_MAX_GAP,
+        )
+
+    # leaf distributions are wide, and cheap to make again
+    arguments = (q, k, v, routes.query.probs, routes.key.probs)
+    with torch.autocast(q.device.type, enabled=False):
+        return checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
 
+from topo_adapter.cache import Records, pack_records
 from topo_adapter.layout import SequenceLayout, contiguous_layout
 from topo_adapter.router import TopologyRouter
 
@@ -57,6 +58,7 @@ SCALE = HEAD_DIM**-0.5
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 MAX_LEAVES = 4096
 FLEX_BLOCK = 128
+DECODE_LEAVES = 256  # of the default depth, one byte per key and route
 LEAVES = 128  # of the distillation step: all depths up to 7
 MAX_ERROR = 1e-2
 
@@ -134,28 +136,39 @@ def passes(inputs: Inputs, plan: Any) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, query_address: Tensor, records: Tensor, balls: Tensor) -> Tensor:
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, query_address: Tensor, query: SequenceLayout, records: Records, balls: Tensor
+) -> Tensor:
     from topo_kernels.decode import decode_attention
 
-    newest = records[:, -1:]
-    position, document = newest[..., -2] - 1, newest[..., -1]
     return decode_attention(
-        *(q, k, v, query_address, position, document, records, balls),
+        *(q, k, v, query_address, query.position, query.document),
+        *(records.address, records.position, records.document, balls),
         local_window=WINDOW,
         num_sink_tokens=SINKS,
         scale=SCALE,
     )
 
 
-def far_values(q: Tensor, k: Tensor, key_leaves: Tensor) -> tuple[Tensor, Tensor]:
-    """Leaf distributions from far keys, and the mass of window and sinks, for all queries."""
+def far_passes(q: Tensor, k: Tensor) -> tuple[Callable[[Tensor], Any], Callable[[Tensor, Tensor], Tensor]]:
+    """The two attention kernels of the distillation alone, for all queries.
+
+    The first takes the keys' leaf distributions, the second log-sum-exp and a gradient of the values.
+    """
     from topo_adapter.plan import local_plan
-    from topo_kernels.distill import far_values as kernel
+    from topo_kernels import distill as kernels
 
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
     local = local_plan(layout, layout, WINDOW, SINKS)
-    ranges = local.order, local.document_start, local.start, local.end
-    return kernel(q, k, key_leaves, *ranges, num_sink_tokens=SINKS, scale=SCALE)
+    options = kernels.Layout(local.order, local.document_start, local.start, local.end), SINKS, SCALE, None
+
+    def forward(key_leaves: Tensor) -> Any:
+        return kernels.far_values(q, k, key_leaves.to(kernels.leaf_dtype(q.dtype)), *options)
+
+    def backward(lse: Tensor, dvalues: Tensor) -> Tensor:
+        return kernels.far_gradient(q, k, lse, dvalues.to(kernels.gradient_dtype(q.dtype)), *options)
+
+    return forward, backward
 
 
 def distillation_step(q: Tensor, k: Tensor, query_logits: Tensor, key_logits: Tensor) -> Tensor:
@@ -202,16 +215,22 @@ class Inputs:
 
 
 def random_addresses(
-    batch: int, routes: int, length: int, balls: int, skewed: bool = False, device: str = "cpu"
+    batch: int,
+    routes: int,
+    length: int,
+    balls: int,
+    skewed: bool = False,
+    device: str = "cpu",
+    leaves: int = MAX_LEAVES,
 ) -> Tensor:
-    """int32 `[batch, routes, length]` in `[0, MAX_LEAVES)`; balls (addresses modulo `balls`) are equally likely, or
+    """int32 `[batch, routes, length]` in `[0, leaves)`; balls (addresses modulo `balls`) are equally likely, or
     ball 0 holds half of all tokens if `skewed`."""
     shape = (batch, routes, length)
     ball = torch.randint(0, balls, shape, device=device)
     if skewed:
         others = torch.randint(min(1, balls - 1), balls, shape, device=device)
         ball = torch.where(torch.rand(shape, device=device) < 0.5, 0, others)
-    finer = torch.randint(0, MAX_LEAVES // balls, shape, device=device)
+    finer = torch.randint(0, leaves // balls, shape, device=device)
     return (ball + balls * finer).int()
 
 
@@ -280,7 +299,7 @@ def sampled_error(
 
 
 def far_error(values: Tensor, q: Tensor, k: Tensor, key_leaves: Tensor, rows: Tensor) -> float:
-    """`sampled_error` of `far_values`: dense causal attention without the values of window and sinks."""
+    """`sampled_error` of the distillation's values: dense causal attention without the values of window and sinks."""
     heads, length = q.shape[1], q.shape[2]
     position = torch.arange(length, device=q.device)
     gap = rows[:, None] - position
@@ -735,11 +754,10 @@ def flex(table: Table, length: int, balls: int) -> None:
     torch.cuda.empty_cache()
 
 
-def decode_records(case: Case, device: str = DEVICE) -> Tensor:
-    """int32 `[B, S, R + 2]`: key addresses, position plus one, document, as topo_adapter/cache.py keeps them."""
-    address = random_addresses(case.batch, case.routes, case.length, case.balls, device=device).transpose(1, 2)
-    position = torch.arange(1, case.length + 1, dtype=torch.int32, device=device).expand(case.batch, -1)[..., None]
-    return torch.cat([address, position, torch.zeros_like(position)], -1).contiguous()
+def decode_records(case: Case, device: str = DEVICE) -> Records:
+    """What a cache holds of as many tokens, one document in each row."""
+    address = random_addresses(case.batch, case.routes, case.length, case.balls, device=device, leaves=DECODE_LEAVES)
+    return pack_records(address, contiguous_layout(case.batch, case.length, device), DECODE_LEAVES)
 
 
 def decode_cases() -> list[Case]:
@@ -753,15 +771,15 @@ def decode_cases() -> list[Case]:
 
 
 def decode_visible(
-    query_address: Tensor, records: Tensor, balls: int, kv_heads: int = KV_HEADS
+    query_address: Tensor, key_address: Tensor, balls: int, kv_heads: int = KV_HEADS
 ) -> tuple[Tensor, Tensor]:
     """Keys seen by each route head, and by any head of each KV head: bool `[B, R, S]` and `[B, H_kv, S]`.
 
-    Args: query_address: `[B, R, 1]`, of the newest token. records: `[B, S, R + 2]`, unpadded.
+    Args: query_address: `[B, R, 1]`, of the newest token. key_address: `[B, S, R]`, unpadded.
     """
-    seen = query_address % balls == records[..., :-2].transpose(1, 2) % balls
-    position = torch.arange(records.shape[1], device=records.device)
-    seen = seen | (position >= records.shape[1] - WINDOW) | (position < SINKS)
+    seen = query_address % balls == key_address.transpose(1, 2) % balls
+    position = torch.arange(key_address.shape[1], device=key_address.device)
+    seen = seen | (position >= key_address.shape[1] - WINDOW) | (position < SINKS)
     routes = seen.shape[1]
     return seen, seen.unflatten(1, (min(KV_HEADS, routes), -1)).any(2)
 
@@ -781,10 +799,11 @@ def decode_step(table: Table, case: Case) -> None:
             q = torch.randn(case.batch, 1, HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE).transpose(1, 2)
             address = random_addresses(case.batch, case.routes, 1, case.balls, device=DEVICE)
             hidden = torch.randn(case.batch, 1, HIDDEN, device=DEVICE, dtype=DTYPE)
-            sets.append((hidden, q, k, v, address, decode_records(case)))
+            records = decode_records(case)
+            sets.append((hidden, q, k, v, address, records.layout.last(1), records))
         if not table.fastest("decode", case.name):
             arms: dict[str, list[Callable[[], Tensor]]] = {}
-            for _, q, k, v, _, _ in sets:
+            for _, q, k, v, *_ in sets:
                 for arm, call in dense_calls(q, k, v).items():
                     arms.setdefault(arm, []).append(call)
             pairs = case.batch * HEADS * case.length
@@ -798,17 +817,25 @@ def decode_step(table: Table, case: Case) -> None:
         packed = new_router(case)
         balls = torch.full((case.routes,), case.balls, dtype=torch.int32, device=DEVICE)
 
-        def step(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, address: Tensor, records: Tensor) -> Tensor:
+        def step(
+            hidden: Tensor,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            address: Tensor,
+            query: SequenceLayout,  # the same in all layers
+            records: Records,
+        ) -> Tensor:
             _, key_address = route(hidden, packed)
-            records[:, -1, :-2] = key_address[..., 0]  # the newest key is in the window, whatever its ball
-            return decode(q, k, v, address, records, balls)
+            records.address[:, -1] = key_address[..., 0]  # the newest key is in the window, whatever its ball
+            return decode(q, k, v, address, query, records, balls)
 
-        _, q, k, v, address, records = sets[0]
-        key_ball = records[..., :-2].transpose(1, 2) % case.balls
+        _, q, k, v, address, _, records = sets[0]
+        key_ball = records.address.transpose(1, 2) % case.balls
         rows = torch.zeros(1, dtype=torch.long, device=DEVICE)
         out = step(*sets[0])
         error = sampled_error(out, q, k, v, address % case.balls, key_ball, rows)
-        seen, loaded = decode_visible(address, records, case.balls)
+        seen, loaded = decode_visible(address, records.address, case.balls)
         bytes_needed = loaded.sum().item() * (KV_HEADS // loaded.shape[1]) * 2 * HEAD_DIM * 2
         values = shape | {
             "density": seen.double().mean().item(),
@@ -839,8 +866,8 @@ def backward_of(kept: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
 def distill(table: Table, length: int) -> None:
     """Forward and backward of one layer's distillation on all queries.
 
-    `far_values`: the kernel and the loss at one depth, on given leaf distributions; beside it the same through SDPA,
-    which excludes nothing. `topology`: the whole step, from digit logits, at all depths.
+    SDPA: on given leaf distributions, with the loss at one depth; it excludes nothing. `attention kernels`: what the
+    topology runs in its place, without a loss. `topology`: the whole step, from digit logits, at all depths.
     """
     config = f"distillation {label(length)}"
     levels = LEAVES.bit_length() - 1
@@ -848,7 +875,7 @@ def distill(table: Table, length: int) -> None:
     k = torch.randn(1, KV_HEADS, length, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     shape = {"length": length, "batch": 1, "routes": HEADS, "balls": LEAVES, "gflop": distillation_gflop(length)}
 
-    def attempt(name: str, call: Callable[[], None], check: Callable[[], dict[str, float]]) -> None:
+    def attempt(name: str, call: Callable[[], object], check: Callable[[], dict[str, float]]) -> None:
         try:
             values = shape | check()
             table.add("distill", config, name, time_call(call), values | {"peak_mb": peak_mb(call)})
@@ -864,20 +891,19 @@ def distill(table: Table, length: int) -> None:
         def through_sdpa(name: str) -> Tensor:
             return (dense_causal(name, q, expanded, key_leaves) * query_leaves).sum(-1, dtype=torch.float32)
 
-        def through_kernel() -> Tensor:
-            values, local = far_values(q, k, key_leaves)
-            return local + (values * query_leaves).sum(-1)
-
-        def check() -> dict[str, float]:
-            with torch.no_grad():
-                values, _ = far_values(q, k, key_leaves)
-                rows = sample_rows(length).to(DEVICE)
-                return {"error": far_error(values, q, k, key_leaves, rows)}
-
         for name in ("sdpa cudnn", "sdpa flash"):
             kept = functools.partial(through_sdpa, name)
             attempt(f"{name}, nothing excluded", functools.partial(backward_of, kept, leaves), dict)
-        attempt("far_values", functools.partial(backward_of, through_kernel, leaves), check)
+
+    def kernels_alone() -> None:
+        forward, backward = far_passes(q, k)
+        key_leaves = torch.randn(1, HEADS, length, LEAVES, device=DEVICE).softmax(-1).half()
+        dvalues = torch.randn(1, HEADS, length, LEAVES, device=DEVICE, dtype=DTYPE)
+
+        def check() -> dict[str, float]:
+            return {"error": far_error(forward(key_leaves)[0], q, k, key_leaves, sample_rows(length).to(DEVICE))}
+
+        attempt("attention kernels", lambda: backward(forward(key_leaves)[2], dvalues), check)
 
     def whole_step() -> None:
         logits = [torch.randn(1, HEADS, length, levels, 2, device=DEVICE, requires_grad=True) for _ in range(2)]
@@ -890,6 +916,7 @@ def distill(table: Table, length: int) -> None:
         attempt("topology", step, dict)
 
     given_leaves()
+    kernels_alone()
     whole_step()
 
 

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_qkv, score_arguments, stride_arguments
-
-INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
+from .launch import INTERPRETED, check_qkv, score_arguments, stride_arguments
 
 _NEVER = tl.constexpr(2**31 - 1)  # above any rank
 _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN

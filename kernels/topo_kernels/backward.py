@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, INTERPRETED, Blocks, _check, _check_device, _tanh
-from .launch import score_arguments, stride_arguments
+from .attention import _NEVER, Blocks, _check, _check_device, _tanh
+from .launch import INTERPRETED, score_arguments, stride_arguments
 
 _ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
 

@@ -1,7 +1,7 @@
 """Attention of a few new tokens over a long cache under the topology, forward only (kernels/README.md).
 
-No key order is kept: a key's record (one int32 per route, its position and its document) is tiny beside its K and V,
-so every step scans the records and attends to the keys it finds.
+No key order is kept: a key's addresses, position and document are tiny beside its K and V, so every step scans them
+all and attends to the keys it finds.
 
 1. Scan: lists the keys that each query sees, chunk by chunk of the cache. The query heads of one KV head share a list,
    the union of what they see, whose entries say which of them see the key: they read each row of K and V once.
@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import _check_device, _tanh
-from .launch import check_qkv, score_arguments, stride_arguments
+from .launch import (
+    INTERPRETED,
+    check_qkv,
+    let_next_start,
+    overlap,
+    score_arguments,
+    stride_arguments,
+    wait_for_previous,
+)
 
 _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
 _MAX_CHUNKS = 256  # a program of the attend kernel holds the counts of all chunks
@@ -29,21 +37,47 @@ _MAX_SPLITS = 128
 _MAX_KEYS = _MAX_CHUNKS * 2**16  # an entry holds the index within its chunk in 16 bits
 
 
+@triton.jit
+def _ceil_2_32_over(b_d):
+    """ceil(2^32 / d) modulo 2^32 as uint32, for int32 d in [1, 2^15], without an integer division."""
+    b_guess = (4294967040.0 / b_d.to(tl.float32)).to(tl.uint32)  # at most 1100 / d off
+    b_rest = (-(b_guess * b_d.to(tl.uint32)).to(tl.int32, bitcast=True)).to(tl.float32)  # 2^32 - guess * d
+    return b_guess + tl.ceil((b_rest - 0.5) / b_d).to(tl.int32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _without_tree(
+    p_position, p_document, o_key, last, stride_ps, stride_ds, position, document, local_window, num_sink_tokens
+):
+    """Which keys a query may see at all, and which it sees whatever their balls; nothing from key `last` on."""
+    m_key = o_key < last
+    b_kpos = tl.load(p_position + o_key * stride_ps, mask=m_key, other=0)
+    b_kdoc = tl.load(p_document + o_key * stride_ds, mask=m_key, other=0)
+    m_causal = (b_kpos > 0) & (b_kpos <= position) & (b_kdoc == document)
+    return m_causal, m_causal & ((position - b_kpos < local_window) | (b_kpos <= num_sink_tokens))
+
+
 @triton.jit(do_not_specialize=["T", "S", "chunks", "chunk", "U", "R", "local_window", "num_sink_tokens"])
 def _scan_kernel(
-    records,  # [B, S, R + 2] int32: key addresses, position + 1, document
+    key_address,  # [B, S, R] uint8, int16 or int32
+    key_position,  # [B, S] int32, plus one
+    key_document,  # [B, S] int32
     query_address,  # [B, R, T] int32
     query_position,  # [B, T]
     query_document,  # [B, T]
     balls,  # [R] int32
     entries,  # [B, U, T, chunks, chunk] int32: key index within the chunk, and from bit 16 on which heads see it
     counts,  # [B, U, T, chunks] int32
-    stride_rb,
-    stride_rs,
+    stride_ab,
+    stride_as,
+    stride_pb,
+    stride_ps,
+    stride_db,
+    stride_ds,
     T,
     S,
     chunks,
-    chunk,  # keys per chunk, a multiple of STEPS * SUBS
+    chunk,  # keys per chunk, a multiple of GROUPS * KEYS
     U,
     R,
     local_window,
@@ -52,63 +86,82 @@ def _scan_kernel(
     HEADS: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_U: tl.constexpr,
-    STEPS: tl.constexpr,
-    SUBS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Compact the keys of one chunk that one query sees, for a block of lists."""
+    ALL: tl.constexpr = (1 << BITS) - 1
     i_t = tl.program_id(0) % T  # queries that share a chunk run together
     i_chunk = tl.program_id(0) // T % chunks
     i_bu = tl.program_id(0) // T // chunks
     n_u = tl.cdiv(U, BLOCK_U)
     i_b = (i_bu // n_u).to(tl.int64)
-    o_u = i_bu % n_u * BLOCK_U + tl.arange(0, BLOCK_U)
+    i_u = i_bu % n_u * BLOCK_U
+    o_u = i_u + tl.arange(0, BLOCK_U)
     m_u = o_u < U
 
-    # a thread walks over STEPS consecutive tokens, so that most of the running count needs no exchange
-    o_token = tl.arange(0, SUBS)[:, None] * STEPS + tl.arange(0, STEPS)[None, :]  # [SUBS, STEPS]
-    o_record = o_token * stride_rs
-    b_position = tl.load(query_position + i_b * T + i_t).to(tl.int32) + 1  # like the records: 0 for padding
-    b_document = tl.load(query_document + i_b * T + i_t).to(tl.int32)
+    wait_for_previous(OVERLAP)
+    position = tl.load(query_position + i_b * T + i_t).to(tl.int32) + 1  # like the keys': 0 for padding
+    document = tl.load(query_document + i_b * T + i_t).to(tl.int32)
     o_row = (i_b * U + o_u) * T + i_t  # [BLOCK_U]
-    o_list = (o_row * chunks + i_chunk) * chunk
+    p_list = entries + (o_row * chunks + i_chunk) * chunk
+    # A thread takes KEYS neighbours at a time and keeps their bits in one word, so that few counts are exchanged.
+    o_group = tl.arange(0, GROUPS) * KEYS
     b_found = tl.zeros([BLOCK_U], dtype=tl.int32)
-    for i_start in range(0, chunk, SUBS * STEPS):
-        i_key = i_chunk * chunk + i_start
-        p_tile = records + i_b * stride_rb + i_key.to(tl.int64) * stride_rs
-        m_key = o_token < S - i_key
-        b_kpos = tl.load(p_tile + R + o_record, mask=m_key, other=0)
-        b_kdoc = tl.load(p_tile + R + 1 + o_record, mask=m_key, other=0)
-        m_causal = (b_kpos > 0) & (b_kpos <= b_position) & (b_kdoc == b_document)
-        m_always = m_causal & ((b_position - b_kpos < local_window) | (b_kpos <= num_sink_tokens))
-        b_state = (m_causal.to(tl.int32) + m_always.to(tl.int32))[None, :, :]
-        m_load = m_key[None, :, :] & m_u[:, None, None]
-        b_bits = tl.zeros([BLOCK_U, SUBS, STEPS], dtype=tl.int32)
-        for i_bit in tl.static_range(BITS):
-            o_route = (o_u * HEADS + i_bit * (HEADS // BITS)) // ROUTE_GROUP
-            if HEADS % ROUTE_GROUP == 0:  # consecutive routes, at constant offsets
-                p_key = p_tile + (o_record[None, :, :] + (o_u * (HEADS // ROUTE_GROUP))[:, None, None]) + i_bit
-            else:
-                p_key = p_tile + (o_record[None, :, :] + o_route[:, None, None])
-            b_key = tl.load(p_key, mask=m_load).to(tl.uint32)
-            # With m = ceil(2^32 / d) and |n| * d < 2^31, n is a multiple of d iff n * m is within m / 2 of 0, modulo
-            # 2^32 (after Lemire). For d = 1, m wraps to 0 and this always holds.
-            b_d = tl.load(balls + o_route, mask=m_u, other=1).to(tl.uint32)
-            b_m = tl.full([BLOCK_U], -1, dtype=tl.int32).to(tl.uint32, bitcast=True) // b_d + 1
-            b_half = b_m >> 1
-            b_ask = tl.load(query_address + (i_b * R + o_route) * T + i_t, mask=m_u, other=0).to(tl.uint32)
-            b_offset = b_half - b_ask * b_m
-            m_ball = b_key * b_m[:, None, None] + b_offset[:, None, None] <= (b_half + b_half)[:, None, None]
-            b_bits |= m_ball.to(tl.int32) << i_bit
-        b_bits = tl.where(b_state == 2, (1 << BITS) - 1, tl.where(b_state == 1, b_bits, 0))
-        b_seen = (b_bits != 0).to(tl.int32)  # [BLOCK_U, SUBS, STEPS]
-        b_total = tl.sum(b_seen, 2)  # [BLOCK_U, SUBS]
-        b_before = b_found[:, None] + tl.cumsum(b_total, 1) - b_total
-        o_entry = b_before[:, :, None] + tl.cumsum(b_seen, 2) - 1
-        p_entry = entries + o_list[:, None, None] + o_entry
-        b_entry = i_start + o_token[None, :, :] + (b_bits << 16)
-        tl.store(p_entry, b_entry, mask=(b_seen != 0) & m_u[:, None, None])
-        b_found += tl.sum(b_total, 1)
+    for i_start in range(0, chunk, GROUPS * KEYS):
+        i_key = (i_chunk * chunk + i_start).to(tl.int64)
+        last = tl.minimum(S - i_key, GROUPS * KEYS).to(tl.int32)
+        p_position = key_position + i_b * stride_pb + i_key * stride_ps
+        p_document = key_document + i_b * stride_db + i_key * stride_ds
+        o_key = tl.arange(0, GROUPS * KEYS)
+        m_causal, m_always = _without_tree(
+            p_position, p_document, o_key, last, stride_ps, stride_ds, position, document, local_window, num_sink_tokens
+        )
+        causal = tl.sum(m_causal.to(tl.int32), 0)
+        if causal > 0:
+            p_address = key_address + i_b * stride_ab + i_key * stride_as
+            b_words = tl.zeros([BLOCK_U, GROUPS], dtype=tl.uint32)
+            for i_bit in tl.static_range(BITS):
+                o_route = (o_u * HEADS + i_bit * (HEADS // BITS)) // ROUTE_GROUP
+                # With m = ceil(2^32 / d) and |n| * d < 2^31, n is a multiple of d iff n * m is within m / 2 of 0,
+                # modulo 2^32 (after Lemire). For d = 1, m wraps to 0 and this always holds.
+                b_m = _ceil_2_32_over(tl.load(balls + o_route, mask=m_u, other=1))
+                b_half = b_m >> 1
+                b_ask = tl.load(query_address + (i_b * R + o_route) * T + i_t, mask=m_u, other=0).to(tl.uint32)
+                b_offset = b_half - b_ask * b_m
+                for i_n in tl.static_range(KEYS):
+                    m_load = m_u[:, None] & (o_group + i_n < last)[None, :]
+                    p_key = p_address + (o_group + i_n)[None, :] * stride_as + o_route[:, None]
+                    b_key = tl.load(p_key, mask=m_load, other=0)
+                    m_ball = b_key.to(tl.uint32) * b_m[:, None] + b_offset[:, None] <= (b_half + b_half)[:, None]
+                    b_words |= m_ball.to(tl.uint32) << (i_n * BITS + i_bit)
+            # most tiles hold only keys that the tree alone decides on
+            if (causal < GROUPS * KEYS) | (tl.sum(m_always.to(tl.int32), 0) > 0):
+                b_may = tl.zeros([GROUPS], dtype=tl.uint32)
+                b_must = tl.zeros([GROUPS], dtype=tl.uint32)
+                for i_n in tl.static_range(KEYS):
+                    m_may, m_must = _without_tree(
+                        *(p_position, p_document, o_group + i_n, last, stride_ps, stride_ds),
+                        *(position, document, local_window, num_sink_tokens),
+                    )
+                    b_may |= tl.where(m_may, ALL, 0).to(tl.uint32) << (i_n * BITS)
+                    b_must |= tl.where(m_must, ALL, 0).to(tl.uint32) << (i_n * BITS)
+                b_words = b_words & b_may[None, :] | b_must[None, :]
+            b_words = tl.where(m_u[:, None], b_words, 0)
+
+            b_count = tl.zeros([BLOCK_U, GROUPS], dtype=tl.int32)
+            for i_n in tl.static_range(KEYS):
+                b_count += ((b_words >> (i_n * BITS)) & ALL != 0).to(tl.int32)
+            o_entry = b_found[:, None] + tl.cumsum(b_count, 1) - b_count
+            for i_n in tl.static_range(KEYS):
+                b_bits = ((b_words >> (i_n * BITS)) & ALL).to(tl.int32)
+                b_entry = i_start + i_n + o_group[None, :] + (b_bits << 16)
+                tl.store(p_list[:, None] + o_entry, b_entry, mask=b_bits != 0)
+                o_entry += (b_bits != 0).to(tl.int32)
+            b_found += tl.sum(b_count, 1)
     tl.store(counts + o_row * chunks + i_chunk, b_found, mask=m_u)
+    let_next_start(OVERLAP)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "chunk", "splits", "rows", "U"])
@@ -148,6 +201,7 @@ def _attend_kernel(
     BLOCK_C: tl.constexpr,
     MAP: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Attend to one share of a list, all heads of the list at once."""
     i_split = tl.program_id(0) // rows  # all lists start together: a long one is not left for the end
@@ -166,6 +220,7 @@ def _attend_kernel(
     p_q = q + i_b * stride_qb + (i_u * HEADS + o_m)[:, None] * stride_qh + i_t * stride_qt + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
 
+    wait_for_previous(OVERLAP)
     # even shares of the list, in whole tiles; where in the cache its keys lie does not matter
     b_count = tl.load(counts + i_row * chunks + o_c, mask=o_c < chunks, other=0)
     b_first = tl.cumsum(b_count, 0) - b_count  # rank of each chunk's first key
@@ -215,6 +270,7 @@ def _attend_kernel(
             b_acc = tl.dot(b_probs.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
             b_max = b_new
 
+    let_next_start(OVERLAP)
     o_split = (i_row * HEADS + o_m) * splits + i_split
     tl.store(split_max + o_split, b_max, mask=m_m)
     tl.store(split_sum + o_split, b_sum, mask=m_m)
@@ -235,6 +291,7 @@ def _combine_kernel(
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Merge the splits of one query and head by log-sum-exp, for BLOCK_D columns."""
     n_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -247,6 +304,7 @@ def _combine_kernel(
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.program_id(0) % n_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_s = o_s < splits
+    wait_for_previous(OVERLAP)
     b_sum = tl.load(split_sum + i_in * splits + o_s, mask=m_s, other=0.0)
     b_max = tl.load(split_max + i_in * splits + o_s, mask=m_s, other=_LOWEST)
     m_some = b_sum > 0
@@ -265,17 +323,17 @@ class Tiles(NamedTuple):
     attend_keys: int
     attend_warps: int
     attend_stages: int
+    programs_per_processor: int  # as many as run at once, with long shares: each fills a software pipeline anew
     map_keys: int = 256
-    programs_per_processor: int = 2  # few, with long shares: each fills a software pipeline anew
     scan_keys: int = 256
-    scan_warps: int = 8
+    scan_warps: int = 4
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of about 16 KB of K and V each: several programs share a processor and hide each other's latency."""
     if dtype == torch.float32:
-        return Tiles(32 if head_dim <= 128 else 16, 8, 2)
-    return Tiles(64 if head_dim <= 128 else 32, 4, 3)
+        return Tiles(32 if head_dim <= 128 else 16, 8, 2, 2)
+    return Tiles(64 if head_dim <= 128 else 32, 4, 2, 3)
 
 
 def _heads_per_list(group: int) -> int:
@@ -295,7 +353,9 @@ def _decode(
     query_address: Tensor,
     query_position: Tensor,
     query_document: Tensor,
-    records: Tensor,
+    key_address: Tensor,
+    key_position: Tensor,
+    key_document: Tensor,
     balls: Tensor,
     local_window: int,
     num_sink_tokens: int,
@@ -303,7 +363,7 @@ def _decode(
     softcap: float | None,
 ) -> Tensor:
     """The three kernels on checked arguments; `[B, T, H, D]`."""
-    q, k, v, records = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, records))
+    q, k, v, key_address = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, key_address))
     query = [t.contiguous() for t in (query_address, query_position, query_document)]
     B, H, T, D = q.shape
     S, R = k.shape[2], balls.shape[0]
@@ -313,28 +373,37 @@ def _decode(
     lists = H // heads
     shared = math.gcd(heads, route_group)  # neighbours that share a route share a bit
     bits = heads // shared
-    chunk = tiles.scan_keys * max(1, triton.cdiv(S, tiles.scan_keys * _MAX_CHUNKS))
+    block_u = min(triton.next_power_of_2(lists), 16)
+    scans = B * triton.cdiv(lists, block_u) * T  # programs for each chunk
+    chunk = tiles.scan_keys * max(
+        1, triton.cdiv(S, tiles.scan_keys * _MAX_CHUNKS), S * scans // (tiles.scan_keys * 8 * _processors(q.device))
+    )
+    chunk = min(chunk, 2**16)
     chunks = max(1, triton.cdiv(S, chunk))
     rows = B * lists * T
-    wanted = triton.cdiv(tiles.programs_per_processor * _processors(q.device), rows)
+    wanted = tiles.programs_per_processor * _processors(q.device) // rows  # all at once
     splits = max(1, min(wanted, triton.cdiv(S, tiles.attend_keys), _MAX_SPLITS))
+    overlapped = overlap(q.device)
+    registers = {"maxnreg": 128} if bits == 1 and not INTERPRETED else {}  # more programs at once, where none spill
 
     entries = torch.empty(rows, chunks, chunk, dtype=torch.int32, device=q.device)
     counts = torch.empty(rows, chunks, dtype=torch.int32, device=q.device)
     split_out = torch.empty(rows, heads, splits, D, dtype=torch.float32, device=q.device)
     split_max, split_sum = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=q.device)
     out = q.new_empty(B, T, H, D)
-    block_u = min(triton.next_power_of_2(lists), 16, 32 // triton.next_power_of_2(bits))  # bounds registers
-    subs = 32 * tiles.scan_warps // block_u
+    keys = min(8, triton.next_power_of_2(32 // bits // 2 + 1))  # a word holds their bits
     with torch.cuda.device_of(q):
-        _scan_kernel[(B * triton.cdiv(lists, block_u) * chunks * T,)](
-            records,
+        _scan_kernel[(scans * chunks,)](
+            key_address,
+            key_position,
+            key_document,
             *query,
             balls.contiguous(),
             entries,
             counts,
-            records.stride(0),
-            records.stride(1),
+            *key_address.stride()[:2],
+            *key_position.stride(),
+            *key_document.stride(),
             T,
             S,
             chunks,
@@ -347,10 +416,12 @@ def _decode(
             HEADS=heads,
             BITS=bits,
             BLOCK_U=block_u,
-            STEPS=tiles.scan_keys // subs,
-            SUBS=subs,
+            GROUPS=tiles.scan_keys // keys,
+            KEYS=keys,
             num_warps=tiles.scan_warps,
             num_stages=1,
+            **registers,
+            **overlapped,
         )
         _attend_kernel[(rows * splits,)](
             q,
@@ -378,6 +449,7 @@ def _decode(
             MAP=tiles.map_keys,
             num_warps=tiles.attend_warps,
             num_stages=tiles.attend_stages,
+            **overlapped,
         )
         columns = 32
         _combine_kernel[(rows * heads * triton.cdiv(D, columns),)](
@@ -390,9 +462,10 @@ def _decode(
             lists,
             HEADS=heads,
             D=D,
-            BLOCK_S=_MAX_SPLITS,
+            BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_D=columns,
             num_warps=4,
+            **overlapped,
         )
     return out
 
@@ -404,7 +477,7 @@ def _(q, *_others):
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, query: dict[str, Tensor], records: Tensor, balls: Tensor, local_window: int
+    q: Tensor, k: Tensor, v: Tensor, query: dict[str, Tensor], key: dict[str, Tensor], balls: Tensor, local_window: int
 ) -> None:
     check_qkv(q, k, v)
     B, H, T, _ = q.shape
@@ -414,18 +487,23 @@ def _check(
     if balls.ndim != 1 or balls.shape[0] == 0 or H % balls.shape[0]:
         raise ValueError(f"balls must have shape [R] with R a divisor of q's {H} heads, got {tuple(balls.shape)}.")
     R = balls.shape[0]
-    shapes = {"query_address": (B, R, T), "query_position": (B, T), "query_document": (B, T), "records": (B, S, R + 2)}
-    tensors = query | {"records": records, "balls": balls}
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}.")
-    for name in ("query_address", "records", "balls"):
-        if tensors[name].dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {tensors[name].dtype}.")
-    for name in ("query_position", "query_document"):
-        if tensors[name].dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, got {tensors[name].dtype}.")
-    for name, tensor in tensors.items():
+    integer = (torch.int32, torch.int64)
+    needs: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "query_address": ((B, R, T), (torch.int32,)),
+        "query_position": ((B, T), integer),
+        "query_document": ((B, T), integer),
+        "key_address": ((B, S, R), (torch.uint8, torch.int16, torch.int32)),
+        "key_position": ((B, S), (torch.int32,)),
+        "key_document": ((B, S), (torch.int32,)),
+        "balls": ((R,), (torch.int32,)),
+    }
+    for name, tensor in (query | key | {"balls": balls}).items():
+        shape, dtypes = needs[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{name} must be {allowed}, got {tensor.dtype}.")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
     if local_window < 1:
@@ -439,7 +517,9 @@ def decode_attention(
     query_address: Tensor,
     query_position: Tensor,
     query_document: Tensor,
-    records: Tensor,
+    key_address: Tensor,
+    key_position: Tensor,
+    key_document: Tensor,
     balls: Tensor,
     *,
     local_window: int,
@@ -460,8 +540,11 @@ def decode_attention(
         query_address: int32 `[B, R, T]`, H a multiple of R; in `[0, 2^15)`. Head `h` takes route `h // (H // R)`.
         query_position: int32 or int64 `[B, T]`; position in the query's document, -1 for padding.
         query_document: int32 or int64 `[B, T]`; any label that fits an int32.
-        records: int32 `[B, S, R + 2]`, any strides (a strided last dimension is copied); per key the R addresses, in
-            `[0, 2^15)`, its position plus one (0: padding or an unfilled slot of the cache) and its document.
+        key_address: uint8, int16 or int32 `[B, S, R]`, in `[0, 2^15)`. Every step reads all of it: the narrower, the
+            faster. A strided last dimension is copied.
+        key_position: int32 `[B, S]`, any strides; position in the key's document plus one, 0 for padding and unfilled
+            slots of the cache.
+        key_document: int32 `[B, S]`, any strides.
         balls: int32 `[R]`, number of balls at each route's visible depth, 1 (dense) to 2^15: the ball of an address is
             its remainder by this.
         local_window: >= 1. num_sink_tokens: >= 0.
@@ -476,7 +559,8 @@ def decode_attention(
         RuntimeError: the device cannot run the kernels, or a gradient was asked for.
     """
     query = {"query_address": query_address, "query_position": query_position, "query_document": query_document}
-    _check(q, k, v, query, records, balls, local_window)
+    key = {"key_address": key_address, "key_position": key_position, "key_document": key_document}
+    _check(q, k, v, query, key, balls, local_window)
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
     if softcap is not None and not softcap > 0:
@@ -489,5 +573,6 @@ def decode_attention(
         )
     if q.numel() == 0:
         return torch.empty_like(q)
-    out = _decode(q, k, v, *query.values(), records, balls, local_window, num_sink_tokens, scale, softcap)
+    options = (local_window, num_sink_tokens, scale, softcap)
+    out = _decode(q, k, v, *query.values(), *key.values(), balls, *options)
     return out.transpose(1, 2)

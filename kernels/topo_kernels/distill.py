@@ -5,6 +5,10 @@ window. One online softmax runs over all of them. Every key adds to its sum, sin
 the local mass, and only far keys add their values. So nothing is subtracted, and nothing cancels where the local mass
 is near 1. Gradients flow to the values alone: `d values_j = sum_i A_ij g_i` over the queries for which key `j` is far,
 with `A` recomputed from the log-sum-exp. Memory is `O(N)`; no atomics.
+
+`far_mass` puts leaves.py around it, from level probabilities to leaf distributions and from what attention collects of
+them to the kept mass. It owns the gradient of the whole chain, so that few tensors have an entry per token and leaf:
+forward the keys' distributions and the values, backward the gradients of both.
 """
 
 from typing import NamedTuple
@@ -14,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _LOWEST, _NEVER, INTERPRETED, Blocks, _check_device, _tanh
+from .attention import _LOWEST, _NEVER, Blocks, _check_device, _tanh
 from .backward import inverse_ranges
-from .launch import score_arguments, stride_arguments
+from .launch import INTERPRETED, score_arguments, stride_arguments
+from .leaves import kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
 
 #: Wider leaf distributions do not fit a tile.
 MAX_LEAVES = 256
@@ -407,75 +412,75 @@ def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float |
     }
 
 
-@torch.library.custom_op("topo_kernels::far_values", mutates_args=())
-def _far_values(
+class Layout(NamedTuple):
+    """Which keys a query attends to; see `far_mass`."""
+
+    local_order: Tensor | None  # int32 [B, S]
+    document_start: Tensor  # int32 [B, M]
+    local_start: Tensor
+    local_end: Tensor
+
+
+def far_values(
     q: Tensor,
     k: Tensor,
     key_leaves: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
+    layout: Layout,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, local mass and log-sum-exp of checked arguments."""
+    """What queries collect from the leaf distributions of far keys, and the mass they leave on local ones.
+
+    Args:
+        q, k: as in `far_mass`. key_leaves: contiguous `[B, H, S, V]`, of `leaf_dtype(q.dtype)`.
+
+    Returns:
+        values: float32 `[B, H, M, V]`. local: float32 `[B, H, M]`. Both 0 in rows of padding. lse: float32 `[B, H, M]`.
+    """
     B, H, M, D = q.shape
     V = key_leaves.shape[3]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    # probabilities: float16 has three bits more for them than bfloat16
-    leaves = key_leaves.to(torch.float32 if q.dtype == torch.float32 else torch.float16).contiguous()
     values = torch.empty(B, H, M, V, dtype=torch.float32, device=q.device)
     local = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     lse = torch.empty_like(local)
     blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).forward
-    with torch.cuda.device_of(q):
-        _far_kernel[(B * H * triton.cdiv(M, blocks.m),)](
-            q,
-            k,
-            leaves,
-            document_start if local_order is None else local_order.contiguous(),
-            document_start.contiguous(),
-            local_start.contiguous(),
-            local_end.contiguous(),
-            values,
-            local,
-            lse,
-            num_sink_tokens=num_sink_tokens,
-            HAS_ORDER=local_order is not None,
-            **_arguments(q, k, V, scale, softcap, blocks),
-        )
+    order, *ranges = layout
+    _far_kernel[(B * H * triton.cdiv(M, blocks.m),)](
+        q,
+        k,
+        key_leaves,
+        layout.document_start if order is None else order.contiguous(),
+        *(t.contiguous() for t in ranges),
+        values,
+        local,
+        lse,
+        num_sink_tokens=num_sink_tokens,
+        HAS_ORDER=order is not None,
+        **_arguments(q, k, V, scale, softcap, blocks),
+    )
     return values, local, lse
 
 
-@_far_values.register_fake
-def _(q, k, key_leaves, *_rest):
-    values = q.new_empty(*q.shape[:3], key_leaves.shape[3], dtype=torch.float32)
-    return values, q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("topo_kernels::far_values_gradient", mutates_args=())
-def _far_values_gradient(
+def far_gradient(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    grad: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
+    dvalues: Tensor,
+    layout: Layout,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """float32 `[B, H, S, V]`: the gradient of the leaves."""
+    """float32 `[B, H, S, V]`: the gradient of `far_values` in its leaves.
+
+    Args:
+        lse: of `far_values`. dvalues: contiguous `[B, H, M, V]`, of `gradient_dtype(q.dtype)`.
+    """
     B, H, _, D = q.shape
-    S, V = k.shape[2], grad.shape[3]
+    S, V = k.shape[2], dvalues.shape[3]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    # gradients need bfloat16's range, which the interpreter does not have
-    half = torch.float32 if INTERPRETED else torch.bfloat16
-    grad = grad.to(torch.float32 if q.dtype == torch.float32 else half).contiguous()
+    local_order, document_start, local_start, local_end = layout
     far_start, query_order = torch.minimum(document_start + num_sink_tokens, local_start), document_start
     far_end = local_start
     if local_order is not None:
@@ -487,109 +492,202 @@ def _far_values_gradient(
     first, last = inverse_ranges(far_start[:, None], far_end[:, None], S)
     dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
     blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).gradient
-    with torch.cuda.device_of(q):
-        _far_gradient_kernel[(B * H * triton.cdiv(S, blocks.n),)](
-            q,
-            k,
-            lse,
-            grad,
-            query_order,
-            query_order if local_order is None else local_order.contiguous(),
-            first,
-            last,
-            dleaves,
-            HAS_ORDER=local_order is not None,
-            **_arguments(q, k, V, scale, softcap, blocks),
-        )
+    _far_gradient_kernel[(B * H * triton.cdiv(S, blocks.n),)](
+        q,
+        k,
+        lse,
+        dvalues,
+        query_order,
+        query_order if local_order is None else local_order.contiguous(),
+        first,
+        last,
+        dleaves,
+        HAS_ORDER=local_order is not None,
+        **_arguments(q, k, V, scale, softcap, blocks),
+    )
     return dleaves
 
 
-@_far_values_gradient.register_fake
-def _(q, k, lse, grad, *_rest):
-    return q.new_empty(*q.shape[:2], k.shape[2], grad.shape[3], dtype=torch.float32)
+def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How leaf distributions multiply queries' and keys' attention: float16 has three bits more than bfloat16."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, key_leaves, *layout, num_sink_tokens, scale, softcap = inputs
-    ctx.save_for_backward(q, k, output[2], *layout)
-    ctx.options, ctx.dtype = (num_sink_tokens, scale, softcap), key_leaves.dtype
-    ctx.mark_non_differentiable(output[1], output[2])
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How gradients do: they need bfloat16's range, which the interpreter does not have."""
+    return torch.float32 if dtype == torch.float32 or INTERPRETED else torch.bfloat16
 
 
-def _backward(ctx, grad, *_rest):
-    q, k, lse, *layout = ctx.saved_tensors
-    dleaves = _far_values_gradient(q, k, lse, grad, *layout, *ctx.options)
-    return None, None, dleaves.to(ctx.dtype), *[None] * 7
-
-
-_far_values.register_autograd(_backward, setup_context=_setup_context)
-
-
-def far_values(
+@torch.library.custom_op("topo_kernels::far_mass", mutates_args=())
+def _far_mass(
     q: Tensor,
     k: Tensor,
-    key_leaves: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     local_order: Tensor | None,
     document_start: Tensor,
     local_start: Tensor,
     local_end: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`far_mass` of checked arguments, and what its gradient needs: values and log-sum-exp."""
+    layout = Layout(local_order, document_start, local_start, local_end)
+    with torch.cuda.device_of(q):
+        leaves, key_mean = leaf_distributions(key_probs, key_weight, leaf_dtype(q.dtype))
+        values, local, lse = far_values(q, k, leaves, layout, num_sink_tokens, scale, softcap)
+        kept, query_mean = kept_of_values(query_probs, query_weight, values, local)
+    return kept, query_mean, key_mean, values, lse
+
+
+@_far_mass.register_fake
+def _(q, k, query_probs, *_rest):
+    B, H, M, depth, arity = query_probs.shape
+    V = arity**depth
+    shapes = (depth, B, H, M), (H, V), (H, V), (B, H, M, V), (B, H, M)
+    return tuple(query_probs.new_empty(shape) for shape in shapes)
+
+
+@torch.library.custom_op("topo_kernels::far_mass_gradient", mutates_args=())
+def _far_mass_gradient(
+    dkept: Tensor,
+    dquery_mean: Tensor,
+    dkey_mean: Tensor,
+    values: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `query_probs` and `key_probs`: float32, contiguous."""
+    layout = Layout(local_order, document_start, local_start, local_end)
+    with torch.cuda.device_of(q):
+        dquery_probs, dvalues = kept_gradient(
+            query_probs, query_weight, values, dkept, dquery_mean, gradient_dtype(q.dtype)
+        )
+        dleaves = far_gradient(q, k, lse, dvalues, layout, num_sink_tokens, scale, softcap)
+        del dvalues  # memory peaks here
+        return dquery_probs, leaf_gradient(key_probs, key_weight, dleaves, dkey_mean)
+
+
+@_far_mass_gradient.register_fake
+def _(dkept, dquery_mean, dkey_mean, values, lse, q, k, query_probs, key_probs, *_rest):
+    return query_probs.new_empty(query_probs.shape), key_probs.new_empty(key_probs.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, num_sink_tokens, scale, softcap = inputs
+    values, lse = output[3:]
+    ctx.save_for_backward(values, lse, *tensors)
+    ctx.options = num_sink_tokens, scale, softcap
+    ctx.mark_non_differentiable(values, lse)
+    ctx.set_materialize_grads(False)  # zeros for the values would take as much memory as they do
+
+
+def _backward(ctx, dkept, dquery_mean, dkey_mean, *_rest):
+    values, lse, *tensors = ctx.saved_tensors
+    query_probs = tensors[2]
+    B, H, M, depth, _ = query_probs.shape
+    zeros = query_probs.new_zeros
+    dprobs = _far_mass_gradient(
+        zeros(depth, B, H, M) if dkept is None else dkept,
+        *(zeros(H, values.shape[3]) if d is None else d for d in (dquery_mean, dkey_mean)),
+        values,
+        lse,
+        *tensors,
+        *ctx.options,
+    )
+    return None, None, *dprobs, *[None] * 9
+
+
+_far_mass.register_autograd(_backward, setup_context=_setup_context)
+
+
+def far_mass(
+    q: Tensor,
+    k: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
     *,
     num_sink_tokens: int,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Leaf distributions that dense causal attention collects from far keys, and the mass it leaves on local ones.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass that dense causal attention keeps at every depth of the tree, and the mean leaf distributions.
 
     Query `i` attends to the keys `local_order[document_start:local_end]`; of these
     `local_order[document_start + num_sink_tokens:local_start]` are far and the others, window and sinks, local. With
-    `A` the softmax over all of them: `values_i = sum_{j far} A_ij key_leaves_j` and `local_i = sum_{j local} A_ij`.
-    Differentiable in `key_leaves` only: q and k are those of a frozen model.
+    `A` the softmax over all of them and `P^d` the distributions over balls at depth `d` that level probabilities imply
+    (docs/method.md, section 4): `kept_i(d) = sum_{j local} A_ij + <P_query^d(i), sum_{j far} A_ij P_key^d(j)>`.
+    Differentiable in the probabilities only: q and k are those of a frozen model.
 
     Args:
         q: `[B, H, M, D]`, float16, bfloat16 or float32, D from 16 to 256: the queries that are asked for, all or a
             sample.
-        k: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv. Any strides here and above.
-        key_leaves: `[B, H, S, V]`, any float dtype, V from 1 to 256. Half-precision q and k multiply them as float16,
-            and their gradients as bfloat16.
+        k: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv. Half-precision q and k multiply leaf distributions as
+            float16, and their gradients as bfloat16.
+        query_probs, key_probs: float32 `[B, H, M, L, p]`, `[B, H, S, L, p]`, `p**L` from 2 to 256. Any strides here and
+            above.
         local_order: int32 `[B, S]`, keys by local rank; None is the identity, and then there is no padding and
             `local_end` rises along the queries.
         document_start, local_start, local_end: int32 `[B, M]`, as in `topology_attention`, of these queries.
+        query_weight, key_weight: float32 `[B, M]`, `[B, S]`, >= 0, of tokens in the means. Weight 0 is padding: no
+            probability of these tokens is read, and they get a gradient of 0.
         num_sink_tokens: >= 0. scale: > 0, factor on the scores.
         softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
-        values: float32 `[B, H, M, V]`. local: float32 `[B, H, M]`, no gradient. Both 0 in rows of padding
-        (`local_start == local_end`).
+        kept: float32 `[L, B, H, M]`, for the depths `1..L`; 0 in rows of padding (`local_start == local_end`).
+        query_mean, key_mean: float32 `[H, p**L]`: `sum_n weight_n P^L(n)`, over rows and tokens.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
     layout = {"document_start": document_start, "local_start": local_start, "local_end": local_end}
-    _check(q, k, key_leaves, local_order, layout, num_sink_tokens)
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    probs = {"query_probs": query_probs, "key_probs": key_probs}
+    weights = {"query_weight": query_weight, "key_weight": key_weight}
+    _check_scores(q, k, num_sink_tokens, scale, softcap)
+    _check_tokens(q, k, probs, weights, local_order, layout)
     _check_device(q)
-    values, local, _ = _far_values(
-        q.detach(), k.detach(), key_leaves, local_order, *layout.values(), num_sink_tokens, scale, softcap
+    kept, query_mean, key_mean, _, _ = _far_mass(
+        q.detach(),
+        k.detach(),
+        *probs.values(),
+        local_order,
+        *layout.values(),
+        *weights.values(),
+        num_sink_tokens,
+        scale,
+        softcap,
     )
-    return values, local
+    return kept, query_mean, key_mean
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    key_leaves: Tensor,
-    local_order: Tensor | None,
-    layout: dict[str, Tensor],
-    num_sink_tokens: int,
-) -> None:
-    for name, tensor in (("q", q), ("k", k), ("key_leaves", key_leaves)):
+def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, softcap: float | None) -> None:
+    for name, tensor in (("q", q), ("k", k)):
         if tensor.ndim != 4 or tensor.numel() == 0:
             raise ValueError(f"{name} must have four dimensions, none of them 0, got {tuple(tensor.shape)}.")
-    B, H, M, D = q.shape
+    B, H, _, D = q.shape
     kv_heads, S = k.shape[1], k.shape[2]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
@@ -601,22 +699,41 @@ def _check(
         )
     if k.dtype != q.dtype:
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}.")
-    V = key_leaves.shape[3]
-    if key_leaves.shape[:3] != (B, H, S) or V > MAX_LEAVES:
-        raise ValueError(
-            f"key_leaves must have shape [B={B}, H={H}, S={S}, V] with V up to {MAX_LEAVES}, got "
-            f"{tuple(key_leaves.shape)}."
-        )
-    if not key_leaves.is_floating_point():
-        raise ValueError(f"key_leaves must be floating point, got {key_leaves.dtype}.")
-    needs: list[tuple[str, Tensor, tuple[int, ...]]] = [(name, tensor, (B, M)) for name, tensor in layout.items()]
-    if local_order is not None:
-        needs.append(("local_order", local_order, (B, S)))
-    for name, tensor, shape in needs:
-        if tensor.shape != shape or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32 of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
-    for name, tensor in (("k", k), ("key_leaves", key_leaves), *((name, tensor) for name, tensor, _ in needs)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+
+
+def _check_tokens(
+    q: Tensor,
+    k: Tensor,
+    probs: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    local_order: Tensor | None,
+    layout: dict[str, Tensor],
+) -> None:
+    """Refuse what does not fit the checked q and k."""
+    B, H, M = q.shape[:3]
+    S = k.shape[2]
+    depth, arity = probs["query_probs"].shape[-2:] if probs["query_probs"].ndim == 5 else (0, 0)
+    if depth < 1 or arity < 2 or arity**depth > MAX_LEAVES:
+        raise ValueError(
+            f"query_probs must have shape [B, H, M, L, p] with L >= 1, p >= 2 and p**L up to {MAX_LEAVES}, got "
+            f"{tuple(probs['query_probs'].shape)}."
+        )
+    needs: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
+        ("k", k, q.dtype, tuple(k.shape)),
+        *((name, probs[name], torch.float32, (B, H, n, depth, arity)) for name, n in zip(probs, (M, S), strict=True)),
+        *((name, weights[name], torch.float32, (B, n)) for name, n in zip(weights, (M, S), strict=True)),
+        *((name, tensor, torch.int32, (B, M)) for name, tensor in layout.items()),
+    ]
+    if local_order is not None:
+        needs.append(("local_order", local_order, torch.int32, (B, S)))
+    for name, tensor, dtype, shape in needs:
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")

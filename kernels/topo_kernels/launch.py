@@ -1,10 +1,38 @@
-"""What the attention kernels' launches and checks have in common."""
+"""What the kernels' launches and checks have in common."""
 
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # read before the kernels are decorated
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Launch options of a short kernel that may start while the kernel before it ends (programmatic dependent launch).
+
+    It calls `wait_for_previous` before it reads or writes what others do. A kernel that calls `let_next_start`, not
+    before that, lets the next one start while it still runs.
+    """
+    overlaps = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def stride_arguments(**tensors: tuple[Tensor, str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
+from .launch import INTERPRETED
 
 MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are decorated
+from .launch import INTERPRETED, let_next_start, overlap, wait_for_previous
 
 MAX_ROUTER_WIDTH = 128  # of the hidden layer; wider ones do not fit into a program's registers
 _SLICE = 128  # channels of one program of the split kernel
@@ -134,7 +134,10 @@ def _slice_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
+    let_next_start(OVERLAP)  # it loads its weights meanwhile
     i_part = tl.program_id(0) % PARTS
     first = tl.program_id(0) // PARTS * BLOCK_C
     o_n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -166,6 +169,7 @@ def _digits_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     i_n = tl.program_id(0)
     o_w = tl.arange(0, BLOCK_W)
@@ -180,6 +184,7 @@ def _digits_kernel(
     b_bias = tl.load(bias + o_bias, mask=m_l[:, None], other=0.0)
     b_scale = tl.load(down_scale + o_w)
 
+    wait_for_previous(OVERLAP)
     b_acc = tl.zeros([BLOCK_W], dtype=tl.float32)
     for i_s in range(0, ROWS, BLOCK_S):
         o_s = i_s + tl.arange(0, BLOCK_S)
@@ -397,6 +402,7 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
         BLOCK_C=_SLICE,
         num_warps=4 if width <= 64 else 8,
         num_stages=1,
+        **overlap(hidden.device),
     )
     block_l = triton.next_power_of_2(packed.depth)
     block_r = min(16, max(1, 2048 // (block_l * width)))  # divides the padded number of routes
@@ -421,6 +427,7 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
         BLOCK_R=block_r,
         num_warps=4,
         num_stages=1,
+        **overlap(hidden.device),
     )
 
 

@@ -1,0 +1,496 @@
+"""Hard attention with a full-gradient straight-through bridge to the leaf distributions (docs/method.md, section 4).
+
+The forward is the hard topology attention. Its derivative by the soft mask `S_ij = <P_i, P_j>` of any far pair (causal,
+same document, neither window nor sink), visible or not, is
+
+    dS_ij = exp(min(s_ij - lse_i, max_gap)) * (<dout_i, v_j> - <dout_i, out_i>)
+
+with `s` the scores and `lse` their log-sum-exp over the visible keys. So `dP_i = sum_j dS_ij P_j` and
+`dP_j = sum_i dS_ij P_i`: `dS` is recomputed tile by tile and meets the leaves of the other side in a matrix product.
+Far keys of a query are a range of local ranks, and so are, seen from a key, the queries it is far from. One kernel
+serves both: a program holds a block of rows, queries or keys, and walks over the columns, keys or queries. Memory is
+`O(N)`, sums run in a fixed order, there are no atomics.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import _NEVER, Blocks, _attention, _check, _check_device, _tanh
+from .backward import attention_backward, inverse_ranges
+from .distill import MAX_LEAVES
+from .launch import INTERPRETED, score_arguments, stride_arguments
+
+
+@triton.jit
+def _far_run(
+    b_x,  # [BLOCK_R, BLOCK_D]
+    b_y,  # [BLOCK_R, BLOCK_D]
+    b_lse,  # [BLOCK_R] fp32, base 2; of the rows if BY_QUERY, else unused
+    b_delta,  # [BLOCK_R] fp32
+    b_acc,  # [BLOCK_R, BLOCK_V] fp32
+    b_first,  # [BLOCK_R] int32, ranks of columns
+    b_last,  # [BLOCK_R] int32
+    lo,
+    hi,
+    p_order,
+    p_u,
+    p_w,
+    p_leaves,
+    p_lse,
+    p_delta,
+    stride_uc,
+    stride_wc,
+    score_scale,
+    score_cap,
+    max_gap,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_QUERY: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the columns of ranks `[lo, hi)`: without MASKED they are whole tiles, and far from every row."""
+    o_c = tl.arange(0, BLOCK_C)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    for i_c in range(lo, hi, BLOCK_C):
+        o_rank = i_c + o_c
+        m_c = o_rank < hi
+        m_cd = m_c[:, None] & (o_d < D)[None, :] if MASKED else (o_d < D)[None, :]
+        m_cv = m_c[:, None] & (o_v < V)[None, :] if MASKED else (o_v < V)[None, :]
+        o_col = o_rank
+        if HAS_ORDER:
+            o_col = tl.load(p_order + o_rank, mask=m_c, other=0)
+        o_col = o_col.to(tl.int64)
+        b_u = tl.load(p_u + o_col[:, None] * stride_uc + o_d[None, :], mask=m_cd, other=0.0)
+        b_w = tl.load(p_w + o_col[:, None] * stride_wc + o_d[None, :], mask=m_cd, other=0.0)
+        b_leaves = tl.load(p_leaves + o_col[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
+        b_s = tl.dot(b_x, tl.trans(b_u), input_precision="ieee") * score_scale  # [BLOCK_R, BLOCK_C]
+        b_t = tl.dot(b_y, tl.trans(b_w), input_precision="ieee")
+        if HAS_CAP:
+            b_s = score_cap * _tanh(b_s)
+        if BY_QUERY:
+            b_gap = b_s - b_lse[:, None]
+            b_t -= b_delta[:, None]
+        else:
+            b_gap = b_s - tl.load(p_lse + o_col, mask=m_c, other=0.0)[None, :]
+            b_t -= tl.load(p_delta + o_col, mask=m_c, other=0.0)[None, :]
+        b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t
+        if MASKED:
+            m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
+            b_ds = tl.where(m_far, b_ds, 0.0)
+        b_acc = tl.dot(b_ds.to(b_leaves.dtype), b_leaves, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["R", "C"])
+def _far_kernel(
+    x,  # rows: q [B, H, R, D] if BY_QUERY, else k [B, H_kv, R, D]
+    y,  # dout or v
+    u,  # columns: k or q [.., .., C, D]
+    w,  # v or dout
+    leaves,  # [B, H, C, V], of the columns
+    lse,  # [B, H, R or C] fp32, base 2, of the queries
+    delta,  # [B, H, R or C] fp32, <out, dout>
+    row_order,  # [B, R], unused without HAS_ORDER
+    column_order,  # [B, C], unused without HAS_ORDER
+    first,  # [B, R], by rank of the row, ranks of columns
+    last,
+    dleaves,  # [B, H, R, V] fp32
+    stride_xb,
+    stride_xh,
+    stride_xr,
+    stride_yb,
+    stride_yh,
+    stride_yr,
+    stride_ub,
+    stride_uh,
+    stride_uc,
+    stride_wb,
+    stride_wh,
+    stride_wc,
+    R,
+    C,
+    H,
+    score_scale,
+    score_cap,
+    max_gap,
+    KV_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_QUERY: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    n_r = tl.cdiv(R, BLOCK_R)
+    i_r = tl.program_id(0) % n_r
+    if BY_QUERY:  # most work first: the last queries have most keys, the first keys most queries
+        i_r = n_r - 1 - i_r
+    i_bh = (tl.program_id(0) // n_r).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    i_row = i_h
+    i_col = i_h // KV_GROUP
+    if not BY_QUERY:
+        i_row = i_h // KV_GROUP
+        i_col = i_h
+
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
+    m_r = o_r < R
+    b_first = tl.load(first + i_b * R + o_r, mask=m_r, other=0)
+    b_last = tl.load(last + i_b * R + o_r, mask=m_r, other=0)
+    m_some = b_first < b_last
+    o_row = o_r
+    if HAS_ORDER:
+        o_row = tl.load(row_order + i_b * R + o_r, mask=m_r, other=0)
+    o_row = o_row.to(tl.int64)
+    m_rd = m_some[:, None] & (o_d < D)[None, :]
+    p_x = x + i_b * stride_xb + i_row * stride_xh + o_row[:, None] * stride_xr + o_d[None, :]
+    p_y = y + i_b * stride_yb + i_row * stride_yh + o_row[:, None] * stride_yr + o_d[None, :]
+    b_x = tl.load(p_x, mask=m_rd, other=0.0)
+    b_y = tl.load(p_y, mask=m_rd, other=0.0)
+    N = R if BY_QUERY else C
+    p_lse = lse + i_bh * N
+    p_delta = delta + i_bh * N
+    b_lse = tl.zeros([BLOCK_R], dtype=tl.float32)
+    b_delta = tl.zeros([BLOCK_R], dtype=tl.float32)
+    if BY_QUERY:
+        b_lse = tl.load(p_lse + o_row, mask=m_some, other=0.0)
+        b_delta = tl.load(p_delta + o_row, mask=m_some, other=0.0)
+    b_acc = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
+
+    # whole tiles of columns that are far from every row, between two stretches that need masks. Rows that nothing is
+    # far from bound no loop, take part in whole tiles, and are written as 0.
+    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    hi = tl.max(tl.where(m_some, b_last, 0), 0)
+    lo = tl.minimum(lo, hi)
+    full = tl.max(tl.where(m_some, b_first, 0), 0)
+    full = tl.minimum(lo + tl.cdiv(full - lo, BLOCK_C) * BLOCK_C, hi)
+    rest = tl.min(tl.where(m_some, b_last, _NEVER), 0)
+    rest = full + tl.maximum(tl.minimum(rest, hi) - full, 0) // BLOCK_C * BLOCK_C
+    for i_part in tl.static_range(3):
+        if i_part == 0:
+            begin = lo
+            stop = full
+        elif i_part == 1:
+            begin = full
+            stop = rest
+        else:
+            begin = rest
+            stop = hi
+        b_acc = _far_run(
+            b_x,
+            b_y,
+            b_lse,
+            b_delta,
+            b_acc,
+            b_first,
+            b_last,
+            begin,
+            stop,
+            column_order + i_b * C,
+            u + i_b * stride_ub + i_col * stride_uh,
+            w + i_b * stride_wb + i_col * stride_wh,
+            leaves + i_bh * C * V,
+            p_lse,
+            p_delta,
+            stride_uc,
+            stride_wc,
+            score_scale,
+            score_cap,
+            max_gap,
+            D,
+            V,
+            BLOCK_D,
+            BLOCK_V,
+            BLOCK_C,
+            BY_QUERY,
+            HAS_ORDER,
+            HAS_CAP,
+            i_part != 1,
+        )
+    b_acc = tl.where(m_some[:, None], b_acc, 0.0)
+    p_out = dleaves + (i_bh * R + o_row)[:, None] * V + o_v[None, :]
+    tl.store(p_out, b_acc, mask=m_r[:, None] & (o_v < V)[None, :])
+
+
+class BridgeTiles(NamedTuple):
+    """Tiles (queries x keys) of the two launches: a block of queries per program, a block of keys per program."""
+
+    query: Blocks
+    key: Blocks
+
+
+def choose_bridge_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memory: int) -> BridgeTiles:
+    """The largest tiles that fit `shared_memory` bytes per program; the last fit in 99 KB at any width."""
+    width, values = triton.next_power_of_2(head_dim), max(16, triton.next_power_of_2(leaves))
+    few = 8 if max(width, values) > 128 else 4  # warps that hold the sums of 64 rows in registers
+    item, tiles = 2, [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, few, 2), (64, 32, few, 2), (32, 16, 4, 2)]
+    if dtype == torch.float32:
+        item, tiles = 4, [(32, 16, 8, 2), (16, 16, 8, 1)]
+
+    def size(rows: int, columns: int, _: int, stages: int) -> int:
+        """Operands, and room for the statistics of columns."""
+        return item * (2 * rows * width + stages * columns * (2 * width + values)) + 2048
+
+    rows, columns, num_warps, num_stages = next((t for t in tiles if size(*t) <= shared_memory), tiles[-1])
+    return BridgeTiles(Blocks(rows, columns, num_warps, num_stages), Blocks(columns, rows, num_warps, num_stages))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; what every GPU from compute capability 8.0 on has, if interpreted."""
+    if INTERPRETED:
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _far_ranges(
+    local_order: Tensor | None, document_start: Tensor, local_start: Tensor, local_end: Tensor, num_sink_tokens: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Queries by local rank, padding last (None: the identity), and for each the range of its far keys."""
+    start, end = torch.minimum(document_start + num_sink_tokens, local_start), local_start
+    if local_order is None:
+        return None, start.contiguous(), end.contiguous()
+    real = local_start < local_end
+    query_order = torch.where(real, local_end, torch.iinfo(torch.int32).max).argsort(1)
+    end = torch.where(real, end, start)
+    return query_order.int(), start.gather(1, query_order), end.gather(1, query_order)
+
+
+@torch.library.custom_op("topo_kernels::bridge_gradients", mutates_args=())
+def _bridge_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    query_leaves: Tensor,
+    key_leaves: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+    max_gap: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the query and key leaves, float32 `[B, H, T, V]` and `[B, H, S, V]`, of checked arguments."""
+    B, H, T, D = q.shape
+    S, V = k.shape[2], query_leaves.shape[3]
+    q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
+    delta = (out.float() * dout.float()).sum(-1).contiguous()
+    # dS needs bfloat16's range, which the interpreter does not have
+    half = torch.float32 if INTERPRETED else torch.bfloat16
+    dtype = torch.float32 if q.dtype == torch.float32 else half
+    query_leaves, key_leaves = (t.to(dtype).contiguous() for t in (query_leaves, key_leaves))
+    query_order, start, end = _far_ranges(local_order, document_start, local_start, local_end, num_sink_tokens)
+    first, last = inverse_ranges(start[:, None], end[:, None], S)
+    key_order = None if local_order is None else local_order.contiguous()
+    dquery = torch.empty(B, H, T, V, dtype=torch.float32, device=q.device)
+    dkey = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
+    tiles = choose_bridge_tiles(D, V, q.dtype, _shared_memory(q.device))
+    queries, keys = (q, dout, query_order), (k, v, key_order)
+    for by_query, rows, columns, leaves, ranges, gradient, blocks in (
+        (True, queries, keys, key_leaves, (start, end), dquery, tiles.query),
+        (False, keys, queries, query_leaves, (first, last), dkey, tiles.key),
+    ):
+        x, y, row_order = rows
+        u, w, column_order = columns
+        block_r, block_c = (blocks.m, blocks.n) if by_query else (blocks.n, blocks.m)
+        with torch.cuda.device_of(q):
+            _far_kernel[(B * H * triton.cdiv(x.shape[2], block_r),)](
+                x,
+                y,
+                u,
+                w,
+                leaves,
+                lse,
+                delta,
+                ranges[0] if row_order is None else row_order,
+                ranges[0] if column_order is None else column_order,
+                *ranges,
+                gradient,
+                R=x.shape[2],
+                C=u.shape[2],
+                H=H,
+                max_gap=max_gap / math.log(2),
+                KV_GROUP=H // k.shape[1],
+                V=V,
+                BLOCK_V=max(16, triton.next_power_of_2(V)),
+                BLOCK_R=block_r,
+                BLOCK_C=block_c,
+                BY_QUERY=by_query,
+                HAS_ORDER=local_order is not None,
+                num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
+                **stride_arguments(x=(x, "bhr"), y=(y, "bhr"), u=(u, "bhc"), w=(w, "bhc")),
+                **score_arguments(D, scale, softcap),
+            )
+    return dquery, dkey
+
+
+@_bridge_gradients.register_fake
+def _(q, k, v, out, lse, dout, query_leaves, key_leaves, *_rest):
+    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in (query_leaves, key_leaves))
+
+
+@torch.library.custom_op("topo_kernels::bridged_attention", mutates_args=())
+def _bridged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_leaves: Tensor,
+    key_leaves: Tensor,
+    query_order: Tensor,
+    range_start: Tensor,
+    range_end: Tensor,
+    key_order: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None,
+    max_gap: float,
+) -> tuple[Tensor, Tensor]:
+    """The hard attention, which the leaves do not enter: `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
+    tree = query_order, range_start, range_end, key_order
+    local = local_order, document_start, local_start, local_end
+    return _attention(q, k, v, *tree, *local, num_sink_tokens, scale, softcap)
+
+
+@_bridged_attention.register_fake
+def _(q, *_rest):
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, num_sink_tokens, scale, softcap, max_gap = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options, ctx.max_gap = (num_sink_tokens, scale, softcap), max_gap
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+    out, lse, q, k, v, query_leaves, key_leaves, *plan = ctx.saved_tensors
+    out, dout = out.transpose(1, 2), dout.transpose(1, 2)
+    of_attention: tuple[Tensor | None, ...] = (None, None, None)
+    of_leaves: tuple[Tensor | None, ...] = (None, None)
+    if any(ctx.needs_input_grad[:3]):
+        of_attention = attention_backward(q, k, v, out, lse, dout, *plan, *ctx.options)
+    if any(ctx.needs_input_grad[3:5]):
+        leaves = query_leaves, key_leaves
+        found = _bridge_gradients(q, k, v, out, lse, dout, *leaves, *plan[4:], *ctx.options, ctx.max_gap)
+        of_leaves = tuple(gradient.to(t.dtype) for gradient, t in zip(found, leaves, strict=True))
+    return *of_attention, *of_leaves, *[None] * (len(plan) + 4)
+
+
+_bridged_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def bridged_topology_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_leaves: Tensor,
+    key_leaves: Tensor,
+    query_order: Tensor,
+    range_start: Tensor,
+    range_end: Tensor,
+    key_order: Tensor,
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    *,
+    num_sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    max_gap: float,
+) -> Tensor:
+    """`topology_attention` with gradients for leaf distributions too, from hidden pairs as from visible ones.
+
+    The value, dq, dk and dv are those of `topology_attention`: q, k and v get no gradient through hidden pairs. The
+    leaves get that of the soft mask `<query_leaves_i, key_leaves_j>` of every far pair: key `j` is one of
+    `local_order[document_start + num_sink_tokens:local_start]` of query `i`. Heads with fewer balls than V leave the
+    rest of their leaves 0.
+
+    Args:
+        q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
+        k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
+        query_leaves, key_leaves: `[B, H, T, V]` and `[B, H, S, V]`, any float dtype, V from 1 to 256. Taken as
+            bfloat16 where q is of half precision. They are kept for backward.
+        query_order ... softcap: as in `topology_attention`. A `local_order` of None also says that there is no padding
+            and that `local_end` rises along the queries.
+        max_gap: a far key's score counts in the gradient as at most the log-sum-exp of the query's visible scores plus
+            `max_gap`: a hidden key that the dense model attends to would otherwise have an unbounded weight.
+
+    Returns:
+        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
+        (`local_start == local_end`) are 0, and so are their leaves' gradients and those of padding keys.
+
+    Raises:
+        ValueError: a shape, dtype, device or option does not fit; the message names the argument.
+        RuntimeError: the device cannot run the kernels.
+    """
+    plan: dict[str, Any] = {
+        "query_order": query_order,
+        "range_start": range_start,
+        "range_end": range_end,
+        "key_order": key_order,
+        "local_order": local_order,
+        "document_start": document_start,
+        "local_start": local_start,
+        "local_end": local_end,
+    }
+    _check(q, k, v, plan, num_sink_tokens)
+    _check_leaves(q, k, query_leaves, key_leaves)
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    if not 0 <= max_gap <= 60:
+        raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
+    _check_device(q)
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    options = num_sink_tokens, scale, softcap, max_gap
+    out, _ = _bridged_attention(q, k, v, query_leaves, key_leaves, *plan.values(), *options)
+    return out.transpose(1, 2)
+
+
+def _check_leaves(q: Tensor, k: Tensor, query_leaves: Tensor, key_leaves: Tensor) -> None:
+    B, H, T, _ = q.shape
+    V = query_leaves.shape[-1] if query_leaves.ndim else 0
+    for name, tensor, shape in (
+        ("query_leaves", query_leaves, (B, H, T, V)),
+        ("key_leaves", key_leaves, (B, H, k.shape[2], V)),
+    ):
+        if tensor.shape != shape or not 1 <= V <= MAX_LEAVES:
+            raise ValueError(
+                f"{name} must have shape {[*shape[:3], 'V']} with one V from 1 to {MAX_LEAVES} for queries and keys, "
+                f"got {list(tensor.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")

@@ -1,0 +1,304 @@
+"""Between level probabilities and leaf distributions, for far_mass (distill.py): kernels that hold a token in a row.
+
+Leaf `v` of `V = p**L` has the digits `digit_l(v) = v // p**l % p`, and a token with level probabilities `pi` is in ball
+`v mod p**d` of depth `d` with probability `w_d(v) = prod_{l<d} pi[l, digit_l(v)]`. Coarsening sums over the leaves of a
+ball, so `<P_d, coarsen(values)> = sum_v w_d(v) values(v)`: no depth needs a tensor of its own, and a kernel reads and
+writes every leaf of a token once. The gradient of `sum_d g_d sum_v w_d(v) values(v)` by Horner's rule:
+
+    X_L = g_L values,    X_d(v) = g_d values(v) + pi[d, digit_d(v)] X_{d+1}(v)
+    d pi[l, c] = sum over the leaves with digit_l(v) = c of w_l(v) X_{l+1}(v)
+    d values(v) = sum_d g_d w_d(v)
+
+without a division, so probabilities of 0 are like any other. Means over tokens are partial sums, one per program.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LENGTHS = ["stride_b", "stride_h", "N", "STEPS"]  # differ between batches of tokens: nothing is compiled for them
+
+
+@triton.jit
+def _branches(p_probs, m_n, o_v, stride_c, LEVEL: tl.constexpr, ARITY: tl.constexpr):
+    """The probabilities `[BLOCK_N, BLOCK_V]` with which tokens take the leaves' branches at one level.
+
+    Args: p_probs: `[BLOCK_N]`, of the tokens' first child at that level.
+    """
+    o_digit = o_v // ARITY**LEVEL % ARITY
+    b_branch = tl.load(p_probs, mask=m_n, other=0.0)[:, None] + tl.zeros_like(o_v)[None, :]
+    for i_c in range(1, ARITY):
+        b_child = tl.load(p_probs + i_c * stride_c, mask=m_n, other=0.0)
+        b_branch = tl.where((o_digit == i_c)[None, :], b_child[:, None], b_branch)
+    return b_branch
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _leaves_kernel(
+    probs,  # [B, H, N, L, p] fp32
+    weight,  # [B, N] fp32
+    leaves,  # [B, H, N, V]
+    partial,  # [B, programs per head, H, V] fp32
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_l,
+    stride_c,
+    N,
+    H,
+    STEPS,
+    ARITY: tl.constexpr,
+    DEPTH: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n_n = tl.cdiv(N, BLOCK_N * STEPS)
+    i_n = tl.program_id(0) % n_n
+    i_bh = (tl.program_id(0) // n_n).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    o_v = tl.arange(0, BLOCK_V)
+    m_v = (o_v < V)[None, :]
+    b_mean = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for i_step in range(STEPS):
+        o_n = (i_n * STEPS + i_step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_weight = tl.load(weight + i_b * N + o_n, mask=m_n, other=0.0)
+        m_real = b_weight > 0
+        p_probs = probs + i_b * stride_b + i_h * stride_h + o_n.to(tl.int64) * stride_n
+        b_leaves = _branches(p_probs, m_real, o_v, stride_c, 0, ARITY)
+        for i_l in tl.static_range(1, DEPTH):
+            b_leaves *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+        b_mean += tl.sum(b_weight[:, None] * b_leaves, 0)
+        p_leaves = leaves + (i_bh * N + o_n)[:, None] * V + o_v[None, :]
+        tl.store(p_leaves, b_leaves.to(leaves.dtype.element_ty), mask=m_n[:, None] & m_v)
+    tl.store(partial + ((i_b * n_n + i_n) * H + i_h) * V + o_v, b_mean, mask=o_v < V)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _kept_kernel(
+    probs,  # [B, H, N, L, p] fp32
+    weight,  # [B, N] fp32
+    values,  # [B, H, N, V] fp32
+    local,  # [B, H, N] fp32
+    kept,  # [L, B, H, N] fp32
+    partial,  # [B, programs per head, H, V] fp32
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_l,
+    stride_c,
+    N,
+    H,
+    STEPS,
+    ARITY: tl.constexpr,
+    DEPTH: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n_n = tl.cdiv(N, BLOCK_N * STEPS)
+    n_bh = (tl.num_programs(0) // n_n).to(tl.int64)
+    i_n = tl.program_id(0) % n_n
+    i_bh = (tl.program_id(0) // n_n).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    o_v = tl.arange(0, BLOCK_V)
+    m_v = (o_v < V)[None, :]
+    b_mean = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for i_step in range(STEPS):
+        o_n = (i_n * STEPS + i_step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_weight = tl.load(weight + i_b * N + o_n, mask=m_n, other=0.0)
+        m_real = b_weight > 0
+        o_row = i_bh * N + o_n
+        b_values = tl.load(values + o_row[:, None] * V + o_v[None, :], mask=m_real[:, None] & m_v, other=0.0)
+        b_local = tl.load(local + o_row, mask=m_real, other=0.0)
+        p_probs = probs + i_b * stride_b + i_h * stride_h + o_n.to(tl.int64) * stride_n
+        b_leaves = _branches(p_probs, m_real, o_v, stride_c, 0, ARITY)
+        tl.store(kept + o_row, b_local + tl.sum(b_leaves * b_values, 1), mask=m_n)
+        for i_l in tl.static_range(1, DEPTH):
+            b_leaves *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+            b_kept = b_local + tl.sum(b_leaves * b_values, 1)
+            tl.store(kept + i_l * n_bh * N + o_row, b_kept, mask=m_n)
+        b_mean += tl.sum(b_weight[:, None] * b_leaves, 0)
+    tl.store(partial + ((i_b * n_n + i_n) * H + i_h) * V + o_v, b_mean, mask=o_v < V)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _leaf_gradient_kernel(
+    probs,  # [B, H, N, L, p] fp32
+    weight,  # [B, N] fp32
+    values,  # [B, H, N, V] fp32
+    dkept,  # [L, B, H, N] fp32, unused without ALL_DEPTHS
+    dmean,  # [H, V] fp32
+    dprobs,  # [B, H, N, L, p] fp32, contiguous
+    dvalues,  # [B, H, N, V], unused without ALL_DEPTHS
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_l,
+    stride_c,
+    N,
+    H,
+    STEPS,
+    ARITY: tl.constexpr,
+    DEPTH: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ALL_DEPTHS: tl.constexpr,
+):
+    """With ALL_DEPTHS `g_d` is `dkept` at depth `d`; without, 1 at the last depth and 0 above."""
+    n_n = tl.cdiv(N, BLOCK_N * STEPS)
+    n_bh = (tl.num_programs(0) // n_n).to(tl.int64)
+    i_n = tl.program_id(0) % n_n
+    i_bh = (tl.program_id(0) // n_n).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+
+    o_v = tl.arange(0, BLOCK_V)
+    m_v = (o_v < V)[None, :]
+    b_dmean = tl.load(dmean + i_h * V + o_v, mask=o_v < V, other=0.0)
+    for i_step in range(STEPS):
+        o_n = (i_n * STEPS + i_step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_weight = tl.load(weight + i_b * N + o_n, mask=m_n, other=0.0)
+        m_real = b_weight > 0
+        o_row = i_bh * N + o_n
+        o_value = o_row[:, None] * V + o_v[None, :]
+        b_values = tl.load(values + o_value, mask=m_real[:, None] & m_v, other=0.0)
+        p_probs = probs + i_b * stride_b + i_h * stride_h + o_n.to(tl.int64) * stride_n
+
+        b_ball = tl.full([BLOCK_N, BLOCK_V], 1.0, dtype=tl.float32)
+        balls = (b_ball,)  # w_l; branches are read again rather than held
+        b_dvalues = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+        for i_l in tl.static_range(DEPTH):
+            b_ball *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+            balls += (b_ball,)  # type: ignore[assignment]
+            if ALL_DEPTHS:
+                b_dkept = tl.load(dkept + i_l * n_bh * N + o_row, mask=m_real, other=0.0)
+                b_dvalues += b_dkept[:, None] * b_ball
+        if ALL_DEPTHS:
+            tl.store(dvalues + o_value, b_dvalues.to(dvalues.dtype.element_ty), mask=m_n[:, None] & m_v)
+
+        b_x = b_weight[:, None] * b_dmean[None, :]
+        if not ALL_DEPTHS:
+            b_x += b_values
+        for i_l in tl.static_range(DEPTH - 1, -1, -1):
+            if ALL_DEPTHS:
+                b_x += tl.load(dkept + i_l * n_bh * N + o_row, mask=m_real, other=0.0)[:, None] * b_values
+            b_product = balls[i_l] * b_x
+            o_digit = o_v // ARITY**i_l % ARITY
+            for i_c in range(ARITY):
+                b_dprobs = tl.sum(tl.where((o_digit == i_c)[None, :], b_product, 0.0), 1)
+                tl.store(dprobs + o_row * (DEPTH * ARITY) + (i_l * ARITY + i_c), b_dprobs, mask=m_n)
+            if i_l > 0:
+                b_x *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+
+
+class Rows(NamedTuple):
+    """Tokens that a program, one warp, holds at a time, and how often it goes on to the next."""
+
+    block: int
+    steps: int
+
+
+def choose_rows(leaves: int) -> Rows:
+    """Up to eight values per thread of each tile: a gradient holds one tile per level and more.
+
+    16 tokens per program are few enough for a sample of queries to fill the GPU.
+    """
+    block = max(1, min(16, 256 // triton.next_power_of_2(leaves)))
+    return Rows(block, 16 // block)
+
+
+class _Launch(NamedTuple):
+    """What the kernels of one role are launched with; `partial` is `[B, programs per head, H, V]`."""
+
+    grid: tuple[int]
+    arguments: dict[str, int]
+    partial: tuple[int, int, int, int]
+
+
+def _launch(probs: Tensor) -> _Launch:
+    B, H, N, depth, arity = probs.shape
+    leaves = arity**depth
+    rows = choose_rows(leaves)
+    programs = triton.cdiv(N, rows.block * rows.steps)
+    arguments = {
+        **{f"stride_{axis}": stride for axis, stride in zip("bhnlc", probs.stride(), strict=True)},
+        "N": N,
+        "H": H,
+        "STEPS": rows.steps,
+        "ARITY": arity,
+        "DEPTH": depth,
+        "V": leaves,
+        "BLOCK_N": rows.block,
+        "BLOCK_V": triton.next_power_of_2(leaves),
+        "num_warps": 1,
+    }
+    return _Launch((B * H * programs,), arguments, (B, programs, H, leaves))
+
+
+def leaf_distributions(probs: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Leaf distributions and their weighted sum over all tokens.
+
+    Args:
+        probs: float32 `[B, H, N, L, p]`, any strides.
+        weight: float32 `[B, N]`; tokens of weight 0 are padding: their probabilities are not read and count as 0.
+        dtype: of the distributions.
+
+    Returns:
+        `[B, H, N, p**L]`, and float32 `[H, p**L]`.
+    """
+    B, H, N = probs.shape[:3]
+    grid, arguments, shape = _launch(probs)
+    leaves = torch.empty(B, H, N, shape[3], dtype=dtype, device=probs.device)
+    partial = probs.new_empty(shape)
+    _leaves_kernel[grid](probs, weight.contiguous(), leaves, partial, **arguments)
+    return leaves, partial.sum((0, 1))
+
+
+def kept_of_values(probs: Tensor, weight: Tensor, values: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """`local + sum_v w_d(v) values(v)` at every depth `d` in `1..L`, and the weighted sum of the leaf distributions.
+
+    Args:
+        probs, weight: as in `leaf_distributions`. values: float32 `[B, H, N, p**L]`; local: float32 `[B, H, N]`; both
+            contiguous.
+
+    Returns:
+        float32 `[L, B, H, N]`, 0 in padding, and float32 `[H, p**L]`.
+    """
+    grid, arguments, shape = _launch(probs)
+    kept = probs.new_empty(probs.shape[3], *local.shape)
+    partial = probs.new_empty(shape)
+    _kept_kernel[grid](probs, weight.contiguous(), values, local, kept, partial, **arguments)
+    return kept, partial.sum((0, 1))
+
+
+def kept_gradient(
+    probs: Tensor, weight: Tensor, values: Tensor, dkept: Tensor, dmean: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `kept_of_values` in its `probs`, float32, and in its `values`, in `dtype`; both contiguous."""
+    grid, arguments, _ = _launch(probs)
+    dprobs = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    dvalues = torch.empty_like(values, dtype=dtype)
+    tensors = weight.contiguous(), values, dkept.contiguous(), dmean.contiguous(), dprobs, dvalues
+    _leaf_gradient_kernel[grid](probs, *tensors, **arguments, ALL_DEPTHS=True)
+    return dprobs, dvalues
+
+
+def leaf_gradient(probs: Tensor, weight: Tensor, dleaves: Tensor, dmean: Tensor) -> Tensor:
+    """Gradient of `leaf_distributions` in its `probs`: float32, contiguous. dleaves: float32, contiguous."""
+    grid, arguments, _ = _launch(probs)
+    dprobs = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    tensors = weight.contiguous(), dleaves, dleaves, dmean.contiguous(), dprobs, dleaves
+    _leaf_gradient_kernel[grid](probs, *tensors, **arguments, ALL_DEPTHS=False)
+    return dprobs

@@ -1,0 +1,581 @@
+"""The bridge's kernels against fp64 autograd of the definition, `bridged_attention`; on a GPU or interpreted."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from unittest import mock
+
+import helpers
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import bridged, make_problem, widened
+from hypothesis import given, settings
+from peft import get_peft_model
+from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import topo_kernels
+from topo_adapter import TopologyConfig, attention, initialize_routers, plan, relaxation
+from topo_adapter.layout import SequenceLayout, causal_pairs
+from topo_adapter.plan import build_plan
+from topo_adapter.relaxation import bridged_attention
+from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.visibility import always_visible, visible_pairs
+from topo_kernels import backward, bridge, bridged_topology_attention, topology_attention
+from topo_kernels.attention import Blocks, Tiles
+from topo_kernels.backward import BackwardTiles
+from topo_kernels.bridge import BridgeTiles
+
+MAX_GAP = relaxation._MAX_GAP
+
+# ---------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    length: int = 100
+    layout: str = "plain"
+    heads: int = 2
+    kv_heads: int = 1
+    dim: int = 32
+    leaves: int = 16
+    window: int = 16
+    sinks: int = 4
+    dtype: torch.dtype = torch.float32
+    softcap: float | None = None
+    sharp: float = 1.0  # factor on the queries
+    one_hot: bool = False
+    batch: int = 2
+    identity: bool = False  # no order is given
+
+    def __str__(self) -> str:
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(f"{name}={value}".replace("torch.", "") for name, value in changed) or "default"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case made concrete. A token's ball is drawn apart from its leaves, and every leaf is a ball of one level."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    query_leaves: Tensor  # [B, H, N, V] fp32
+    key_leaves: Tensor
+    query_ball: Tensor  # [B, H, N]
+    key_ball: Tensor
+    layout: SequenceLayout
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.case.dim**-0.5, "softcap": self.case.softcap}
+
+    def plan(self) -> dict[str, Any]:
+        case = self.case
+        made = build_plan(self.query_ball, self.key_ball, self.layout, self.layout, case.window, case.sinks)
+        found = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "dense"}
+        return found | {"local_order": None} if case.identity else found
+
+
+def make(case: Case, seed: int = 0) -> Problem:
+    torch.manual_seed(seed)
+    layout = LAYOUTS[case.layout](case.batch, case.length)
+    layout = SequenceLayout(layout.document.to(DEVICE), layout.position.to(DEVICE))
+
+    def normal(heads: int, width: int) -> Tensor:
+        return torch.randn(case.batch, heads, case.length, width).to(DEVICE)
+
+    heads = [normal(h, case.dim) for h in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    heads[0] *= case.sharp
+    leaves = [(2 * normal(case.heads, case.leaves)).softmax(-1) for _ in range(2)]
+    balls = [p.argmax(-1) for p in leaves]
+    if case.one_hot:
+        leaves = [torch.nn.functional.one_hot(b, case.leaves).float() for b in balls]
+    return Problem(case, *(t.to(case.dtype) for t in heads), *leaves, *balls, layout)
+
+
+# ---------------------------------------------------------------- running and comparing
+
+
+@contextmanager
+def tile(size: int) -> Iterator[None]:
+    """Tiles of the bridge, and large ones of the attention's kernels: the interpreter pays per tile."""
+    blocks = Blocks(64, 64, 4, 2)
+    backwards = BackwardTiles(blocks, blocks, Blocks(64, 16, 4, 2), 64)
+    bridges = BridgeTiles(*[Blocks(size, size, 4, 2)] * 2)
+    with ExitStack() as stack:
+        for module, name, tiles in (
+            (topo_kernels.attention, "choose_tiles", Tiles(blocks, blocks)),
+            (backward, "choose_backward_tiles", backwards),
+            (bridge, "choose_bridge_tiles", bridges),
+        ):
+            stack.enter_context(mock.patch.object(module, name, lambda *_, tiles=tiles: tiles))
+        yield
+
+
+def run(problem: Problem, tile_size: int | None = None, **changed: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`out`, `dquery_leaves`, `dkey_leaves`; q, k and v are frozen, which skips their backward kernels."""
+    size = tile_size or (None if GPU else 64)
+    dout = changed.pop("dout", problem.dout)
+    arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_leaves", "key_leaves")}
+    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP} | changed
+    leaves = [arguments[name].detach().requires_grad_() for name in ("query_leaves", "key_leaves")]
+    arguments |= dict(zip(("query_leaves", "key_leaves"), leaves, strict=True))
+    with ExitStack() as stack:
+        if size is not None:
+            stack.enter_context(tile(size))
+        out = bridged_topology_attention(**arguments)
+        gradients = torch.autograd.grad(out, leaves, dout)
+    return out.detach(), *gradients
+
+
+def definition(problem: Problem) -> dict[str, Tensor]:
+    """Autograd of `bridged_attention` in fp64: a tree of one level whose children are the leaves."""
+    case = problem.case
+    names = ("q", "k", "v", "query_leaves", "key_leaves")
+    q, k, v, query, key = inputs = [getattr(problem, name).detach().double().requires_grad_() for name in names]
+    digits = problem.query_ball[..., None], problem.key_ball[..., None]
+    routes = Routes(RoleDigits(query[..., None, :], digits[0]), RoleDigits(key[..., None, :], digits[1]))
+    out = bridged_attention(
+        q,
+        k,
+        v,
+        routes,
+        problem.query_ball,
+        problem.key_ball,
+        problem.layout,
+        problem.layout,
+        arity=case.leaves,
+        depths=[1] * case.heads,
+        local_window=case.window,
+        num_sink_tokens=case.sinks,
+        homotopy=1.0,
+        bridge="full",
+        **problem.options,
+    )
+    gradients = torch.autograd.grad(out, inputs, problem.dout.double())
+    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def rounded(problem: Problem) -> dict[str, Tensor]:
+    """The leaves' gradients by the formula, rounding in q's dtype the weights and `out`, then `dS` and the leaves."""
+    case, layout = problem.case, problem.layout
+    bfloat = torch.bfloat16 if GPU and case.dtype != torch.float32 else torch.float32
+    far = (causal_pairs(layout, layout) & ~always_visible(layout, layout, case.window, case.sinks))[:, None]
+    found: dict[str, list[Tensor]] = {"query_leaves": [], "key_leaves": []}
+    for h in range(case.heads):
+        g = h * case.kv_heads // case.heads
+        q, k, v, dout = (
+            t[:, i].float() for t, i in ((problem.q, h), (problem.k, g), (problem.v, g), (problem.dout, h))
+        )
+        balls = problem.query_ball[:, h : h + 1], problem.key_ball[:, h : h + 1]
+        visible = visible_pairs(*balls, layout, layout, case.window, case.sinks)[:, 0]
+        scores = q @ k.transpose(1, 2) * problem.options["scale"]
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        seen = scores.masked_fill(~visible, float("-inf"))
+        lse = seen.logsumexp(-1, keepdim=True).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        out = ((seen - lse).exp().to(case.dtype).float() @ v).to(case.dtype).float()
+        gap = (scores - lse).clamp(max=MAX_GAP)
+        ds = gap.exp() * (dout @ v.transpose(1, 2) - (out * dout).sum(-1, keepdim=True))
+        ds = ds.masked_fill(~far[:, 0], 0.0).to(bfloat).float()
+        query, key = (t[:, h].to(bfloat).float() for t in (problem.query_leaves, problem.key_leaves))
+        found["query_leaves"].append(ds @ key)
+        found["key_leaves"].append(ds.transpose(1, 2) @ query)
+    return {name: torch.stack(heads, 1) for name, heads in found.items()}
+
+
+def check(problem: Problem, found: tuple[Tensor, ...]) -> None:
+    """Within three times the error of the formula with the same roundings, plus rounding in float32.
+
+    Five times in half precision, where the kernels round partial outputs too.
+    """
+    exact, same = definition(problem), rounded(problem)
+    real = problem.layout.real[:, None, :, None]
+    for name, got in zip(("query_leaves", "key_leaves"), found[1:], strict=True):
+        right = exact[name]
+        assert got.dtype == torch.float32 and got.shape == right.shape and got.isfinite().all()
+        assert not got.masked_fill(real, 0.0).any(), "padding must get exactly 0"
+        floor = 8 * torch.finfo(torch.float32).eps * float(right.abs().max())
+        factor = 3 if problem.case.dtype == torch.float32 else 5
+        allowed = factor * float((same[name] - right).abs().max()) + floor
+        error = float((got - right).abs().max())
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+CASES = [
+    *(Case(length=n) for n in (1, 7, 64, 129, 200)),
+    Case(length=129, dtype=HALF),
+    *(Case(length=n, dtype=dtype, identity=True) for n in (21, 129) for dtype in (torch.float32, HALF)),
+    *(Case(layout=layout) for layout in LAYOUTS if layout != "plain"),
+    *(Case(layout=layout, dtype=HALF, length=90) for layout in ("middle_padding", "packed")),
+    Case(layout="left_padding", batch=4, length=40),  # whole rows of padding
+    *(Case(heads=heads, kv_heads=kv_heads, length=70) for heads, kv_heads in ((3, 3), (6, 2))),
+    *(Case(dim=dim, leaves=leaves, length=70) for dim, leaves in ((20, 2), (64, 27), (32, 81), (16, 256))),
+    Case(dim=40, leaves=81, length=70, dtype=HALF, layout="packed"),
+    *(Case(window=window, sinks=sinks, identity=True) for window in (1, 128) for sinks in (0, 4, 70)),
+    *(Case(softcap=cap, length=70, dtype=dtype) for cap in (0.5, 30.0) for dtype in (torch.float32, HALF)),
+    *(Case(length=70, one_hot=True, layout=layout) for layout in ("plain", "packed")),
+    *(Case(length=70, sharp=12.0, dtype=dtype, window=4, sinks=1) for dtype in (torch.float32, HALF)),
+]
+_MODEL = Case(heads=9, kv_heads=3, dim=64, leaves=64, window=128, batch=1, dtype=torch.bfloat16, identity=True)
+GPU_CASES = [
+    *(replace(_MODEL, length=n) for n in (1, 63, 129, 1000, 1025, 2049, 4096, 4097)),
+    *(replace(_MODEL, length=1025, dtype=dtype) for dtype in (HALF, torch.float32)),
+    *(
+        replace(_MODEL, length=1500, layout=layout, identity=False, batch=3, heads=3, dtype=dtype)
+        for layout in LAYOUTS
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
+    *(replace(_MODEL, length=700, leaves=n, dim=d) for n in (2, 81, 128, 256) for d in (16, 64, 80, 128, 256)),
+    *(replace(_MODEL, length=300, leaves=256, dim=d, dtype=t) for d in (64, 256) for t in (HALF, torch.float32)),
+    *(replace(_MODEL, length=1025, window=window, sinks=sinks) for window in (1, 64) for sinks in (0, 300)),
+    *(replace(_MODEL, length=1025, softcap=cap) for cap in (0.5, 30.0)),
+    *(replace(_MODEL, length=1025, sharp=12.0, window=4, dtype=t) for t in (torch.bfloat16, HALF, torch.float32)),
+    *(replace(_MODEL, length=1025, one_hot=True, dtype=t) for t in (torch.bfloat16, torch.float32)),
+    *(replace(_MODEL, length=1025, heads=8, kv_heads=n) for n in (1, 8)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_leaves(case: Case) -> None:
+    problem = make(case)
+    check(problem, run(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_gradients_of_leaves_on_gpu(case: Case) -> None:
+    problem = make(case)
+    check(problem, run(problem))
+
+
+@settings(max_examples=200 if GPU else 10, deadline=None, derandomize=True)
+@given(
+    length=st.integers(1, 70),
+    layout=st.sampled_from(list(LAYOUTS)),
+    window=st.integers(1, 40),
+    sinks=st.integers(0, 20),
+    seed=st.integers(0, 999),
+)
+def test_small_tiles(length: int, layout: str, window: int, sinks: int, seed: int) -> None:
+    """Tiles of 16 put masked and whole tiles in many arrangements into short sequences."""
+    case = Case(length, layout, 2, 1, 16, 8, window, sinks, batch=1, identity=layout == "plain")
+    problem = make(case, seed)
+    check(problem, run(problem, tile_size=16))
+
+
+def test_the_cap_binds() -> None:
+    """What the sharp cases are for."""
+    problem = make(next(case for case in CASES if case.sharp > 1))
+    for uncapped, capped in zip(run(problem, max_gap=60.0)[1:], run(problem)[1:], strict=True):
+        assert float(uncapped.abs().max()) > 10 * float(capped.abs().max())
+
+
+@pytest.mark.parametrize("case", [Case(length=70, softcap=2.0), Case(length=70, layout="packed", dtype=HALF)], ids=str)
+def test_attention_is_the_hard_one(case: Case) -> None:
+    """`out`, dq, dk and dv have the bits of `topology_attention`, and are those of the definition."""
+    problem = make(case)
+    plan, options = problem.plan(), problem.options
+    leaves = [t.requires_grad_() for t in (problem.query_leaves, problem.key_leaves)]
+    results = []
+    for attend, extra in ((topology_attention, {}), (bridged_topology_attention, {"max_gap": MAX_GAP})):
+        q, k, v = inputs = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+        with tile(64):
+            out = attend(q, k, v, *(leaves if extra else ()), **plan, **options, **extra)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, problem.dout)])
+    exact = definition(problem)
+    for name, hard, found in zip(("out", "q", "k", "v"), *results, strict=True):
+        assert torch.equal(hard, found)
+        tolerance = 1e-5 if case.dtype == torch.float32 else 5e-3
+        assert float((found - exact[name]).abs().max()) < tolerance * float(exact[name].abs().max())
+
+
+@pytest.mark.parametrize("wrong", ["window", "sinks", "order", "query leaf", "key leaf", "ball", "gap"])
+def test_wrong_input_is_noticed(wrong: str) -> None:
+    problem = make(Case(length=130, sharp=12.0 if wrong == "gap" else 1.0))
+    changed: dict[str, Any] = {}
+    if wrong == "window":
+        changed["local_start"] = problem.plan()["local_start"] + 1
+    elif wrong == "sinks":
+        changed["document_start"] = (problem.plan()["document_start"] + 1).minimum(problem.plan()["local_start"])
+    elif wrong == "order":
+        changed["local_order"] = problem.plan()["local_order"].roll(1, 1)
+    elif wrong == "ball":
+        key_ball = problem.key_ball.clone()
+        key_ball[0, 1, 40] = problem.query_ball[0, 1, 100]
+        changed = {k: v for k, v in replace(problem, key_ball=key_ball).plan().items() if k != "local_order"}
+    elif wrong == "gap":
+        changed["max_gap"] = 9.0
+    else:
+        name = wrong.replace(" leaf", "_leaves")
+        changed[name] = getattr(problem, name).clone()
+        changed[name][0, 1, 60] = changed[name][0, 1, 60].roll(1)
+    with pytest.raises(AssertionError, match="error"):
+        check(problem, run(problem, **changed))
+
+
+# ---------------------------------------------------------------- memory, repeats
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(layout="left_padding", length=70),
+        Case(layout="middle_padding", length=130, dtype=HALF, dim=40),
+        Case(layout="packed", length=131, leaves=9),
+        Case(length=131, leaves=9, identity=True),
+    ],
+    ids=str,
+)
+def test_nothing_outside_is_read(case: Case) -> None:
+    problem = make(case)
+    clean = run(problem)
+    real = problem.layout.real[:, None, :, None]
+    names = ("q", "k", "v", "dout", "query_leaves", "key_leaves")
+    dirty = {name: poisoned(getattr(problem, name).masked_fill(~real, float("nan"))) for name in names}
+    plan = problem.plan()
+    for name in ("local_start", "local_end"):  # padding: any range, if it is empty
+        plan[name] = plan[name].masked_fill(~problem.layout.real, case.length)
+    dirty |= {name: guarded(t) if isinstance(t, Tensor) else t for name, t in plan.items()}
+    with nan_in_new_memory():
+        found = run(problem, **dirty)
+    for got, right in zip(found, clean, strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("length", [pytest.param(4099, marks=pytest.mark.gpu), 70])
+def test_repeats_are_bitwise_equal(length: int) -> None:
+    problem = make(Case(length=length, layout="packed", dim=64, dtype=HALF))
+    first = run(problem)
+    for _ in range(250 if GPU else 2):
+        for got, right in zip(run(problem), first, strict=True):
+            assert torch.equal(got, right)
+
+
+@pytest.mark.gpu
+def test_memory_is_linear() -> None:
+    """16,384 tokens: one head's pairs in half precision would take 512 MiB."""
+    problem = make(replace(_MODEL, length=16384, heads=3, kv_heads=1, leaves=32))
+    run(problem)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(problem)
+    assert torch.cuda.max_memory_allocated() - before < 200 * 2**20
+
+
+# ---------------------------------------------------------------- refusals, operators
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("q", lambda t: t.double(), "q must be float16, bfloat16 or float32, got torch.float64"),
+        ("k", lambda t: t.half(), "k must have q's dtype"),
+        ("query_leaves", lambda t: t[:, :, 1:], r"query_leaves must have shape \[2, 2, 20, 'V'\]"),
+        ("query_leaves", lambda t: t.repeat(1, 1, 1, 17), "V from 1 to 256"),
+        ("key_leaves", lambda t: t[..., 1:], "key_leaves must have shape .* one V"),
+        ("key_leaves", lambda t: t.long(), "key_leaves must be floating point, got torch.int64"),
+        ("local_order", lambda t: t.long(), "local_order must be int32"),
+        ("num_sink_tokens", lambda _: -1, "num_sink_tokens must be >= 0, got -1"),
+        ("scale", lambda _: 0.0, "scale must be > 0, got 0.0"),
+        ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
+        ("max_gap", lambda _: 61.0, "max_gap must be from 0 to 60"),
+        ("max_gap", lambda _: -1.0, "max_gap must be from 0 to 60"),
+    ],
+)
+def test_refuses(argument: str, change, message: str) -> None:
+    problem = make(Case(length=20))
+    arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_leaves", "key_leaves")}
+    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP}
+    with pytest.raises(ValueError, match=message):
+        bridged_topology_attention(**(arguments | {argument: change(arguments[argument])}))
+
+
+def test_operators() -> None:
+    """Fake implementations and autograd registration."""
+    problem = make(Case(length=20))
+    plan = problem.plan()
+    tree = [plan[name] for name in ("query_order", "range_start", "range_end", "key_order")]
+    local = [plan[name] for name in ("local_order", "document_start", "local_start", "local_end")]
+    qkv = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+    leaves = [t.detach().clone().requires_grad_() for t in (problem.query_leaves, problem.key_leaves)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    with tile(64):
+        arguments = (*qkv, *leaves, *tree, *local, 4, 1.0, None, 10.0)
+        torch.library.opcheck(bridge._bridged_attention, arguments, test_utils=tests)
+        statistics = problem.q, problem.q[..., 0].float().contiguous(), problem.dout
+        arguments = (*(t.detach() for t in qkv), *statistics, *(t.detach() for t in leaves), *local, 4, 1.0, None, 10.0)
+        torch.library.opcheck(bridge._bridge_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("leaves", [2, 32, 81, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_fit(dim: int, leaves: int, dtype: torch.dtype) -> None:
+    """On the smallest GPU that is served, and larger ones are used where there is room."""
+    item, wide = dtype.itemsize, max(16, leaves)
+    for memory in (99, 163, 227):
+        tiles = bridge.choose_bridge_tiles(dim, leaves, dtype, memory * 1024)
+        assert (tiles.query.m, tiles.query.n) == (tiles.key.n, tiles.key.m)
+        rows, columns, _, stages, _ = tiles.query
+        assert item * (2 * rows * dim + stages * columns * (2 * dim + wide)) <= memory * 1024
+        if memory == 227 and dim <= 128 and item == 2:
+            assert rows == 128
+
+
+# ---------------------------------------------------------------- the library on these kernels
+
+
+@contextmanager
+def kernels(planning: bool = GPU) -> Iterator[mock.Mock]:
+    """`bridged_attention` takes the kernels, here the interpreted ones too; counts the calls of the bridged one."""
+    with ExitStack() as stack:
+        for module in (relaxation, attention, plan) if planning else (relaxation, attention):
+            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
+        if not GPU:
+            stack.enter_context(tile(64))
+            blocks = topo_kernels.plan.choose_blocks
+            small = {"chunk": 64, "sort_warps": 1, "place": 64}
+            patch = mock.patch.object(topo_kernels.plan, "choose_blocks", lambda n: blocks(n)._replace(**small))
+            stack.enter_context(patch)
+        spy = mock.Mock(wraps=bridged_topology_attention)
+        stack.enter_context(mock.patch.object(topo_kernels, "bridged_topology_attention", spy))
+        yield spy
+
+
+def on_device(problem: helpers.Problem) -> helpers.Problem:
+    query, key = (RoleDigits(*(t.to(DEVICE) for t in role)) for role in problem.routes)
+    tied = problem.routes.key is problem.routes.query
+    layout = replace(
+        problem.query, document=problem.query.document.to(DEVICE), position=problem.query.position.to(DEVICE)
+    )
+    q, k, v = (t.to(DEVICE) for t in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v, routes=Routes(query, query if tied else key), query=layout, key=layout)
+
+
+def differentiated(problem: helpers.Problem, softcap: float | None = None, bridge: str = "full") -> list[Tensor]:
+    """`out` and the gradients of q, k, v and the probabilities, in float32 or float64."""
+    tied = problem.routes.key is problem.routes.query
+    roles = problem.routes[:1] if tied else problem.routes
+    inputs = [problem.q, problem.k, problem.v, *(role.probs for role in roles)]
+    q, k, v, *probs = inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    roles = [role._replace(probs=p) for role, p in zip(roles, probs, strict=True)]
+    problem = replace(problem, q=q, k=k, v=v, routes=Routes(roles[0], roles[-1]))
+    out = bridged(problem, 1.0, bridge, softcap)  # type: ignore[arg-type]
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+LIBRARY: list[dict[str, Any]] = [
+    {},
+    {"layout": "middle_padding", "arity": 3, "depth": 3, "depths": (2, 2, 2, 2)},
+    {"layout": "packed", "depths": (3, 0, 3, 1), "one_hot": True},
+    {"layout": "left_padding", "depths": (0, 2, 1, 4), "softcap": 1.5, "kv_heads": 4},
+    {"layout": "interleaved", "arity": 3, "depth": 2, "depths": (0, 2, 1, 1), "tied": True, "kv_heads": 1},
+]
+
+
+@pytest.mark.parametrize("settings", LIBRARY, ids=str)
+def test_bridged_attention_on_kernels(settings: dict[str, Any]) -> None:
+    settings = {"dtype": torch.float32, "dim": 16, "length": 33, **settings}
+    softcap, tied = settings.pop("softcap", None), settings.pop("tied", False)
+    problem = make_problem(settings.pop("layout", "plain"), **settings)
+    if tied:
+        problem = replace(problem, routes=Routes(problem.routes.query, problem.routes.query))
+    problem = on_device(problem)
+    with kernels(planning=GPU or problem.query.plain) as bridge:
+        found = differentiated(problem, softcap)
+    assert bridge.call_count == 2, "forward and, checkpointed, backward"
+    exact = differentiated(widened(problem), softcap)
+    masked = differentiated(widened(problem), softcap, "masked")
+    if tied:
+        exact, masked = (differentiated(widened_tied(problem), softcap, b) for b in ("full", "masked"))
+    for got, right in zip(found, exact, strict=True):
+        assert float((got - right).abs().max()) < 1e-5 * float(right.abs().max())
+    assert float((masked[-1] - exact[-1]).abs().max()) > 1e-2 * float(exact[-1].abs().max()), "another bridge must show"
+
+
+def widened_tied(problem: helpers.Problem) -> helpers.Problem:
+    wide = widened(problem)
+    return replace(wide, routes=Routes(wide.routes.query, wide.routes.query))
+
+
+def test_without_a_router_to_teach_it_is_the_hard_attention() -> None:
+    problem = on_device(make_problem("packed", dtype=torch.float32, dim=16))
+    right = helpers.hard(problem_on_cpu(problem)).to(DEVICE)
+    with kernels() as bridge, mock.patch.object(topo_kernels, "topology_attention", wraps=topology_attention) as hard:
+        found = [bridged(problem, 1.0, routed=False), bridged(problem, 1.0)]
+        with torch.no_grad():
+            found.append(bridged(problem, 1.0))
+    assert bridge.call_count == 0 and hard.call_count == 3
+    for out in found:
+        assert float((out - right).abs().max()) < 1e-5
+
+
+def problem_on_cpu(problem: helpers.Problem) -> helpers.Problem:
+    query, key = (RoleDigits(*(t.cpu() for t in role)) for role in problem.routes)
+    layout = replace(problem.query, document=problem.query.document.cpu(), position=problem.query.position.cpu())
+    q, k, v = (t.cpu() for t in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v, routes=Routes(query, key), query=layout, key=layout)
+
+
+@pytest.mark.parametrize(
+    ("homotopy", "bridge", "settings"),
+    [
+        (0.5, "full", {}),
+        (1.0, "masked", {}),
+        (1.0, "marginal", {}),
+        (1.0, "full", {"dim": 8}),
+        (1.0, "full", {"depth": 9, "depths": (1, 9, 2, 0)}),  # more leaves than a tile holds
+    ],
+    ids=str,
+)
+def test_the_torch_path_serves_the_rest(homotopy: float, bridge: str, settings: dict[str, Any]) -> None:
+    problem = on_device(make_problem(**{"dtype": torch.float32, "dim": 16, "length": 12, **settings}))
+    query = problem.routes.query.probs.requires_grad_()
+    with kernels() as kernel:
+        bridged(problem, homotopy, bridge).sum().backward()  # type: ignore[arg-type]
+    assert kernel.call_count == 0 and query.grad is not None and query.grad.any()
+
+
+def test_a_model_trains_on_kernels() -> None:
+    """The router has the gradient of the torch path."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2 if GPU else 1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    topology = TopologyConfig(
+        depth=3, visible_depth=2, local_window=4, num_sink_tokens=2, gumbel_noise=False, density_weight=0.0,
+        balance_weight=0.0, route_per="kv_head",
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config).to(DEVICE), topology)
+    ids = torch.randint(97, (2, 28), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    initialize_routers(model, ids)
+    model.peft_config["default"].homotopy = 1.0
+    model.train()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with mock.patch.object(relaxation, "kernels_serve", lambda *_: False):
+        right = gradients()
+    with kernels() as bridge:
+        found = gradients()
+    assert bridge.call_count == 2 * config.num_hidden_layers and found.keys() == right.keys()
+    for name, gradient in found.items():
+        assert right[name].any()
+        assert float((gradient - right[name]).abs().max()) < 1e-3 * float(right[name].abs().max()), name
