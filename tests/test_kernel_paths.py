@@ -76,10 +76,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"route_per": "kv_head"},
     {"route_per": "kv_head", "visible_depth": {0: [0, 1, 2, 3], 1: 0}},  # depths differ within a route; a dense layer
     {"arity": 3, "depth": 2, "tie_query_key": True},
+    {"arity": 3, "depth": 6},  # addresses that do not fit a byte
 ]
 
 
-PAIRS = [(SETTINGS[0], "dynamic"), (SETTINGS[1], "none"), (SETTINGS[2], "static"), (SETTINGS[3], "dynamic")]
+PAIRS = list(zip(SETTINGS, ["dynamic", "none", "static", "dynamic", "dynamic"], strict=True))
 
 
 @pytest.mark.parametrize(("settings", "cache_type"), PAIRS, ids=str)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+import topo_adapter.cache
 import topo_adapter.layer
 from topo_adapter import (
     CacheError,
@@ -47,6 +49,7 @@ from topo_adapter import (
     record_routes,
     save_merged,
 )
+from topo_adapter.router import TopologyRouter
 
 WINDOW, SINKS, LENGTH = 3, 2, 21
 EXACT = 1e-6
@@ -644,6 +647,44 @@ def test_cache_filled_by_another_adapter_is_refused() -> None:
     model.set_adapter("b")
     with pytest.raises(CacheError):
         feed(model.eval(), IDS[:, 10:], cache, [11])
+
+
+def test_dense_layers_do_not_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their addresses are not made, and a cache filled meanwhile cannot be routed later."""
+    model = copy.deepcopy(scene("untied-query_head-p2").model)
+    config = model.peft_config["default"]
+    routed = config.visible_depth
+    right = logits_of(model, IDS)
+    config.visible_depth = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TopologyRouter, "addresses", mock.Mock(side_effect=AssertionError("no address is asked for")))
+        cache = DynamicCache()
+        with model.disable_adapter():
+            dense = logits_of(model, IDS)
+        same(
+            torch.cat([feed(model, IDS[:, :10], cache, [10]), feed(model, IDS[:, 10:12], cache, [1, 1])], 1),
+            dense[:, :12],
+        )
+        differ(dense, right)
+    config.visible_depth = routed
+    with pytest.raises(CacheError, match="all heads of the layer were dense"):
+        feed(model, IDS[:, 12:13], cache, [1])
+
+    cache = DynamicCache()  # the other way round is fine: nobody asks for the addresses that are there
+    feed(model, IDS[:, :10], cache, [10])
+    config.visible_depth = 0
+    feed(model, IDS[:, 10:], cache, [LENGTH - 10])
+
+
+@pytest.mark.parametrize("form", SOFT_AND_HARD)
+def test_layers_share_the_layout_of_new_tokens(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = scene("untied-query_head-p2").form(form), DynamicCache()
+    feed(model, IDS[:, :10], cache, [10])
+    made = mock.Mock(wraps=topo_adapter.cache.continued_layout)
+    monkeypatch.setattr(topo_adapter.cache, "continued_layout", made)
+    for step in range(1, 4):
+        feed(model, IDS[:, 9 + step : 10 + step], cache, [1])
+        assert made.call_count == step
 
 
 @pytest.mark.parametrize("form", SOFT_AND_HARD)

@@ -9,6 +9,7 @@ plus one (0: padding or an unfilled slot), and the document.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -23,7 +24,7 @@ from transformers.cache_utils import (
 
 from .backend import graph_is_recorded
 from .errors import CacheError
-from .layout import SequenceLayout
+from .layout import SequenceLayout, continued_layout
 from .router import TopologyRouter
 
 
@@ -49,11 +50,12 @@ class Records:
 def pack_records(address: Tensor, layout: SequenceLayout, leaves: int) -> Records:
     """Records of tokens with key addresses `[B, R, T]`, in `[0, leaves)`."""
     batch, routes, length = address.shape
-    width = -(-routes * _address_type(leaves).itemsize // 4)  # words; the rest of the last one stays 0
-    words = torch.zeros(batch, length, width + 2, dtype=torch.int32, device=address.device)
+    size = routes * _address_type(leaves).itemsize
+    new = torch.empty if size % 4 == 0 else torch.zeros  # the rest of the last word is 0
+    words = new(batch, length, -(-size // 4) + 2, dtype=torch.int32, device=address.device)
     records = Records(words, routes, leaves)
     records.address.copy_(address.transpose(1, 2))
-    records.position.copy_(layout.position).add_(1)
+    records.position.copy_(layout.position + 1)
     records.document.copy_(layout.document)
     return records
 
@@ -150,12 +152,24 @@ class KeyRecords:
         """Layout of the cached tokens; waits for the GPU where their number is a tensor."""
         return self._records(self._slot.indexer_keys[:, : self.length]).layout
 
-    @property
-    def last_token(self) -> SequenceLayout:
-        """Layout `[B, 1]` of the last cached token."""
+    def continued_layout(self, batch: int, length: int, position_ids: Tensor | None) -> SequenceLayout:
+        """Layout of `length` unpadded new tokens; `position_ids` `[B or 1, length]` that restart begin a new document.
+
+        All layers of a forward share what the first one makes. A layer below the last that asked means another
+        forward, also where a CUDA graph is captured and the values of a static cache's length are not known.
+        """
+        known: _Continued | None = getattr(self._cache, "topology_layout", None)
         words = self._slot.indexer_keys
+        if known is not None and known.serves(self._layer, self.length, position_ids, (batch, length), words.device):
+            known.layer = self._layer
+            return known.layout
         last = torch.as_tensor(self.length, device=words.device).reshape(1) - 1
-        return self._records(words.index_select(1, last.clamp(min=0))).layout
+        last_token = self._records(words.index_select(1, last.clamp(min=0))).layout
+        rows = None if position_ids is None else position_ids.expand(batch, -1)
+        layout = continued_layout(last_token, length, rows, self.length)
+        if not torch.compiler.is_compiling():  # it would guard on this, and compile anew for every token
+            self._cache.topology_layout = _Continued(self._layer, self.length, position_ids, layout)
+        return layout
 
     def append(self, address: Tensor, layout: SequenceLayout) -> Keys:
         """Add the new tokens' key addresses `[B, R, T]` and layout; return those of all cache slots."""
@@ -167,6 +181,34 @@ class KeyRecords:
 
     def _records(self, words: Tensor) -> Records:
         return Records(words, self._routes, self._leaves)
+
+
+@dataclass
+class _Continued:
+    """The layout of new tokens, and what it was made for."""
+
+    layer: int
+    past_length: int | Tensor
+    position_ids: Tensor | None
+    layout: SequenceLayout
+
+    def serves(
+        self,
+        layer: int,
+        past_length: int | Tensor,
+        position_ids: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> bool:
+        ints = isinstance(past_length, int) and isinstance(self.past_length, int)
+        if ints and past_length != self.past_length:
+            return False
+        position = self.layout.position
+        return (
+            self.layer < layer
+            and self.position_ids is position_ids
+            and (position.shape, position.device) == (shape, device)
+        )
 
 
 def _make_indexed(cache: Cache, layer: int) -> None:

@@ -28,7 +28,6 @@ from .errors import MergeError, UnsupportedModelError
 from .layout import (
     SequenceLayout,
     contiguous_layout,
-    continued_layout,
     layout_from_mask,
     layout_from_padding,
     layout_from_position_ids,
@@ -378,8 +377,7 @@ def _layout(
         position_ids = position_ids[0]
     if mask is None:
         if past is not None:
-            rows = None if position_ids is None else position_ids.expand(batch, -1)
-            return continued_layout(past.last_token, length, rows, past_length)
+            return past.continued_layout(batch, length, position_ids)
         if position_ids is not None:
             return layout_from_position_ids(position_ids, batch)
         return contiguous_layout(batch, length, hidden_states.device)

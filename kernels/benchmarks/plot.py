@@ -105,7 +105,7 @@ def kernel_table(rows: Sequence[Row]) -> list[str]:
             first = next((row for row in ours if row is not None), None)
             if first is None:
                 continue
-            dense = fastest_dense(dense_at(rows, first["length"]) if part == "prefill" else found)
+            dense = fastest_dense(found) or fastest_dense(dense_at(rows, first["length"]))
             shown = "" if dense is None else f"{number(dense['ms'])} ({dense['implementation']})"
             floors = " / ".join(number(row["floor_ms"]) for row in ours if row is not None)
             cells = [config, f"{first['density']:.3f}", shown, *(cell(row, dense) for row in ours), floors]

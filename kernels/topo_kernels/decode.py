@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .attention import _check_device, _tanh
 from .launch import (
-    INTERPRETED,
     check_qkv,
     let_next_start,
     overlap,
@@ -34,6 +33,7 @@ _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is
 _MAX_CHUNKS = 256  # a program of the attend kernel holds the counts of all chunks
 _MAX_HEADS = 16  # per list: one bit each in the upper half of an entry, one row each of the smallest matrix product
 _MAX_SPLITS = 128
+_SCANS = 4  # programs of the scan kernel for each processor, about
 _MAX_KEYS = _MAX_CHUNKS * 2**16  # an entry holds the index within its chunk in 16 bits
 
 
@@ -93,12 +93,11 @@ def _scan_kernel(
     """Compact the keys of one chunk that one query sees, for a block of lists."""
     ALL: tl.constexpr = (1 << BITS) - 1
     i_t = tl.program_id(0) % T  # queries that share a chunk run together
-    i_chunk = tl.program_id(0) // T % chunks
-    i_bu = tl.program_id(0) // T // chunks
+    i_bu = tl.program_id(0) // T
+    i_chunk = tl.program_id(1)
     n_u = tl.cdiv(U, BLOCK_U)
     i_b = (i_bu // n_u).to(tl.int64)
-    i_u = i_bu % n_u * BLOCK_U
-    o_u = i_u + tl.arange(0, BLOCK_U)
+    o_u = i_bu % n_u * BLOCK_U + tl.arange(0, BLOCK_U)
     m_u = o_u < U
 
     wait_for_previous(OVERLAP)
@@ -114,30 +113,30 @@ def _scan_kernel(
         last = tl.minimum(S - i_key, GROUPS * KEYS).to(tl.int32)
         p_position = key_position + i_b * stride_pb + i_key * stride_ps
         p_document = key_document + i_b * stride_db + i_key * stride_ds
-        o_key = tl.arange(0, GROUPS * KEYS)
         m_causal, m_always = _without_tree(
-            p_position, p_document, o_key, last, stride_ps, stride_ds, position, document, local_window, num_sink_tokens
+            *(p_position, p_document, tl.arange(0, GROUPS * KEYS), last, stride_ps, stride_ds),
+            *(position, document, local_window, num_sink_tokens),
         )
-        causal = tl.sum(m_causal.to(tl.int32), 0)
-        if causal > 0:
+        both = tl.sum(m_causal.to(tl.int32) + (m_always.to(tl.int32) << 16), 0)
+        if both > 0:
             p_address = key_address + i_b * stride_ab + i_key * stride_as
             b_words = tl.zeros([BLOCK_U, GROUPS], dtype=tl.uint32)
             for i_bit in tl.static_range(BITS):
-                o_route = (o_u * HEADS + i_bit * (HEADS // BITS)) // ROUTE_GROUP
+                o_route = (tl.minimum(o_u, U - 1) * HEADS + i_bit * (HEADS // BITS)) // ROUTE_GROUP
                 # With m = ceil(2^32 / d) and |n| * d < 2^31, n is a multiple of d iff n * m is within m / 2 of 0,
                 # modulo 2^32 (after Lemire). For d = 1, m wraps to 0 and this always holds.
-                b_m = _ceil_2_32_over(tl.load(balls + o_route, mask=m_u, other=1))
+                b_m = _ceil_2_32_over(tl.load(balls + o_route))
                 b_half = b_m >> 1
-                b_ask = tl.load(query_address + (i_b * R + o_route) * T + i_t, mask=m_u, other=0).to(tl.uint32)
+                b_ask = tl.load(query_address + (i_b * R + o_route) * T + i_t).to(tl.uint32)
                 b_offset = b_half - b_ask * b_m
                 for i_n in tl.static_range(KEYS):
-                    m_load = m_u[:, None] & (o_group + i_n < last)[None, :]
-                    p_key = p_address + (o_group + i_n)[None, :] * stride_as + o_route[:, None]
-                    b_key = tl.load(p_key, mask=m_load, other=0)
+                    # lists and keys beyond the last repeat it here, and are dropped below: cheaper than masks
+                    o_key = tl.minimum(o_group + i_n, last - 1)
+                    b_key = tl.load(p_address + o_key[None, :] * stride_as + o_route[:, None])
                     m_ball = b_key.to(tl.uint32) * b_m[:, None] + b_offset[:, None] <= (b_half + b_half)[:, None]
                     b_words |= m_ball.to(tl.uint32) << (i_n * BITS + i_bit)
             # most tiles hold only keys that the tree alone decides on
-            if (causal < GROUPS * KEYS) | (tl.sum(m_always.to(tl.int32), 0) > 0):
+            if both != GROUPS * KEYS:
                 b_may = tl.zeros([GROUPS], dtype=tl.uint32)
                 b_must = tl.zeros([GROUPS], dtype=tl.uint32)
                 for i_n in tl.static_range(KEYS):
@@ -376,7 +375,9 @@ def _decode(
     block_u = min(triton.next_power_of_2(lists), 16)
     scans = B * triton.cdiv(lists, block_u) * T  # programs for each chunk
     chunk = tiles.scan_keys * max(
-        1, triton.cdiv(S, tiles.scan_keys * _MAX_CHUNKS), S * scans // (tiles.scan_keys * 8 * _processors(q.device))
+        1,
+        triton.cdiv(S, tiles.scan_keys * _MAX_CHUNKS),
+        S * scans // (tiles.scan_keys * _SCANS * _processors(q.device)),
     )
     chunk = min(chunk, 2**16)
     chunks = max(1, triton.cdiv(S, chunk))
@@ -384,7 +385,6 @@ def _decode(
     wanted = tiles.programs_per_processor * _processors(q.device) // rows  # all at once
     splits = max(1, min(wanted, triton.cdiv(S, tiles.attend_keys), _MAX_SPLITS))
     overlapped = overlap(q.device)
-    registers = {"maxnreg": 128} if bits == 1 and not INTERPRETED else {}  # more programs at once, where none spill
 
     entries = torch.empty(rows, chunks, chunk, dtype=torch.int32, device=q.device)
     counts = torch.empty(rows, chunks, dtype=torch.int32, device=q.device)
@@ -393,7 +393,7 @@ def _decode(
     out = q.new_empty(B, T, H, D)
     keys = min(8, triton.next_power_of_2(32 // bits // 2 + 1))  # a word holds their bits
     with torch.cuda.device_of(q):
-        _scan_kernel[(scans * chunks,)](
+        _scan_kernel[(scans, chunks)](
             key_address,
             key_position,
             key_document,
@@ -420,7 +420,6 @@ def _decode(
             KEYS=keys,
             num_warps=tiles.scan_warps,
             num_stages=1,
-            **registers,
             **overlapped,
         )
         _attend_kernel[(rows * splits,)](
