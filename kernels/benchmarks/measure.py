@@ -338,28 +338,40 @@ def summary(times: Sequence[float], host: Sequence[float] = ()) -> Timing:
 
 def time_call(call: Callable[[], object], budget_ms: float = 150.0) -> Timing:
     """Device time of a call; the first call (compilation) is not counted."""
-    call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    estimate = (time.perf_counter() - begin) * 1e3
+    return time_in_turn([call], budget_ms)[0]
+
+
+def time_in_turn(calls: Sequence[Callable[[], object]], budget_ms: float = 150.0) -> list[Timing]:
+    """Device time of each call, one after the other and again, so that a drift of the clock meets all alike."""
+    estimate = 0.0
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        estimate = max(estimate, (time.perf_counter() - begin) * 1e3)
     repeats = int(min(100, max(3, budget_ms / estimate)))
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    host = []
-    for start, end in events:
-        flush.zero_()
-        torch.cuda._sleep(1_000_000)  # about 0.6 ms in which the host gets ahead
-        begin = time.perf_counter()
-        start.record()
-        call()
-        end.record()
-        host.append((time.perf_counter() - begin) * 1e3)
-        if estimate > 5:
-            torch.cuda.synchronize()
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)] for _ in calls]
+    host: list[list[float]] = [[] for _ in calls]
+    for i in range(repeats):
+        for call, pairs, spent in zip(calls, events, host, strict=True):
+            start, end = pairs[i]
+            flush.zero_()
+            torch.cuda._sleep(1_000_000)  # about 0.6 ms in which the host gets ahead
+            begin = time.perf_counter()
+            start.record()
+            call()
+            end.record()
+            spent.append((time.perf_counter() - begin) * 1e3)
+            if estimate > 5:
+                torch.cuda.synchronize()
     torch.cuda.synchronize()
-    return summary([start.elapsed_time(end) for start, end in events], host)
+    return [
+        summary([start.elapsed_time(end) for start, end in pairs], spent)
+        for pairs, spent in zip(events, host, strict=True)
+    ]
 
 
 def time_graph(calls: Sequence[Callable[[], object]], repeats: int = 20) -> Timing:
@@ -605,18 +617,20 @@ def prefill(table: Table, part: str, case: Case, breakdown: bool = False) -> Non
                 route(inputs.hidden, packed)
             return attend(inputs, plan_for(inputs))
 
-        budget_ms = 150.0
-        if case.balls == 1:  # SDPA as well: its own time drifts more within a run than the two may differ
-            budget_ms = 600.0
-            if not table.fastest(part, case.name):
-                for name, call in dense_calls(inputs.q, inputs.k, inputs.v).items():
-                    table.add(part, case.name, name, time_call(call, budget_ms), shape | {"routes": "", "density": 1.0})
-            against = table.fastest(part, case.name)
+        if case.balls == 1:  # SDPA runs: its own time drifts more within a run than the two may differ
+            dense = dense_calls(inputs.q, inputs.k, inputs.v)
+            name = min(dense, key=lambda name: time_call(dense[name]).ms)
+            timing, dense_timing = time_in_turn([topology, dense[name]], 600.0)
+            config = f"{case.name}, {implementation(case)}"
+            table.add("beside", config, name, dense_timing, shape | {"routes": "", "density": 1.0})
+            against = {"dense_ms": dense_timing.ms}
+        else:
+            timing = time_call(topology)
         rows = sample_rows(case.length).to(DEVICE)
         error = sampled_error(topology(), inputs.q, inputs.k, inputs.v, query_ball, key_ball, rows)
         values = shape | prefill_work(inputs, visible) | against | {"density": density, "error": error}
         values["peak_mb"] = peak_mb(topology)
-        table.add(part, case.name, implementation(case), time_call(topology, budget_ms), values)
+        table.add(part, case.name, implementation(case), timing, values)
         if case.length <= 8192:  # launching takes longer than running; in a model the host is ahead, as in a graph
             table.add(part, f"{case.name}, CUDA graph", implementation(case), time_graph([topology]), values)
         if breakdown:
@@ -627,8 +641,8 @@ def prefill(table: Table, part: str, case: Case, breakdown: bool = False) -> Non
                 "plan shared by all layers": lambda: shared_plan(inputs),
                 **{name.replace("_", " "): call for name, call in passes(inputs, plan).items()},
             }
-            for stage, call in stages.items():
-                table.add("breakdown", case.name, f"{stage}, {implementation(case)}", time_call(call), shape)
+            for stage, stage_call in stages.items():
+                table.add("breakdown", case.name, f"{stage}, {implementation(case)}", time_call(stage_call), shape)
     except Exception as problem:
         table.failed(part, case.name, implementation(case), problem)
     torch.cuda.empty_cache()

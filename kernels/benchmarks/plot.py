@@ -87,10 +87,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def cell(row: Row | None, dense: Row | None) -> str:
+def cell(row: Row | None) -> str:
     if row is None:
         return ""
-    return number(row["ms"]) if dense is None else f"{number(row['ms'])} ({dense['ms'] / row['ms']:.2g}x)"
+    return f"{number(row['ms'])} ({row['speedup']:.2g}x)" if "speedup" in row else number(row["ms"])
 
 
 def kernel_table(rows: Sequence[Row]) -> list[str]:
@@ -105,10 +105,10 @@ def kernel_table(rows: Sequence[Row]) -> list[str]:
             first = next((row for row in ours if row is not None), None)
             if first is None:
                 continue
-            dense = fastest_dense(found) or fastest_dense(dense_at(rows, first["length"]))
+            dense = fastest_dense(dense_at(rows, first["length"]) if part == "prefill" else found)
             shown = "" if dense is None else f"{number(dense['ms'])} ({dense['implementation']})"
             floors = " / ".join(number(row["floor_ms"]) for row in ours if row is not None)
-            cells = [config, f"{first['density']:.3f}", shown, *(cell(row, dense) for row in ours), floors]
+            cells = [config, f"{first['density']:.3f}", shown, *(cell(row) for row in ours), floors]
             lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
 
