@@ -193,7 +193,8 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
 def check(problem: Problem, found: tuple[Tensor, ...]) -> None:
     """Within three times the error of the formula with the same roundings, plus rounding in float32.
 
-    Five times in half precision, where the kernels round partial outputs too.
+    Five times in half precision, where the kernels round partial outputs too. In float32 they round scores once more,
+    to base 2, and a GPU's exp2 is good to 2 ulp.
     """
     exact, same = definition(problem), rounded(problem)
     real = problem.layout.real[:, None, :, None]
@@ -201,7 +202,7 @@ def check(problem: Problem, found: tuple[Tensor, ...]) -> None:
         right = exact[name]
         assert got.dtype == torch.float32 and got.shape == right.shape and got.isfinite().all()
         assert not got.masked_fill(real, 0.0).any(), "padding must get exactly 0"
-        floor = 8 * torch.finfo(torch.float32).eps * float(right.abs().max())
+        floor = 16 * torch.finfo(torch.float32).eps * float(right.abs().max())
         factor = 3 if problem.case.dtype == torch.float32 else 5
         allowed = factor * float((same[name] - right).abs().max()) + floor
         error = float((got - right).abs().max())

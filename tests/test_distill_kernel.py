@@ -407,7 +407,7 @@ def test_far_mass_without_the_gradient_of_one_output(missing: int) -> None:
         used = [i for i in range(3) if i != missing]
         found = torch.autograd.grad([outputs[i] for i in used], probs, [grads[i] for i in used])
     for got, right in zip(found, run_mass(mass, grads=grads)[3:], strict=True):
-        assert torch.equal(got, right)
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)  # other tiles
 
 
 def test_far_mass_of_tied_probabilities() -> None:
@@ -418,7 +418,7 @@ def test_far_mass_of_tied_probabilities() -> None:
         outputs = far_mass(**(mass.arguments() | {"query_probs": shared, "key_probs": shared}))
         (found,) = torch.autograd.grad(outputs, shared, mass.grads)
     *_, query, key = run_mass(mass)
-    assert torch.equal(found, query + key)
+    torch.testing.assert_close(found, query + key, rtol=1e-5, atol=1e-6)  # other tiles
 
 
 @pytest.mark.parametrize("wrong", ["weight", "probs", "levels", "window"])
