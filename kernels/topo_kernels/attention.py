@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, check_qkv, score_arguments, stride_arguments
+from .launch import INTERPRETED, check_device, check_qkv, score_arguments, stride_arguments
 
 _NEVER = tl.constexpr(2**31 - 1)  # above any rank
 _LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
@@ -702,23 +702,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], num_sink_token
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
 
 
-def _check_device(q: Tensor) -> None:
-    if INTERPRETED:
-        if q.dtype == torch.bfloat16:
-            raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
-    elif not q.is_cuda:
-        raise RuntimeError(
-            f"topology_attention needs CUDA tensors, got q on {q.device}. Use the torch path, or set "
-            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
-        )
-    elif torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(q.device)
-        raise RuntimeError(
-            f"topology_attention needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
-            f"({torch.cuda.get_device_name(q.device)}). Use the torch path."
-        )
-
-
 @torch.library.custom_op("topo_kernels::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -853,7 +836,7 @@ def topology_attention(
         raise ValueError(f"scale must be > 0, got {scale}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
-    _check_device(q)
+    check_device("topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q)
     out, _ = _attention(q, k, v, *plan.values(), num_sink_tokens, scale, softcap)

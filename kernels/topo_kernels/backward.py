@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, Blocks, _check, _check_device, _tanh
-from .launch import INTERPRETED, score_arguments, stride_arguments
+from .attention import _NEVER, Blocks, _check, _tanh
+from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
 
 _ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
 
@@ -809,7 +809,7 @@ def attention_backward(
                 f"{name} must have shape {list(shape)}, dtype {dtype} and q's device {q.device}, got "
                 f"{list(tensor.shape)}, {tensor.dtype} and {tensor.device}."
             )
-    _check_device(q)
+    check_device("attention_backward", q=q)
     B, H, T, D = q.shape
     kv_heads, S = k.shape[1], k.shape[2]
     dq = q.new_empty(B, T, H, D)

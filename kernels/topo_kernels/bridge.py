@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, Blocks, _attention, _check, _check_device, _tanh
+from .attention import _NEVER, Blocks, _attention, _check, _tanh
 from .backward import attention_backward, inverse_ranges
 from .distill import MAX_LEAVES
-from .launch import INTERPRETED, score_arguments, stride_arguments
+from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
 
 
 @triton.jit
@@ -470,7 +470,7 @@ def bridged_topology_attention(
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
     if not 0 <= max_gap <= 60:
         raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
-    _check_device(q)
+    check_device("bridged_topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q)
     options = num_sink_tokens, scale, softcap, max_gap

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _check_device, _tanh
+from .attention import _tanh
 from .launch import (
+    check_device,
     check_qkv,
     let_next_start,
     overlap,
@@ -564,7 +565,7 @@ def decode_attention(
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
-    _check_device(q)
+    check_device("decode_attention", q=q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError(
             "decode_attention is forward only, but q, k or v requires a gradient: use the torch path for training, "

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _LOWEST, _NEVER, Blocks, _check_device, _tanh
+from .attention import _LOWEST, _NEVER, Blocks, _tanh
 from .backward import inverse_ranges
-from .launch import INTERPRETED, score_arguments, stride_arguments
+from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
 from .leaves import kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
 
 #: Wider leaf distributions do not fit a tile.
@@ -668,7 +668,7 @@ def far_mass(
     weights = {"query_weight": query_weight, "key_weight": key_weight}
     _check_scores(q, k, num_sink_tokens, scale, softcap)
     _check_tokens(q, k, probs, weights, local_order, layout)
-    _check_device(q)
+    check_device("far_mass", q=q)
     kept, query_mean, key_mean, _, _ = _far_mass(
         q.detach(),
         k.detach(),

@@ -82,3 +82,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
+
+
+def check_device(function: str, **tensors: Tensor) -> None:
+    """Refuse what the kernels of a public function cannot run on.
+
+    Raises:
+        RuntimeError: a tensor is not on a GPU, the GPU is too old, or the interpreter would compute wrongly.
+    """
+    for name, tensor in tensors.items():
+        if INTERPRETED:
+            if tensor.dtype == torch.bfloat16:
+                raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
+        elif not tensor.is_cuda:
+            raise RuntimeError(
+                f"{function} needs CUDA tensors, got {name} on {tensor.device}. Use the torch path, or set "
+                "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
+            )
+        elif torch.version.cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(tensor.device)
+            raise RuntimeError(
+                f"{function} needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
+                f"({torch.cuda.get_device_name(tensor.device)}). Use the torch path."
+            )

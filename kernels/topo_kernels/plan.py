@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED
+from .launch import check_device
 
 MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 
@@ -389,11 +389,7 @@ def _check(tensors: dict[str, Tensor], max_balls: int, num_sink_tokens: int) -> 
         raise ValueError(f"max_balls must be from 1 to {MAX_BALLS}, got {max_balls}.")
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    if not (INTERPRETED or query_address.is_cuda):
-        raise RuntimeError(
-            f"tree_plan needs CUDA tensors, got query_address on {query_address.device}. Use the torch path, or set "
-            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
-        )
+    check_device("tree_plan", query_address=query_address)
 
 
 def tree_plan(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, let_next_start, overlap, wait_for_previous
+from .launch import check_device, let_next_start, overlap, wait_for_previous
 
 MAX_ROUTER_WIDTH = 128  # of the hidden layer; wider ones do not fit into a program's registers
 _SLICE = 128  # channels of one program of the split kernel
@@ -431,23 +431,6 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
     )
 
 
-def _check_device(hidden: Tensor) -> None:
-    if INTERPRETED:
-        if hidden.dtype == torch.bfloat16:
-            raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
-    elif not hidden.is_cuda:
-        raise RuntimeError(
-            f"route_addresses needs CUDA tensors, got hidden on {hidden.device}. Use the torch router, or set "
-            "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
-        )
-    elif torch.version.cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(hidden.device)
-        raise RuntimeError(
-            f"route_addresses needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
-            f"({torch.cuda.get_device_name(hidden.device)}). Use the torch router."
-        )
-
-
 @torch.library.custom_op("topo_kernels::route_addresses", mutates_args=())
 def _route_addresses(
     hidden: Tensor,
@@ -461,7 +444,7 @@ def _route_addresses(
     tied: bool,
 ) -> Tensor:
     """Addresses `[roles, B, R, T]` of checked arguments."""
-    _check_device(hidden)
+    check_device("route_addresses", hidden=hidden)
     B, T, C = hidden.shape
     packed = PackedRouter(down, down_scale, weight, bias, C, num_routes, depth, arity, tied)
     out = torch.empty(1 if tied else 2, B, num_routes, T, dtype=torch.int32, device=hidden.device)
