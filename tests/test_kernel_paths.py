@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import topo_kernels.attention
+import topo_kernels.decode
 import topo_kernels.plan
 from topo_adapter import TopologyConfig, attention, initialize_routers, objective, plan, router
 from topo_adapter.attention import hard_attention
@@ -36,6 +37,8 @@ def kernels() -> Iterator[None]:
             stack.enter_context(tiles)
             sizes = replace_blocks(chunk=64, sort_warps=1, place=64)
             stack.enter_context(mock.patch.object(topo_kernels.plan, "choose_blocks", sizes))
+            decode = topo_kernels.decode.Tiles(16, 1, 1, 2, map_keys=32, scan_keys=32, scan_warps=1)
+            stack.enter_context(mock.patch.object(topo_kernels.decode, "choose_tiles", lambda *_: decode))
         yield
 
 
@@ -76,7 +79,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"route_per": "kv_head"},
     {"route_per": "kv_head", "visible_depth": {0: [0, 1, 2, 3], 1: 0}},  # depths differ within a route; a dense layer
     {"arity": 3, "depth": 2, "tie_query_key": True},
-    {"arity": 3, "depth": 6},  # addresses that do not fit a byte
+    {"depth": 9},  # addresses that do not fit a byte
 ]
 
 
