@@ -53,6 +53,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "gradient_bridge": ("soft", "", None, True),
     "balance_weight": (-0.01, *NUMBERS),
     "density_weight": (-0.01, *NUMBERS),
+    "calibration": (True, {}, [], {"length": 4}, {"length": 0, "heads_per_route": 1, "density": {}, "loss": {}}),
+    "grow_depth": (0, 1, None, "no"),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
     "layers_to_transform": (-1, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
 }
@@ -73,6 +75,11 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "gradient_bridge": ("full", "masked", "marginal"),
     "balance_weight": (0, 0.0, 3),
     "density_weight": (0, 0.0, 3),
+    "calibration": (
+        None,
+        {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 9]}, "loss": {1: [[0.0] * 9]}},
+    ),
+    "grow_depth": (True, False),
     "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),
     "layers_to_transform": (None, 0, [], [0, 3]),
 }

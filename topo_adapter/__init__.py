@@ -4,8 +4,9 @@ from .register import register
 
 register()
 
+from .calibration import calibrate, choose_depths, density_report, recording_density  # noqa: E402
 from .checkpoint import load_merged, save_merged  # noqa: E402
-from .config import TopologyConfig  # noqa: E402
+from .config import Calibration, TopologyConfig  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterFileError,
     CacheError,
@@ -14,8 +15,10 @@ from .errors import (  # noqa: E402
     TopologyError,
     UnsupportedModelError,
 )
+from .kl import KLTrainer  # noqa: E402
 from .layer import RecordedRoutes, TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
+from .recipe import DistillConfig, distill  # noqa: E402
 from .router import TopologyRouter  # noqa: E402
 from .routes import measure_density, record_routes  # noqa: E402
 from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
@@ -25,7 +28,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterFileError",
     "CacheError",
+    "Calibration",
+    "DistillConfig",
     "DistillationTrainer",
+    "KLTrainer",
     "MergeError",
     "RecordedRoutes",
     "TopologyCallback",
@@ -37,9 +43,14 @@ __all__ = [
     "TopologyRouter",
     "TopologyTrainerMixin",
     "UnsupportedModelError",
+    "calibrate",
+    "choose_depths",
+    "density_report",
+    "distill",
     "initialize_routers",
     "load_merged",
     "measure_density",
     "record_routes",
+    "recording_density",
     "save_merged",
 ]

@@ -11,6 +11,7 @@ from .backend import kernels_serve
 from .cache import Records
 from .layout import SequenceLayout
 from .plan import Plan
+from .visibility import visible_pairs
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -65,10 +66,10 @@ _DECODE_TOKENS = 16  # the cost of scanning the cache grows with the number of n
 
 
 def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Records | None) -> bool:
-    """Whether `decode_attention` is the way to run this forward: a few new tokens over a cache, on a GPU."""
+    """Whether `decode_attention` is the way to run this forward: a few new tokens over a cache, without gradients."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     few = records is not None and q.shape[2] <= _DECODE_TOKENS and q.shape[2] < k.shape[2]
-    return few and not needs_grad and _kernels_attend(q, k, v)
+    return few and not needs_grad
 
 
 def decode_attention(
@@ -94,8 +95,13 @@ def decode_attention(
         balls: int32 `[R]`.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable. The torch path serves float64
+        and machines without a GPU: it scores every key, which for a few tokens is less than to sort them.
     """
+    if not _kernels_attend(q, k, v):
+        query_ball, key_ball = query_address % balls[:, None], key_address.transpose(1, 2).int() % balls[:, None]
+        visible = visible_pairs(query_ball, key_ball, query, key.layout, local_window, num_sink_tokens)
+        return _masked_attention(q, k, v, visible, scale, softcap)
     from topo_kernels import decode_attention as kernel
 
     return kernel(
@@ -144,6 +150,15 @@ def _masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     lse = scores.logsumexp(-1)
     probs = (scores - lse[..., None]).exp().masked_fill(empty[..., None], 0.0)
     return probs, lse.masked_fill(empty, float("-inf"))
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """visible: bool `[B, R, T, S]`, of the heads' routes."""
+    dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    grouped = q.to(dtype).unflatten(1, (kv_heads, -1))
+    scores = _scores(grouped, k.to(dtype)[:, :, None], scale, softcap).flatten(1, 2)
+    probs, _ = _masked_softmax(scores, visible.repeat_interleave(q.shape[1] // visible.shape[1], 1))
+    return (probs.unflatten(1, (kv_heads, -1)) @ v.to(dtype)[:, :, None]).flatten(1, 2).to(q.dtype)
 
 
 def _tree_pass(

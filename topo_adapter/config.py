@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -30,6 +30,21 @@ model.merge_adapter()  # hard sparse attention
 """
 
 VisibleDepth = int | dict[int, int | list[int]]
+
+
+class Calibration(TypedDict):
+    """What `calibrate` measured: density and loss of each routed layer, query head and visible depth.
+
+    length: tokens per calibration sequence.
+    heads_per_route: query heads that share a route, and with it a depth: 1, or the heads of a KV head.
+    density: layer index -> `[H][L + 1]`, realised visible pairs / causal pairs at depths `0..L`, in (0, 1].
+    loss: layer index -> `[H][L + 1]`, estimated KL(dense || this head alone at the depth), nats per token.
+    """
+
+    length: int
+    heads_per_route: int
+    density: dict[int, list[list[float]]]
+    loss: dict[int, list[list[float]]]
 
 
 @dataclass
@@ -104,6 +119,21 @@ class TopologyConfig(PeftConfig):
         default=0.1,
         metadata={"help": "Weight of the expected share of causal pairs that share a ball (the cost), >= 0."},
     )
+    calibration: Calibration | None = field(
+        default=None,
+        metadata={
+            "help": "Density and loss of every head at every depth, measured by `calibrate`; what "
+            "merge_adapter(target_density=...) chooses depths from. Stale once the routers are trained further."
+        },
+    )
+    grow_depth: bool = field(
+        default=False,
+        metadata={
+            "help": "Merged only: heads of depth >= 1 go one level deeper per factor `arity` that a sequence is longer "
+            "than the calibrated length, at most to `depth`. What counts is the length of the forward that fills an "
+            "empty cache, padding included, or of a forward without cache; decoding keeps the depth of its prompt."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
@@ -131,6 +161,7 @@ class TopologyConfig(PeftConfig):
         self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked", "marginal"))
         self._check_bool("tie_query_key", self.tie_query_key)
         self._check_bool("gumbel_noise", self.gumbel_noise)
+        self._check_bool("grow_depth", self.grow_depth)
         self._check_float("homotopy", self.homotopy, 0.0, 1.0)
         self._check_float("temperature", self.temperature, 0.0, float("inf"), open_low=True)
         self._check_float("balance_weight", self.balance_weight, 0.0, float("inf"))
@@ -144,6 +175,7 @@ class TopologyConfig(PeftConfig):
         if not (names is None or isinstance(names, str) or named):
             raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {names!r}")
         self.visible_depth = self._checked_visible_depth()
+        self.calibration = self._checked_calibration()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and say in the model card beside it how the adapter is loaded."""
@@ -172,6 +204,67 @@ class TopologyConfig(PeftConfig):
         if self.route_per == "kv_head":
             wanted += f" or {num_kv_heads} (KV heads)"
         raise TopologyConfigError(f"visible_depth[{layer}] must have {wanted}, got {len(depths)}: {depths}")
+
+    def depth_growth(self, length: int) -> int:
+        """Levels that `grow_depth` adds for `length` tokens: `floor(log_p(length / calibrated length))`, at least 0."""
+        if not self.grow_depth or self.calibration is None:
+            return 0
+        levels = 0
+        while self.calibration["length"] * self.arity ** (levels + 1) <= length:
+            levels += 1
+        return levels
+
+    def _checked_calibration(self) -> Calibration | None:
+        table: Any = self.calibration
+        if table is None:
+            return None
+        wanted = set(Calibration.__annotations__)
+        if not isinstance(table, dict) or set(table) != wanted:
+            got = sorted(map(str, table)) if isinstance(table, dict) else repr(table)
+            raise TopologyConfigError(
+                f"calibration must be None or a table with the keys {sorted(wanted)}, got {got}; call calibrate()."
+            )
+        self._check_int("calibration['length']", table["length"], 1)
+        self._check_int("calibration['heads_per_route']", table["heads_per_route"], 1)
+        density = self._checked_layers("density", table["density"], table["heads_per_route"])
+        loss = self._checked_layers("loss", table["loss"], table["heads_per_route"])
+        shape = {layer: len(heads) for layer, heads in density.items()}
+        if shape != {layer: len(heads) for layer, heads in loss.items()}:
+            raise TopologyConfigError(
+                f"calibration['loss'] must be given for the layers and heads of calibration['density'], {shape}, got "
+                f"{ {layer: len(heads) for layer, heads in loss.items()} }"
+            )
+        for layer, heads in density.items():
+            for head, values in enumerate(heads):
+                name = f"calibration['density'][{layer}][{head}]"
+                if values[0] != 1 or values[-1] <= 0 or sorted(values, reverse=True) != values:
+                    raise TopologyConfigError(f"{name} must be 1 at depth 0, not rising with depth, > 0, got {values}")
+        return Calibration(length=table["length"], heads_per_route=table["heads_per_route"], density=density, loss=loss)
+
+    def _checked_layers(self, name: str, table: object, heads_per_route: int) -> dict[int, list[list[float]]]:
+        """Layer -> heads -> one finite number >= 0 for each depth; JSON's string keys become integers again."""
+        if not isinstance(table, dict) or not table:
+            raise TopologyConfigError(f"calibration[{name!r}] must be a dict from layer index to heads, got {table!r}")
+        checked: dict[int, list[list[float]]] = {}
+        for layer, heads in table.items():
+            index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+            self._check_int(f"calibration[{name!r}] keys (layer indices)", index, 0)
+            entry = f"calibration[{name!r}][{index}]"
+            if index in checked:
+                raise TopologyConfigError(f"{entry} must be given once, got it twice")
+            if not isinstance(heads, (list, tuple)) or not heads or len(heads) % heads_per_route:
+                raise TopologyConfigError(
+                    f"{entry} must be a list of heads, a multiple of heads_per_route, got {heads!r}"
+                )
+            for values in heads:
+                if not isinstance(values, (list, tuple)) or len(values) != self.depth + 1:
+                    raise TopologyConfigError(
+                        f"{entry} must be lists of {self.depth + 1} numbers (depths 0..{self.depth}), got {values!r}"
+                    )
+                for value in values:
+                    self._check_float(entry, value, 0.0, float("inf"))
+            checked[index] = [[float(value) for value in values] for values in heads]
+        return checked
 
     def _checked_visible_depth(self) -> VisibleDepth:
         value = self.visible_depth

@@ -8,15 +8,17 @@ state is kept between the two, so gradient checkpointing may run a layer as ofte
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -35,7 +37,7 @@ from .layout import (
 )
 from .objective import attach_loss, balance_loss, distillation_loss, expected_density
 from .plan import Plan, make_plan
-from .relaxation import bridged_attention, leaf_distribution
+from .relaxation import bridged_attention, leaves_at_depths
 from .router import RoleDigits, Routes, TopologyRouter
 from .tree import address_to_digits
 
@@ -78,16 +80,29 @@ class Distillation:
 
 @dataclass(frozen=True)
 class TopologyCall:
-    """Everything the attention function needs beside q, k and v."""
+    """Everything the attention function needs beside q, k and v.
+
+    depths: visible depth of each query head.
+    """
 
     host: TopologyHost
     config: TopologyConfig
+    depths: list[int]
     routes: Routes | None
     query_address: Tensor
     query: SequenceLayout
     keys: Keys
     merged: bool
     training: bool
+
+
+class AttentionObserver(Protocol):
+    """Turns a forward into one of calibration: the base runs, and each layer shows its attention to the observer."""
+
+    def __call__(
+        self, call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
+    ) -> None:
+        """query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; out `[B, T, H, D]`, the base's attention output."""
 
 
 class TopologyHost(nn.Module):
@@ -103,6 +118,9 @@ class TopologyHost(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         self.recorder: dict[int, RecordedRoutes] | None = None
         self.distillation: Distillation | None = None
+        self.observer: AttentionObserver | None = None
+        self.density_recorder: Callable[[TopologyCall, Plan], None] | None = None
+        self.density_counts: Tensor | None = None  # what the recorder made of the last recording
         self.standardising = False
         self.unused: set[str] = set()  # adapters that were never loaded nor in force
         self._constants: dict[tuple[int, ...], Tensor] = {}
@@ -133,15 +151,16 @@ class TopologyHost(nn.Module):
         router, config, merged = active
         if self.standardising:
             router.standardise(hidden_states)
-        distilling = self.distillation is not None
+        distilling, observed = self.distillation is not None, self.observer is not None
         training = self.training and not merged and not distilling
         dense = config.homotopy == 0 and not merged
-        if dense and not (training or distilling or self.recorder is not None):
+        if dense and not (training or distilling or observed or self.recorder is not None):
             return None
 
-        differentiable = distilling or (not merged and torch.is_grad_enabled())
+        depths = self.depths(config)
+        differentiable = distilling or (not merged and not observed and torch.is_grad_enabled())
         chosen, routed = None, True
-        if not (differentiable or training or self.recorder is not None) and not any(self.depths(config)):
+        if not (differentiable or training or observed or self.recorder is not None) and not any(depths):
             routed = False  # one ball holds everything: nobody asks for addresses
             batch, length = hidden_states.shape[:2]
             nowhere = torch.zeros(1, 1, 1, dtype=torch.int32, device=hidden_states.device)
@@ -153,8 +172,6 @@ class TopologyHost(nn.Module):
             query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
         else:
             query_address, key_address = router.addresses(hidden_states)
-        if self.recorder is not None:
-            self.recorder[self.geometry.layer] = self._record(query_address, key_address, config)
 
         cache = kwargs.get("past_key_values")
         if training and cache is not None and cache.get_seq_length(self.geometry.layer) > 0:
@@ -163,18 +180,39 @@ class TopologyHost(nn.Module):
                 "Train on whole sequences, or call model.eval()."
             )
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
+        if merged and config.grow_depth:
+            growth = self._growth(config, hidden_states.shape[1], cache, records)
+            depths = [min(depth + growth, config.depth) if depth else 0 for depth in depths]
+        if self.recorder is not None:
+            self.recorder[self.geometry.layer] = self._record(query_address, key_address, depths, config)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
         # cached keys have addresses only: no bridge to them
         routes = chosen if differentiable and (records is None or records.empty) else None
         keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-        return TopologyCall(self, config, routes, query_address, query, keys, merged, training)
+        return TopologyCall(self, config, depths, routes, query_address, query, keys, merged, training)
 
-    def _record(self, query_address: Tensor, key_address: Tensor, config: TopologyConfig) -> RecordedRoutes:
+    def _growth(self, config: TopologyConfig, length: int, cache: Any, records: KeyRecords | None) -> int:
+        """Levels added to the depth of every sparse head.
+
+        The forward that fills an empty cache decides for all that follow: if decoding deepened the balls on its way,
+        a token's keys would depend on when it was generated and not only on what section 2 says.
+        """
+        if records is None:
+            return config.depth_growth(length)
+        slot = cache.layers[self.geometry.layer]
+        if records.empty or not hasattr(slot, "topology_growth"):
+            past = records.length if isinstance(records.length, int) else 0
+            slot.topology_growth = config.depth_growth(past + length)
+        return slot.topology_growth
+
+    def _record(
+        self, query_address: Tensor, key_address: Tensor, depths: list[int], config: TopologyConfig
+    ) -> RecordedRoutes:
         query, key = (
             _per_head(address_to_digits(x, config.arity, config.depth), self.geometry.num_heads)
             for x in (query_address, key_address)
         )
-        return RecordedRoutes(query, key, torch.tensor(self.depths(config), device=query.device))
+        return RecordedRoutes(query, key, torch.tensor(depths, device=query.device))
 
 
 class TopologyLayer(TopologyHost, BaseTunerLayer):
@@ -244,11 +282,16 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         if len(names) > 1:
             raise MergeError(f"merging needs exactly one active topology adapter, got {names}; call set_adapter first")
         for name in names:
-            homotopy = self.topo_configs[name].homotopy
-            if homotopy < 1:
+            config = self.topo_configs[name]
+            if config.homotopy < 1:
                 raise MergeError(
-                    f"homotopy must be 1 to merge adapter {name!r}, got {homotopy}: the topology is not fully in "
-                    "force, so the merged model would differ. Finish training, or set config.homotopy = 1."
+                    f"homotopy must be 1 to merge adapter {name!r}, got {config.homotopy}: the topology is not fully "
+                    "in force, so the merged model would differ. Finish training, or set config.homotopy = 1."
+                )
+            if config.grow_depth and config.calibration is None:
+                raise MergeError(
+                    f"grow_depth needs the calibrated length of adapter {name!r}, got no calibration; call "
+                    "calibrate(model, sequences) before merging, or set config.grow_depth = False."
                 )
             for key, value in self.topo_routers[name].state_dict().items():
                 if safe_merge and not torch.isfinite(value).all():
@@ -396,6 +439,24 @@ def _layout(
     return layout_from_mask(mask, None if past is None else past.layout, int(past_length))
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own again.
+
+    Linear layers have no other numerics in training and keep their mode: on a CPU those of bitsandbytes repack their
+    weights for good when they first run in evaluation mode, and pass no gradient from then on.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            if not isinstance(module, nn.Linear):
+                module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def base_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the module would call without a topology."""
     host = getattr(attention, CHILD)
@@ -426,12 +487,16 @@ def topology_attention_forward(
         return base(module, query, key, value, attention_mask, **kwargs)
     host, config = topology.host, topology.config
     _refuse_unmodelled(query, host.geometry, kwargs)
-    depths = host.depths(config)
+    depths = topology.depths
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     scores: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap")}
 
     if topology.merged:
         return _merged_attention(topology, query, key, value, depths, scores).transpose(1, 2), None
+    if host.observer is not None:
+        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        host.observer(topology, query, key, value, out, scores)
+        return out, weights
 
     weights = None
     if topology.training or host.distillation is not None:
@@ -473,7 +538,10 @@ def _merged_attention(
             num_sink_tokens=call.config.num_sink_tokens,
             **scores,
         )
-    return hard_attention(query, key, value, plan_of(call, depths), **scores)
+    plan = plan_of(call, depths)
+    if call.host.density_recorder is not None:
+        call.host.density_recorder(call, plan)
+    return hard_attention(query, key, value, plan, **scores)
 
 
 def _bridged(
@@ -523,21 +591,24 @@ def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> 
     host, config, routes = call.host, call.config, call.routes
     assert routes is not None
     balance = balance_loss(routes, call.query.real)
-    heads = _routes_per_head(routes, len(depths))
-    shares = [
-        expected_density(
-            leaf_distribution(heads.query.probs[:, [h for h, d in enumerate(depths) if d == depth]], depth),
-            leaf_distribution(heads.key.probs[:, [h for h, d in enumerate(depths) if d == depth]], depth),
-            call.query,
-        )
-        for depth in set(depths)
-        if depth > 0
-    ]
-    density = torch.cat(shares).sum() / len(depths) if shares else balance.new_zeros(())
+    density = balance.new_zeros(())
+    if any(depths):
+        heads = _routes_per_head(routes, len(depths))
+        probs = heads.query.probs, heads.key.probs
+        # leaves of all tokens are wide, and cheap to make again
+        density = checkpoint(_density_price, *probs, call.query, depths, use_reentrant=False, preserve_rng_state=False)
     loss = config.balance_weight * balance + config.density_weight * density
     host.metrics["auxiliary_loss"] = loss.detach()
     host.metrics["balance"] = balance.detach()
     return attach_loss(out, host.auxiliary_ramp * loss, host) if loss.requires_grad else out
+
+
+def _density_price(query_probs: Tensor, key_probs: Tensor, layout: SequenceLayout, depths: list[int]) -> Tensor:
+    """Mean over all heads of the expected share of causal pairs in one ball; heads of depth 0 have no price."""
+    leaves = leaves_at_depths(query_probs, depths), leaves_at_depths(key_probs, depths)
+    shares = expected_density(*leaves, layout)
+    priced = torch.tensor([depth > 0 for depth in depths]).to(shares.device, shares.dtype)
+    return (shares * priced).mean()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
+from .calibration import choose_depths
 from .config import TopologyConfig
-from .errors import AdapterFileError, TopologyConfigError, UnsupportedModelError
+from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 from .layer import CHILD, MergedTopology, TopologyLayer, geometry_of, hosts, install, sliding_window_of, uninstall
 
 
@@ -57,6 +58,14 @@ class TopologyModel(BaseTuner):
                 raise TopologyConfigError(
                     f"{name} names layers {sorted(layers - found)}, which are not routed; routed are {sorted(found)}"
                 )
+        if config.calibration is not None:
+            measured = {layer: len(heads) for layer, heads in config.calibration["density"].items()}
+            routed = {geometry.layer: geometry.num_heads for geometry in geometries}
+            if measured != routed:
+                raise TopologyConfigError(
+                    f"calibration must hold the routed layers and their query heads, {routed}, got {measured}; set "
+                    "calibration=None and call calibrate() on this model"
+                )
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         # PEFT looks at layers_to_transform for suffixes only, not for full names or a regex
@@ -87,15 +96,42 @@ class TopologyModel(BaseTuner):
             )
         layer.update_layer(adapter_name, peft_config, next(target.parameters()).device)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, target_density: float | None = None
+    ) -> None:
         """Switch the active (or the named) adapter to the hard path; see `TopologyLayer.merge`.
 
+        Args:
+            target_density: in (0, 1]; replaces `visible_depth`, whatever it was, by the map that `choose_depths` finds
+                in the adapter's calibration. The map stays after `unmerge_adapter` and is saved with the adapter.
+                None merges at `visible_depth` as it is.
+
         Raises:
-            MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite.
+            MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite;
+                `target_density` or `grow_depth` without a calibration, or `target_density` while merged.
+            TopologyConfigError: `target_density` out of range, or below what the deepest map reaches.
         """
-        for layer in _layers(self.model):  # before any layer changes, so that a refusal leaves no half-merged model
-            layer.check_merge(adapter_names, safe_merge)
+        # before any layer changes, so that a refusal leaves no half-merged model
+        names = {name for layer in _layers(self.model) for name in layer.check_merge(adapter_names, safe_merge)}
+        if target_density is not None:
+            self._choose_depths(names, target_density)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _choose_depths(self, names: set[str], target_density: float) -> None:
+        merged = sorted({name for layer in _layers(self.model) for name in layer.merged_adapters})
+        if merged:
+            raise MergeError(
+                f"target_density must be set before merging, got {target_density} while {merged[0]!r} is merged; call "
+                "unmerge_adapter first"
+            )
+        for name in names:
+            config = self.peft_config[name]
+            if config.calibration is None:
+                raise MergeError(
+                    f"target_density needs a calibrated adapter, got {name!r} without calibration; call "
+                    "topo_adapter.calibrate(model, sequences) first"
+                )
+            config.visible_depth = choose_depths(config.calibration, target_density)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,9 +18,14 @@ from .router import Routes
 from .tree import ball
 from .visibility import always_visible
 
-#: A hidden key's logit may exceed the visible ones without limit. Its weight relative to their sum enters only the
-#: router's gradient; exp(10) bounds it there.
-_MAX_GAP = 10.0
+#: A hidden key's logit may exceed the visible ones without limit: the derivative of the output in its mask, at 0, is
+#: `w (v_j - out)` with `w` its weight over the sum of theirs, but revealing it changes the output by `w / (1 + w)` of
+#: that, never by more than all. So `w` enters the router's gradient as `min(w, exp(_MAX_GAP)) = min(w, 1)`.
+_MAX_GAP = 0.0
+#: Where the forward is soft that derivative is exact and stays; this keeps it finite.
+_MAX_SOFT_GAP = 10.0
+#: Leaves per head that the kernels hold in a row.
+_KERNEL_LEAVES = 256
 
 
 def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
@@ -41,6 +47,36 @@ def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
 def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
     """The last of `leaf_distributions`: `[..., p**depth]`."""
     return leaf_distributions(probs, depth)[-1]
+
+
+def leaves_at_depths(probs: Tensor, depths: Sequence[int]) -> Tensor:
+    """Distributions over the balls that each head has at its own depth, side by side in one tensor.
+
+    A head of less depth than the deepest goes on as if all its tokens took child 0: its balls come first, and nothing
+    follows. So inner products of two roles are those at the head's own depth. Depth 0 is one ball.
+
+    Args:
+        probs: `[B, H, T, L, p]`; depths: one for each of the `H` heads, `0 <= depth <= L`, the deepest >= 1.
+
+    Returns:
+        `[B, H, T, p**max(depths)]`, differentiable; one kernel on a GPU.
+    """
+    levels, arity = max(depths), probs.shape[-1]
+    taken, child_0 = _levels_taken(tuple(depths), arity, probs.device)
+    probs = torch.where(taken, probs[..., :levels, :], child_0)
+    if probs.dtype == torch.float32 and probs.is_cuda and kernels_serve(probs) and arity**levels <= _KERNEL_LEAVES:
+        from topo_kernels import leaf_distribution as fused
+
+        return fused(probs)
+    return leaf_distribution(probs, levels)
+
+
+@functools.lru_cache(maxsize=256)  # copies from the host: forward and backward pass ask for the same
+def _levels_taken(depths: tuple[int, ...], arity: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bool `[H, 1, levels, 1]`: the levels that a head's depth reaches; float32 `[p]`: certainty of child 0."""
+    levels = torch.arange(max(depths))
+    taken = levels < torch.tensor(depths)[:, None]
+    return taken[:, None, :, None].to(device), torch.eye(arity)[0].to(device)
 
 
 def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
@@ -114,7 +150,7 @@ def bridged_attention(
         sizes = [arity**depth for depth in depths]
         balls = torch.tensor(sizes, dtype=torch.int32, device=q.device)
         plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
-        return _bridged_by_kernels(q, k, v, routes, plan, arity, depths, scale, softcap)
+        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
     depth_of_head = torch.tensor(depths, device=q.device)[:, None]
     key_ball = ball(key_address, arity, depth_of_head)
     query_ball = ball(query_address, arity, depth_of_head)
@@ -141,7 +177,7 @@ def bridged_attention(
             reach = hard if bridge == "masked" else causal
             # capped relative to the row's log-sum-exp, which a kernel's backward pass knows and `top` it does not
             mass = weighted.detach().sum(-1, keepdim=True)
-            gap = (scores.detach() - top - mass.log()).clamp(max=_MAX_GAP)
+            gap = (scores.detach() - top - mass.log()).clamp(max=_MAX_SOFT_GAP if bridge == "marginal" else _MAX_GAP)
             weighted = weighted + torch.where(reach, soft - soft.detach(), 0.0) * gap.exp() * mass
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
@@ -181,7 +217,6 @@ def _bridged_by_kernels(
     v: Tensor,
     routes: Routes | None,
     plan: Plan,
-    arity: int,
     depths: Sequence[int],
     scale: float,
     softcap: float | None,
@@ -191,21 +226,13 @@ def _bridged_by_kernels(
         return hard_attention(q, k, v, plan, scale, softcap)
     from topo_kernels import bridged_topology_attention
 
-    levels = max(depths)
-    # a head of less depth goes on as if all its tokens took child 0: its leaves come first, and nothing follows
-    taken = torch.arange(levels, device=q.device) < torch.tensor(depths, device=q.device)[:, None]  # [H, levels]
-    child_0 = torch.eye(arity, device=q.device)[0]
-
-    def leaves(probs: Tensor) -> Tensor:
-        return leaf_distribution(torch.where(taken[:, None, :, None], probs[..., :levels, :], child_0), levels)
-
     def attend(q: Tensor, k: Tensor, v: Tensor, query_probs: Tensor, key_probs: Tensor) -> Tensor:
         return bridged_topology_attention(
             q,
             k,
             v,
-            leaves(query_probs),
-            leaves(key_probs),
+            leaves_at_depths(query_probs, depths),
+            leaves_at_depths(key_probs, depths),
             plan.query_order,
             plan.range_start,
             plan.range_end,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .layer import RecordedRoutes, hosts
+from .layer import RecordedRoutes, evaluating, hosts
 from .layout import SequenceLayout, layout_from_padding
 from .plan import build_plan
 from .tree import ball, digits_to_address
@@ -32,17 +32,14 @@ def record_routes(
     """
     found = hosts(model)
     records: dict[int, RecordedRoutes] = {}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         for host in found:
             host.recorder = records
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with evaluating(model):
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for host in found:
             host.recorder = None
-        for module, mode in modes.items():
-            module.training = mode
     if not records:
         raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
     return records

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import TopologyConfig
 from .errors import TopologyConfigError, UnsupportedModelError
-from .layer import Distillation, TopologyHost, hosts
+from .layer import Distillation, TopologyHost, evaluating, hosts
 
 
 def active_configs(model: nn.Module) -> list[TopologyConfig]:
@@ -139,6 +139,12 @@ class TopologyTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise TopologyConfigError(
+                f"the trainer must see one GPU per process, got {self.args.n_gpu}: DataParallel copies the routers, "
+                "and the auxiliary gradient would miss its scale. Launch with `accelerate launch` or torchrun, or set "
+                "CUDA_VISIBLE_DEVICES to one GPU."
+            )
         given = [c for c in self.callback_handler.callbacks if isinstance(c, TopologyCallback)]
         if not given:
             given = [self.default_topology_callback()]
@@ -159,10 +165,19 @@ class TopologyTrainerMixin(Trainer):
         if normalised is None:
             by_model = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
             normalised = by_model or self.compute_loss_func is not None
-        share = 1 / self.current_gradient_accumulation_steps if normalised else 1.0
         if isinstance(result, tuple):
-            return (_RememberScale.apply(result[0], hosts(model), share), *result[1:])
-        return _RememberScale.apply(result, hosts(model), share)
+            return (self.with_auxiliary_scale(model, result[0], normalised), *result[1:])
+        return self.with_auxiliary_scale(model, result, normalised)
+
+    def with_auxiliary_scale(self, model: nn.Module, loss: Tensor, normalised: bool) -> Tensor:
+        """The loss unchanged; its backward tells the layers what their auxiliary gradient is scaled by.
+
+        Args:
+            normalised: the loss is divided by what the whole accumulated batch holds, so that the trainer will not
+                divide it by the number of accumulation steps.
+        """
+        share = 1 / self.current_gradient_accumulation_steps if normalised else 1.0
+        return _RememberScale.apply(loss, hosts(model), share)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)
@@ -188,7 +203,8 @@ def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
     try:
         for layer in layers:
             layer.standardising = True
-        model(input_ids=input_ids, use_cache=False)
+        with evaluating(model):
+            model(input_ids=input_ids, use_cache=False)
     finally:
         for layer in layers:
             layer.standardising = False

@@ -1,0 +1,470 @@
+"""The density dial: what each head loses at each visible depth, the depth map of a budget, and a report at run time.
+
+Loss of a head (beyond the paper). Let `o_i` be the attention output of one head at token `i`, `Delta_i(d)` its change
+when that head alone sees depth `d`, `z_t` the logits of token `t` and `p_t` the dense model's prediction. KL(dense ||
+changed) is 0 and minimal at the dense model: there is no first order term, and the second order is the Fisher matrix:
+
+    sum_t KL_t = 1/2 sum_t dz_t' F_t dz_t + O(Delta^3),   dz_t = sum_i (dz_t / do_i) Delta_i,   F_t = E[s_t s_t'],
+
+with the score `s_t`: the gradient of -log p_t(y_t) in the logits, for a label `y_t` drawn from `p_t` itself. Labels are
+drawn independently, so `E[s_t s_u'] = 0` for `t != u`. Hence the gradient `g_i` of `sum_t -log p_t(y_t)` in `o_i`,
+which one backward pass gives for all heads and layers, has `E[(sum_i g_i . Delta_i)^2] = 2 sum_t KL_t`: one number per
+sequence and draw, chi-squared with one degree of freedom. The estimate here sums over spans of tokens instead,
+
+    loss(d) = 1/2 mean_spans (sum_{i in span} g_i . Delta_i(d))^2 / tokens of a span    [nats per token],
+
+so that it averages over many samples of a sequence, and leaves out the cross terms between positions of different
+spans. They matter where a head's changes at many positions push the same later predictions in one direction: with
+spans of one token such heads were underrated by half, with whole sequences the few samples scatter by half
+(docs/log.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .attention import hard_attention
+from .config import Calibration, TopologyConfig
+from .errors import MergeError, TopologyConfigError, UnsupportedModelError
+from .layer import TopologyCall, TopologyHost, evaluating, hosts, plan_of
+from .plan import Plan
+
+_SPAN = 128  # tokens
+#: Logits alive at once while labels are drawn, in entries (64 MiB each for the logits, their softmax and gradient).
+_LOGITS_AT_ONCE = 2**24
+
+#: `density_report` warns above this ratio of realised to calibrated density.
+WARN_RATIO = 1.5
+
+
+def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int = 0) -> Calibration:
+    """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
+
+    One forward of the dense model per sequence, one backward per sequence and draw, and the hard attention of each
+    layer at depths `1..L` per backward; no tensor of `O(T^2)`. The model runs in evaluation mode whatever its state
+    (homotopy, frozen or trainable) and is left as it was: modes, gradients and hooks.
+
+    Args:
+        model: a PeftModel with one active, unmerged topology adapter.
+        sequences: int64 `[B, T]` token ids, unpadded, of the kind of text that the model will read, and `T` about as
+            long: the table holds at this length (`grow_depth` starts from it). Evaluation texts do not belong here.
+        draws: label draws per sequence, >= 1. More sequences serve better than more draws.
+        seed: of the label draws.
+
+    Returns:
+        The table, rounded to 4 significant digits; `loss` is the estimate of this module's docstring.
+
+    Raises:
+        UnsupportedModelError: no active adapter, no language-model head, weights that pass no gradient, or a gradient
+            that is not finite. MergeError: the adapter is merged.
+        TopologyConfigError: `sequences` is not int64 `[B, T]`, is padded, or fits window and sinks; `draws` below 1.
+    """
+    layers, config = _unmerged_layers(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_sequences(sequences, config, base)
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise TopologyConfigError(f"draws must be an integer >= 1, got {draws!r}")
+    _check_differentiable(base)
+
+    sums: dict[int, Tensor] = {}
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def draw(probs: Tensor) -> Tensor:
+        if probs.device not in generators:
+            generators[probs.device] = torch.Generator(probs.device).manual_seed(seed)
+        return torch.multinomial(probs, 1, generator=generators[probs.device])[:, 0]
+
+    try:
+        for layer in layers:
+            layer.observer = _observer_of(layer.geometry.layer, config.depth, sums)
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            for row in sequences.clone().split(1):  # tensors made in inference mode cannot be saved for backward
+                _backward(base, row, draws, draw)
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+    table = Calibration(
+        length=sequences.shape[1],
+        heads_per_route=math.gcd(*(_heads_per_route(layer) for layer in layers)),
+        density={},
+        loss={},
+    )
+    for layer in layers:
+        index = layer.geometry.layer
+        density, loss = (sums[index] / (sequences.shape[0] * draws)).transpose(1, 2).tolist()
+        if not all(math.isfinite(value) for head in loss for value in head):
+            raise _not_finite(f"gradients in layer {index}")
+        table["density"][index], table["loss"][index] = _rounded(density), _rounded(loss)
+    config.calibration = table
+    return table
+
+
+def choose_depths(calibration: Calibration, target_density: float) -> dict[int, list[int]]:
+    """The depth map of least estimated loss whose mean density over all routed heads is at most `target_density`.
+
+    Losses of heads are taken as additive. Each head offers the lower convex hull of (density, loss) over its depths;
+    starting from every head at its sparsest, the hull segments of all heads are taken in the order of loss saved per
+    density, up to the first that exceeds the budget. The order does not depend on the target, so maps are nested:
+    for `t1 <= t2` every head's depth under `t2` is at most its depth under `t1`, hence no pair that is visible at
+    `t1` is hidden at `t2`, and the estimated loss at `t2` is at most that at `t1`. At the densities where a segment
+    ends the map is optimal among all maps; between them it falls short of the budget by less than one segment.
+    Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route.
+
+    Args:
+        calibration: of `calibrate`. target_density: in (0, 1], at the calibrated length.
+
+    Returns:
+        Layer index -> depth of each query head, a `visible_depth`.
+
+    Raises:
+        TopologyConfigError: `target_density` is out of range or below what the sparsest map reaches.
+    """
+    number = isinstance(target_density, numbers.Real) and not isinstance(target_density, bool)
+    if not number or not 0 < target_density <= 1:
+        raise TopologyConfigError(f"target_density must be a number in (0, 1], got {target_density!r}")
+    shared = calibration["heads_per_route"]
+    hulls: list[list[_Choice]] = []
+    for layer, heads in sorted(calibration["density"].items()):
+        for first in range(0, len(heads), shared):
+            members = slice(first, first + shared)
+            densities = [sum(values) for values in zip(*heads[members], strict=True)]
+            losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
+            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
+    total = shared * len(hulls)
+    density = sum(hull[0][0] for hull in hulls)
+    budget = target_density * total + 1e-9 * total  # rounding must not refuse a density that a map reaches
+    if density > budget:
+        raise TopologyConfigError(
+            f"target_density must be at least {math.ceil(1e4 * density / total) / 1e4:g} at {calibration['length']} "
+            f"tokens, what the deepest balls, window and sinks of this adapter reach, got {target_density}; lower "
+            "local_window, or train a deeper tree."
+        )
+    depths = [hull[0][2] for hull in hulls]
+    # a hull's slopes fall strictly, so a route's own segments keep their order
+    segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    for _, route, cheap, dear in sorted(segments):
+        density += dear[0] - cheap[0]
+        if density > budget:
+            break
+        depths[route] = dear[2]
+    per_head = iter([depth for depth in depths for _ in range(shared)])
+    return {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
+
+
+@contextlib.contextmanager
+def recording_density(model: nn.Module) -> Iterator[None]:
+    """While active, the layers of a merged model count what their queries see, for `density_report`.
+
+    A few small kernels per layer and forward, and nothing waits for them. Forwards of up to 16 new tokens over a
+    cache scan it and make no plan to count: decoding is not recorded.
+
+    Args:
+        model: with a merged and calibrated topology adapter, or a merged model.
+
+    Raises:
+        UnsupportedModelError: no active adapter. MergeError: not merged, or not calibrated.
+    """
+    layers = _active_layers(model)
+    for layer, config, merged in layers:
+        if not merged or config.calibration is None:
+            raise MergeError(
+                "recording_density needs a merged adapter with a calibration, got layer "
+                f"{layer.geometry.layer} {'without calibration' if merged else 'unmerged'}; call calibrate, then "
+                "merge_adapter"
+            )
+    try:
+        for layer, _, _ in layers:
+            layer.density_counts = None
+            layer.density_recorder = _count_density
+        yield
+    finally:
+        for layer, _, _ in layers:
+            layer.density_recorder = None
+
+
+def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
+    """Density that the last `recording_density` saw in each layer, beside what calibration leads to expect.
+
+    The expectation takes the share of far pairs (beyond window and sinks) that a map reveals as independent of
+    length, so that texts shorter or longer than the calibrated ones compare fairly. Warns once, naming the layers
+    whose realised density is more than 1.5 times the expected: the text is unlike those of the calibration, and
+    neither its speed nor its quality is what the dial was set to.
+
+    Returns:
+        Layer index -> `density` and `calibrated`, means over the heads in (0, 1], and `ratio`, their quotient.
+
+    Raises:
+        UnsupportedModelError: nothing was recorded.
+    """
+    report = {}
+    for layer in hosts(model):
+        if layer.density_counts is not None:
+            visible, expected, causal = layer.density_counts.tolist()
+            report[layer.geometry.layer] = {
+                "density": visible / causal,
+                "calibrated": expected / causal,
+                "ratio": visible / expected,
+            }
+    if not report:
+        raise UnsupportedModelError(
+            "density_report needs a recorded forward of a merged model, got none; run the text inside `with "
+            "recording_density(model):`"
+        )
+    above = {layer: round(values["ratio"], 2) for layer, values in report.items() if values["ratio"] > WARN_RATIO}
+    if above:
+        warnings.warn(
+            f"density is more than {WARN_RATIO} times what calibration leads to expect in layers (ratio) {above}: "
+            "this text is far outside the calibration; calibrate on such texts, or merge at a lower target_density.",
+            stacklevel=2,
+        )
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def _active_layers(model: nn.Module) -> list[tuple[TopologyHost, TopologyConfig, bool]]:
+    found = [(host, active[1], active[2]) for host in hosts(model) if (active := host.in_force()) is not None]
+    if not found:
+        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
+    return found
+
+
+def _unmerged_layers(model: nn.Module) -> tuple[list[TopologyHost], TopologyConfig]:
+    found = _active_layers(model)
+    if any(merged for _, _, merged in found):
+        raise MergeError("the adapter must be unmerged to calibrate, got a merged one; call unmerge_adapter first")
+    return [layer for layer, _, _ in found], found[0][1]
+
+
+def _heads_per_route(layer: TopologyHost) -> int:
+    active = layer.in_force()
+    assert active is not None  # of _active_layers
+    return layer.geometry.num_heads // active[0].num_heads
+
+
+def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any) -> None:
+    """Refuse what cannot be calibrated on: see `calibrate`."""
+    if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.dtype != torch.int64 or not len(sequences):
+        got = (
+            f"{sequences.dtype} {list(sequences.shape)}" if isinstance(sequences, Tensor) else type(sequences).__name__
+        )
+        raise TopologyConfigError(f"sequences must be an int64 tensor [B, T] of token ids with B >= 1, got {got}")
+    always = config.local_window + config.num_sink_tokens
+    if sequences.shape[1] <= always:
+        raise TopologyConfigError(
+            f"sequences must be longer than local_window + num_sink_tokens = {always}, or every depth sees everything, "
+            f"got {sequences.shape[1]} tokens"
+        )
+    text = base.config.get_text_config()
+    pad = text.pad_token_id
+    if pad is None:
+        return
+    is_pad = sequences == pad
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    if pad in (*ends, text.bos_token_id):
+        # the token has another use: one or a few of them are text, two at an end of a row are padding
+        is_pad = torch.cat([is_pad[:, :2].all(1, True), is_pad[:, -2:].all(1, True)], 1)
+    if bool(is_pad.any()):
+        raise TopologyConfigError(
+            f"sequences must be unpadded, got padding (token {pad}) in rows {is_pad.any(1).nonzero()[:, 0].tolist()}; "
+            "cut the texts into windows of one length"
+        )
+
+
+def _check_differentiable(base: Any) -> None:
+    if base.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"model must have a language-model head to calibrate, got {type(base).__name__}; load AutoModelForCausalLM"
+        )
+    for name, weight in base.named_parameters():
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedModelError(
+                f"{name} must pass gradients to calibrate, got a weight that bitsandbytes has repacked for inference "
+                "on this CPU; reload the model and calibrate before its first forward in evaluation mode"
+            )
+
+
+def _not_finite(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what} must be finite to calibrate, got NaN or infinity; load the base in bfloat16 or float32"
+    )
+
+
+def _backward(base: Any, row: Tensor, draws: int, draw: Any) -> None:
+    """Gradients of `sum_t -log p(y_t)` for labels drawn from the model, down to the embeddings; observers see them.
+
+    Nothing is accumulated in any `.grad`. Logits exist for a few tokens at a time.
+    """
+    decoder, embeddings = base.get_decoder(), base.get_input_embeddings()
+    start: list[Tensor] = []
+
+    def begin_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        start.append(output.detach().requires_grad_())
+        return start[-1]
+
+    row = row.to(embeddings.weight.device)
+    handle = embeddings.register_forward_hook(begin_graph)
+    try:
+        outputs = decoder(input_ids=row, use_cache=False, return_dict=True)
+    finally:
+        handle.remove()
+    hidden = outputs.last_hidden_state
+    gradients = _head_gradients(base, decoder, outputs, row, draws, draw)
+    for number, gradient in enumerate(gradients, start=1):
+        torch.autograd.grad(hidden, start, gradient, retain_graph=number < draws)
+
+
+def _head_gradients(base: Any, decoder: nn.Module, outputs: Any, row: Tensor, draws: int, draw: Any) -> list[Tensor]:
+    """Gradients in the last hidden states `[1, T, hidden]`, one for each draw of the labels.
+
+    The model's own forward makes the logits, whatever it does after the head (soft caps, scales): its decoder is made
+    to return a chunk of the hidden states it has computed.
+    """
+    hidden = outputs.last_hidden_state.detach()
+    chunk = max(1, _LOGITS_AT_ONCE // base.get_output_embeddings().weight.shape[0])
+    gradients: list[list[Tensor]] = [[] for _ in range(draws)]
+    for first in range(0, hidden.shape[1], chunk):
+        rows = slice(first, first + chunk)
+        states = hidden[:, rows].requires_grad_()
+        with _returning(decoder, type(outputs)(**{**outputs, "last_hidden_state": states})):
+            logits = base(input_ids=row[:, rows], use_cache=False, return_dict=True).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not torch.isfinite(logits).all():  # on a GPU a draw from NaN would end the process
+            raise _not_finite("logits")
+        probs = logits.detach().softmax(-1)
+        for number in range(draws):
+            loss = nn.functional.cross_entropy(logits, draw(probs), reduction="sum")
+            gradients[number] += torch.autograd.grad(loss, states, retain_graph=number + 1 < draws)
+    return [torch.cat(chunks, 1) for chunks in gradients]
+
+
+@contextlib.contextmanager
+def _returning(decoder: nn.Module, outputs: Any) -> Iterator[None]:
+    """While active, the decoder returns `outputs` and computes nothing."""
+    own = decoder.__dict__.get("forward")  # accelerate's hooks put one there
+    decoder.__dict__["forward"] = lambda *args, **kwargs: outputs
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.__dict__["forward"]
+        else:
+            decoder.__dict__["forward"] = own
+
+
+def _observer_of(layer: int, depth: int, sums: dict[int, Tensor]) -> Any:
+    """Adds a layer's density and loss, float64 `[2, L + 1, H]`, to `sums` in each backward pass."""
+
+    def observe(
+        call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
+    ) -> None:
+        if not out.requires_grad:  # the first of the two forwards of reentrant gradient checkpointing
+            return
+        q, k, v, dense = (x.detach() for x in (query, key, value, out))
+
+        @torch.no_grad()
+        def add(gradient: Tensor) -> None:
+            rows = _density_and_loss(call, q, k, v, dense, gradient, depth, scores)
+            sums[layer] = rows if layer not in sums else sums[layer] + rows
+
+        out.register_hook(add)
+
+    return observe
+
+
+def _density_and_loss(
+    call: TopologyCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dense: Tensor,
+    gradient: Tensor,
+    depth: int,
+    scores: dict[str, Any],
+) -> Tensor:
+    """float64 `[2, L + 1, H]`; one depth's change is alive at a time.
+
+    Args:
+        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; dense, gradient: `[B, T, H, D]`.
+    """
+    heads = query.shape[1]
+    exact = torch.promote_types(dense.dtype, torch.float32)
+    ones = torch.ones(heads, dtype=torch.float64, device=query.device)
+    densities, losses = [ones], [torch.zeros_like(ones)]
+    for d in range(1, depth + 1):
+        plan = plan_of(call, [d] * heads)
+        density = plan.visible_count() / plan.causal_count()
+        densities.append(density.repeat_interleave(heads // density.numel()))
+        change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - dense.to(exact)
+        first_order = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
+        spans = torch.stack([span.sum(1) for span in first_order.split(_SPAN, 1)])
+        losses.append(spans.square().sum((0, 1)) / (2 * first_order.shape[0] * first_order.shape[1]))
+    return torch.stack([torch.stack(densities), torch.stack(losses)])
+
+
+def _rounded(table: list[list[float]]) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in values] for values in table]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Choosing
+
+_Choice = tuple[float, float, int]  # density, loss, depth
+
+
+def _gain(cheap: _Choice, dear: _Choice) -> float:
+    """Loss saved per density."""
+    return (cheap[1] - dear[1]) / (dear[0] - cheap[0])
+
+
+def _lower_hull(choices: list[_Choice]) -> list[_Choice]:
+    """The choices on the lower convex hull, densities rising, losses falling, gains strictly falling."""
+    hull: list[_Choice] = []
+    for choice in sorted(choices):
+        if hull and choice[1] >= hull[-1][1]:
+            continue  # costs density and saves nothing
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reporting
+
+
+def _count_density(call: TopologyCall, plan: Plan) -> None:
+    """Add visible, expected and causal pairs of a mean head, float64 `[3]`; nothing waits for the device."""
+    calibration = call.config.calibration
+    assert calibration is not None  # recording_density has looked
+    density = calibration["density"][call.host.geometry.layer]
+    length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
+    near = _local_pairs(length, window, sinks) / _local_pairs(length, length, 0)
+    revealed = sum(values[depth] for values, depth in zip(density, call.depths, strict=True)) / len(density)
+    share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
+    visible, causal = plan.visible_count().mean(), plan.causal_count()
+    local = visible - (plan.range_end - plan.range_start).sum((0, 2), dtype=torch.float64).mean()
+    counts = torch.stack([visible, local + (causal - local) * share, causal])
+    host = call.host
+    host.density_counts = counts if host.density_counts is None else host.density_counts + counts
+
+
+def _local_pairs(length: int, window: int, sinks: int) -> int:
+    """Pairs that window and sinks make visible in one document."""
+    full = min(length, window)  # queries whose window reaches the first token
+    far = length - full
+    some = min(far, sinks)
+    return full * (full + 1) // 2 + far * window + some * (some + 1) // 2 + (far - some) * sinks

@@ -1,0 +1,441 @@
+"""The end-to-end stage: KL of the dense model to its own hard topology (docs/method.md, section 5.3)."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .calibration import calibrate, choose_depths
+from .config import TopologyConfig, VisibleDepth
+from .errors import TopologyConfigError, UnsupportedModelError
+from .layer import TopologyHost
+from .training import TopologyCallback, TopologyTrainerMixin, active_configs
+
+#: Logits of one chunk: 128 MiB in float32, of which a handful are alive at a time.
+_CHUNK_LOGITS = 2**25
+#: Positions whose own logits are asked of the model, to check the chunked ones against.
+_CHECKED = 4
+_STRATA = 8
+_IGNORED = -100  # label of a token without a language-model loss, as everywhere in transformers
+
+Head = Callable[[Tensor], Tensor]
+
+
+def logits_head(base: PreTrainedModel) -> Head:
+    """What a causal LM does to its final hidden states `[..., hidden_size]`: logits `[..., V]`, at least float32.
+
+    The output embedding, then `logits_scaling` (Granite), `logit_scale` (Cohere) and `final_logit_softcapping`
+    (Gemma) of the model's config.
+
+    Raises:
+        UnsupportedModelError: the model has no output embedding.
+    """
+    embedding = base.get_output_embeddings()
+    if embedding is None:
+        raise UnsupportedModelError(
+            f"model must be a causal LM with an output embedding, got {type(base).__name__}; load it with "
+            "AutoModelForCausalLM"
+        )
+    config = base.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden_states: Tensor) -> Tensor:
+        logits = embedding(hidden_states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if scale == 1 else logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    return head
+
+
+def token_losses(
+    hidden: Tensor,
+    reference: Tensor | None,
+    targets: Tensor | None,
+    head: Head,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per token: KL(reference || model) over the vocabulary, and the cross-entropy of a target, in nats.
+
+    The head runs in chunks of tokens, and again in backward: no tensor holds the logits of all tokens.
+
+    Args:
+        hidden: `[N, hidden_size]`, final hidden states, differentiable. reference: the dense model's, no gradient
+            flows to them; None = KL is 0.
+        targets: int64 `[N]`, `-100` = none; None = cross-entropy is 0.
+        head: hidden states to logits. chunk: tokens per chunk, >= 1; None keeps a chunk's logits at 128 MiB.
+
+    Returns:
+        Two tensors `[N]`, at least float32.
+    """
+
+    def losses(hidden: Tensor, reference: Tensor | None, targets: Tensor | None) -> Tensor:
+        model = head(hidden).log_softmax(-1)
+        divergence = cross_entropy = model.new_zeros(len(hidden))
+        if reference is not None:
+            with torch.no_grad():
+                dense = head(reference).log_softmax(-1)
+            divergence = F.kl_div(model, dense, reduction="none", log_target=True).sum(-1)
+        if targets is not None:
+            cross_entropy = F.nll_loss(model, targets, ignore_index=_IGNORED, reduction="none")
+        return torch.stack([divergence, cross_entropy])
+
+    if chunk is None:
+        with torch.no_grad():
+            chunk = max(1, _CHUNK_LOGITS // head(hidden[:1]).shape[-1])
+    found = []
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        part = [None if x is None else x[rows] for x in (hidden, reference, targets)]
+        found.append(
+            checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else losses(*part)  # type: ignore[arg-type]  # hidden is never None
+        )
+    if not found:  # a batch of padding: a gradient of zero is one still
+        nothing = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(-1)
+        return nothing, nothing
+    divergence, cross_entropy = torch.cat(found, dim=1)
+    return divergence, cross_entropy
+
+
+def next_tokens(labels: Tensor, real: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The label each token predicts, `-100` where there is none: at the end, in padding, across packed documents.
+
+    Args:
+        labels: int64 `[B, T]`, unshifted, `-100` = no loss. real: bool `[B, T]`, False in padding.
+        position_ids: `[B, T]` or None; position 0 begins a document.
+    """
+    labels = labels.masked_fill(~real, _IGNORED)
+    if position_ids is not None:
+        labels = labels.masked_fill(position_ids.expand_as(labels) == 0, _IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+
+
+def drawn_depth(seed: int, step: int, lowest: int, highest: int) -> int:
+    """The visible depth of a training step, uniform over `lowest..highest`.
+
+    A function of its arguments alone, so every process draws alike and a resumed run goes on as it would have. Each
+    run of `highest - lowest + 1` steps visits every depth once, in an order of its own: logs over several steps
+    stay comparable.
+    """
+    return lowest + _drawn(seed, step, highest - lowest + 1)
+
+
+def drawn_density(seed: int, step: int, lowest: float, highest: float) -> float:
+    """The density of a training step, log-uniform in `[lowest, highest]`; drawn as `drawn_depth` is, from 8 strata."""
+    offset = random.Random(f"{seed}/{step}/density").random()
+    share = (_drawn(seed, step, _STRATA) + offset) / _STRATA
+    return lowest * (highest / lowest) ** share
+
+
+def _drawn(seed: int, step: int, count: int) -> int:
+    """One of `0..count - 1`: each run of `count` steps has each once, in an order of its own."""
+    choices = list(range(count))
+    block, index = divmod(step, count)
+    random.Random(f"{seed}/{block}").shuffle(choices)  # a string seeds alike on every platform and in every process
+    return choices[index]
+
+
+@contextlib.contextmanager
+def _training_at(configs: list[TopologyConfig], depths: list[VisibleDepth]) -> Iterator[None]:
+    """While active each configuration has its visible depth, and heads take their most probable digits."""
+    before = [(config, config.visible_depth, config.gumbel_noise) for config in configs]
+    try:
+        for config, depth in zip(configs, depths, strict=True):
+            config.visible_depth, config.gumbel_noise = depth, False
+        yield
+    finally:
+        for config, visible_depth, noise in before:
+            config.visible_depth, config.gumbel_noise = visible_depth, noise
+
+
+def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
+    """`depth` everywhere but in the heads that a depth map keeps dense."""
+    if not isinstance(configured, dict):
+        return depth
+    return {
+        layer: [depth if d else 0 for d in depths] if isinstance(depths, list) else (depth if depths else 0)
+        for layer, depths in configured.items()
+    }
+
+
+def _nearest_map(config: TopologyConfig, density: float) -> VisibleDepth:
+    """The depth map of a density, or the sparsest one where that is more."""
+    assert config.calibration is not None  # of calibrate
+    sparsest = [head[-1] for heads in config.calibration["density"].values() for head in heads]
+    return dict(choose_depths(config.calibration, max(density, math.fsum(sparsest) / len(sparsest))))
+
+
+def _without_dropout(base: nn.Module) -> None:
+    """Put a model in training mode into the numerics of evaluation; the routers go on training.
+
+    Linear layers have no randomness and stay: in evaluation mode bitsandbytes repacks their weights for good. Modules
+    with gradient checkpointing do it in training mode only, and stay too.
+    """
+    for module in base.modules():
+        keeps = isinstance(module, (TopologyHost, nn.Linear)) or getattr(module, "gradient_checkpointing", False)
+        if not keeps:
+            module.training = False
+
+
+class KLTrainer(TopologyTrainerMixin):
+    """End-to-end training on KL(dense || topology): the model learns to lose nothing to its own hard topology.
+
+    The teacher is the same model with its adapter disabled. The student runs the merged model's mask (hard routes,
+    homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
+    what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
+    and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. Without
+    `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a `visible_depth` map
+    keeps at 0. The density price is the config's (`density_weight`, `balance_weight`), at the depths of the step. Any
+    tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss, packed documents are told by
+    `position_ids`.
+
+    Evaluation reports the same loss at the config's own `visible_depth`.
+
+    Args:
+        depths: lowest and highest depth to draw, `1 <= lowest <= highest <= config.depth`; None is all of them.
+        densities: lowest and highest density to draw instead, `0 < lowest <= highest <= 1`, at the length of
+            `calibration_rows`; a density below that of the sparsest map is trained at the sparsest.
+        calibration_rows: int64 `[B, T]`, needed with `densities`: what `calibrate` measures on.
+        calibration_steps: steps after which the calibration is renewed, >= 1.
+        kl_weight, lm_weight: weights of the KL and of the next-token loss (`labels`, or `input_ids` without them),
+            >= 0, not both 0. Both are sums over tokens divided by the number of real tokens of the step.
+        Other arguments: as `transformers.Trainer`.
+
+    Raises:
+        TopologyConfigError: an argument is out of range. UnsupportedModelError: no active adapter, or a model that
+            does to its logits what cannot be done in chunks (found on the first batch).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        depths: tuple[int, int] | None = None,
+        densities: tuple[float, float] | None = None,
+        calibration_rows: Tensor | None = None,
+        calibration_steps: int = 100,
+        kl_weight: float = 1.0,
+        lm_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if densities is not None:
+            if depths is not None:
+                raise TopologyConfigError(f"depths must be None where densities are drawn, got {depths}")
+            if not 0 < densities[0] <= densities[1] <= 1:
+                raise TopologyConfigError(
+                    f"densities must be lowest and highest with 0 < lowest <= highest <= 1, got {densities}"
+                )
+            if calibration_rows is None:
+                raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
+            if calibration_steps < 1:
+                raise TopologyConfigError(f"calibration_steps must be an integer >= 1, got {calibration_steps}")
+        deepest = min(config.depth for config in active_configs(self.model))
+        lowest, highest = (1, deepest) if depths is None else depths
+        if not 1 <= lowest <= highest <= deepest:
+            raise TopologyConfigError(
+                f"depths must be lowest and highest with 1 <= lowest <= highest <= {deepest} (the config's depth), "
+                f"got {depths}"
+            )
+        for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight)):
+            if not 0 <= weight < float("inf"):
+                raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
+        if kl_weight == lm_weight == 0:
+            raise TopologyConfigError("kl_weight or lm_weight must be > 0, got 0 for both")
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            raise UnsupportedModelError(
+                f"model must be a PeftModel, got {type(self.model).__name__}: the teacher is the model with its "
+                "adapter disabled; see get_peft_model"
+            )
+        self.depths, self.kl_weight, self.lm_weight = (lowest, highest), kl_weight, lm_weight
+        self.densities, self.calibration_rows = densities, calibration_rows
+        self.calibration_steps = calibration_steps
+        self._calibrated: int | None = None  # the round of steps that the calibration belongs to
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
+        self._drawn: dict[str, float] = {}
+        self._logits_checked = False
+        self._since_log: list[Tensor] = []  # sums of KL, of cross-entropy, and tokens, of each forward
+
+    def default_topology_callback(self) -> TopologyCallback:
+        return TopologyCallback(temperature=(0.3, 0.1), homotopy=(1.0, 1.0))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
+        """The micro-batches of a step and the number of real tokens in all of them."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        tokens = torch.tensor(sum(_num_real(sample) for sample in samples), device=self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            tokens = self.accelerator.reduce(tokens, reduction="sum")
+        return samples, tokens
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        configs = active_configs(model)
+        step = self.state.global_step
+        if self.densities is None:
+            depth = drawn_depth(self.args.seed, step, *self.depths)
+            self._drawn = {"topology/visible_depth": float(depth)}
+            depths = [_at_depth(config.visible_depth, depth) for config in configs]
+        else:
+            self._calibrate(step)
+            density = drawn_density(self.args.seed, step, *self.densities)
+            self._drawn = {"topology/target_density": density}
+            depths = [_nearest_map(config, density) for config in configs]
+        # around the backward pass too: gradient checkpointing runs the layers again there
+        with _training_at(configs, depths):
+            return super().training_step(model, *args, **kwargs)
+
+    def _calibrate(self, step: int) -> None:
+        """Renew the calibration where a round of steps begins, or where a resumed run comes into one."""
+        round_of_steps = step // self.calibration_steps
+        if self._calibrated == round_of_steps:
+            return
+        assert self.calibration_rows is not None  # the constructor has looked
+        model = self.accelerator.unwrap_model(self.model)
+        calibrate(model, self.calibration_rows, seed=self.args.seed)
+        for config in active_configs(model):  # atomic additions differ between processes, their maps must not
+            (config.calibration,) = broadcast_object_list([config.calibration])
+        self._calibrated = round_of_steps
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        peft_model = self.accelerator.unwrap_model(model)
+        base = peft_model.get_base_model()
+        if model.training:
+            _without_dropout(base)
+        real = _real(inputs)
+        labels = inputs.get("labels", inputs["input_ids"])
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            inputs["use_cache"] = False
+
+        reference = None
+        if self.kl_weight:
+            with torch.no_grad(), peft_model.disable_adapter():
+                reference, _ = _final_states(model, base, inputs)
+        hidden, outputs = _final_states(model, base, inputs)
+        head = logits_head(base)
+        real = real.to(hidden.device)
+        with self.accelerator.autocast():
+            if not self._logits_checked:
+                _check_logits(base, head(hidden[:, -_CHECKED:]), outputs.logits)
+                self._logits_checked = True
+            targets = next_tokens(labels.to(real.device), real, inputs.get("position_ids")) if self.lm_weight else None
+            divergence, cross_entropy = token_losses(
+                hidden[real],
+                None if reference is None else reference[real],
+                None if targets is None else targets[real],
+                head,
+            )
+        sums = torch.stack([divergence.sum(), cross_entropy.sum()])
+        tokens = real.sum()
+        total = self.kl_weight * sums[0] + self.lm_weight * sums[1]
+        if not model.training:
+            loss = total / tokens.clamp(min=1)
+            return (loss, outputs) if return_outputs else loss
+        self._since_log.append(torch.cat([sums.detach().float(), tokens[None].float()]))
+        if num_items_in_batch is None:  # called by hand: the mean of this batch, as the trainer would divide it
+            loss = total / tokens.clamp(min=1)
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        loss = self.with_auxiliary_scale(model, loss, normalised=num_items_in_batch is not None)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._since_log:
+            divergence, cross_entropy, tokens = self.accelerator.reduce(
+                torch.stack(self._since_log).sum(0), reduction="sum"
+            ).tolist()
+            self._since_log.clear()
+            logs = {**logs, **self._drawn}
+            if self.kl_weight:
+                logs["kl"] = divergence / max(tokens, 1.0)
+            if self.lm_weight:
+                logs["lm"] = cross_entropy / max(tokens, 1.0)
+        super().log(logs, *args, **kwargs)
+
+
+def _real(inputs: dict[str, Any]) -> Tensor:
+    """bool `[B, T]`: False in padding."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if ids is None:
+        raise UnsupportedModelError(f"a batch must have input_ids, got {sorted(inputs)}")
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedModelError(
+            f"attention_mask must have the shape {tuple(ids.shape)} of input_ids, got {got}; packed documents are told "
+            "by position_ids"
+        )
+    return mask.bool()
+
+
+def _num_real(inputs: dict[str, Any]) -> int:
+    return int(_real(inputs).sum())
+
+
+def _final_states(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """What enters the output embedding, `[B, T, hidden_size]`, and the model's outputs with a few positions' logits.
+
+    The model's own forward runs, whatever wraps it; a hook on the output embedding takes all positions and hands on
+    the last few.
+    """
+    taken: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        taken.append(args[0])
+        return (args[0][:, -_CHECKED:], *args[1:])
+
+    embedding = base.get_output_embeddings()
+    if embedding is None:
+        logits_head(base)  # refuses
+    hook = embedding.register_forward_pre_hook(take)
+    try:
+        outputs = model(**inputs)
+    finally:
+        hook.remove()
+    if len(taken) != 1 or taken[0].shape[:2] != inputs["input_ids"].shape:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} must run its output embedding once, over the hidden states of all tokens, for its "
+            f"loss to be computed in chunks; it ran over {[tuple(x.shape) for x in taken]}. Train on the LM loss with "
+            "TopologySFTTrainer instead."
+        )
+    return taken[0], outputs
+
+
+@torch.no_grad()
+def _check_logits(base: PreTrainedModel, ours: Tensor, own: Tensor) -> None:
+    """Refuse a model whose forward does more to its logits than `logits_head` knows of."""
+    own = own.to(ours.device, ours.dtype)
+    if ours.shape != own.shape or not torch.allclose(ours, own, rtol=0.02, atol=0.02 * own.abs().max().item()):
+        got = f"by up to {(ours - own).abs().max().item():.3g}" if ours.shape == own.shape else f"in shape {own.shape}"
+        raise UnsupportedModelError(
+            f"the logits of {type(base).__name__} must be its output embedding, scaled by logits_scaling or "
+            f"logit_scale and capped by final_logit_softcapping of its config; its own logits differ {got}. "
+            "Train on the LM loss with TopologySFTTrainer instead."
+        )

@@ -1,0 +1,294 @@
+"""The default recipe: layer-local distillation, then KL end to end (docs/method.md, sections 5.2 and 5.3)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from .calibration import calibrate, check_sequences
+from .config import TopologyConfig
+from .errors import TopologyConfigError, UnsupportedModelError
+from .kl import KLTrainer
+from .layer import hosts
+from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers
+
+_LAST_TEMPERATURE = 0.1
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """Arguments of `distill`: those of `transformers.TrainingArguments`, and each stage's own.
+
+    `max_steps`, `num_train_epochs` and `learning_rate` give way to the stages'. Checkpoints go to `output_dir/local`
+    and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if it has any.
+    """
+
+    local_steps: int = field(default=300, metadata={"help": "Steps of layer-local distillation, >= 0; 0 skips it."})
+    local_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of that stage, > 0."})
+    local_density_weight: float = field(
+        default=0.05, metadata={"help": "Nats of kept mass that the density of evenly filled balls may cost, >= 0."}
+    )
+    num_queries: int = field(default=256, metadata={"help": "Queries sampled per layer and step of that stage, >= 1."})
+    kl_steps: int = field(default=200, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
+    kl_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that stage, > 0."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || topology) in that stage, >= 0."})
+    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss in that stage, >= 0."})
+    kl_temperature: float = field(
+        default=0.3, metadata={"help": f"First temperature of that stage, > 0; the last is {_LAST_TEMPERATURE}."}
+    )
+    lowest_density: float = field(default=0.06, metadata={"help": "Lowest density that stage draws, > 0."})
+    highest_density: float = field(default=0.3, metadata={"help": "Highest density that stage draws, <= 1."})
+    max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
+    adapter_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "float32 or bfloat16: what the trained routers are rounded to, before they are calibrated."},
+    )
+    calibration_rows: int = field(
+        default=8, metadata={"help": "Rows that the density dial is calibrated on, during and after training, >= 1."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lowest = {"local_steps": 0, "kl_steps": 0, "num_queries": 1, "max_length": 2, "calibration_rows": 1}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise TopologyConfigError(f"{name} must be an integer >= {low}, got {getattr(self, name)}")
+        for name in ("local_learning_rate", "kl_learning_rate", "kl_temperature"):
+            if not getattr(self, name) > 0:
+                raise TopologyConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("local_density_weight", "kl_weight", "lm_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise TopologyConfigError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if self.kl_weight == self.lm_weight == 0:
+            raise TopologyConfigError("kl_weight or lm_weight must be > 0, got 0 for both")
+        if not 0 < self.lowest_density <= self.highest_density <= 1:
+            raise TopologyConfigError(
+                "lowest_density and highest_density must be 0 < lowest <= highest <= 1, got "
+                f"{self.lowest_density} and {self.highest_density}"
+            )
+        if self.adapter_dtype not in ("float32", "bfloat16"):
+            raise TopologyConfigError(f"adapter_dtype must be float32 or bfloat16, got {self.adapter_dtype!r}")
+        if self.max_steps > 0:
+            raise TopologyConfigError(
+                f"max_steps must be left alone, got {self.max_steps}; set local_steps and kl_steps, one for each stage"
+            )
+        if self.resume_from_checkpoint not in (None, False, True, "true", "True", "false", "False"):
+            raise TopologyConfigError(
+                "resume_from_checkpoint must be true or false, got "
+                f"{self.resume_from_checkpoint!r}: each stage finds its own last checkpoint in output_dir"
+            )
+        self.resume = self.resume_from_checkpoint in (True, "true", "True")
+
+    def of_stage(self, name: str, steps: int, learning_rate: float) -> TrainingArguments:
+        """These arguments as one stage's trainer takes them."""
+        stage = copy.copy(self)
+        stage.max_steps, stage.learning_rate = steps, learning_rate
+        stage.output_dir = str(self.folder(name))
+        return stage
+
+    def folder(self, name: str) -> Path:
+        """Where a stage's checkpoints go."""
+        return Path(self.output_dir or "trainer_output") / name
+
+    def last_checkpoint(self, name: str) -> str | None:
+        """The checkpoint a stage resumes from, None to start afresh."""
+        folder = self.folder(name)
+        return get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
+
+
+def distill(
+    model: PreTrainedModel | PeftModel | str,
+    dataset: Iterable[Any],
+    config: TopologyConfig | None = None,
+    args: DistillConfig | None = None,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PeftModel:
+    """Train a topology adapter on a frozen causal LM: `adapter = topo_adapter.distill(model, dataset)`.
+
+    Stage 1 teaches every layer to keep its own dense attention, without a backward pass through the model; stage 2
+    lowers the KL of the dense model to its own hard topology, end to end, at every depth. Then the density dial is
+    calibrated, so that `merge_adapter(target_density=...)` can choose each head's depth.
+
+    Args:
+        model: a causal LM, a hub id or local path of one, or a PeftModel with an active topology adapter, which is
+            trained on.
+        dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
+            of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens.
+        config: of the adapter that is added; None is the default, and needed for a PeftModel.
+        args: None is the default; see `DistillConfig`.
+        processing_class: tokenizer of text rows; None loads the model's own.
+        callbacks: go to the trainers of both stages.
+
+    Returns:
+        The trained PeftModel, not merged, at homotopy 1, in evaluation mode, its routers in `args.adapter_dtype`; the
+        base's weights are as they were.
+
+    Raises:
+        TopologyConfigError: an argument is out of range, or the data set has no row to train on.
+        UnsupportedModelError: the model cannot be routed, see `TopologyModel` and `KLTrainer`.
+    """
+    args = DistillConfig() if args is None else args
+    if isinstance(model, PeftModel) and config is not None:
+        raise TopologyConfigError("config must be None for a PeftModel, which has its own; or pass its base model")
+    set_seed(args.seed)
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    rows = _rows(dataset, model, args, processing_class)
+    fresh = not isinstance(model, PeftModel)
+    adapter = get_peft_model(model, config or TopologyConfig(task_type="CAUSAL_LM")) if fresh else model
+    training = args.local_steps > 0 or args.kl_steps > 0
+    if training and not any(weight.requires_grad for weight in adapter.parameters()):
+        raise UnsupportedModelError(
+            "model must have trainable routers, got a frozen adapter; load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    calibration_rows = _calibration_rows(rows, adapter, args.calibration_rows)
+    if training:
+        _cast_routers(adapter, torch.float32)
+
+    checkpoint = args.last_checkpoint("kl")
+    if args.local_steps and checkpoint is None:  # what the second stage began with is in its checkpoint
+        local = DistillationTrainer(
+            model=adapter,
+            args=args.of_stage("local", args.local_steps, args.local_learning_rate),
+            train_dataset=rows,
+            callbacks=list(callbacks),
+            num_queries=args.num_queries,
+            density_weight=args.local_density_weight,
+        )
+        _train(local, rows, args.last_checkpoint("local"), fresh)
+        fresh = False
+    if args.kl_steps:
+        end_to_end = KLTrainer(
+            model=adapter,
+            args=args.of_stage("kl", args.kl_steps, args.kl_learning_rate),
+            train_dataset=rows,
+            callbacks=[TopologyCallback((args.kl_temperature, _LAST_TEMPERATURE), (1.0, 1.0)), *callbacks],
+            densities=(args.lowest_density, args.highest_density),
+            calibration_rows=calibration_rows,
+            kl_weight=args.kl_weight,
+            lm_weight=args.lm_weight,
+        )
+        _train(end_to_end, rows, checkpoint, fresh)
+    for each in active_configs(adapter):
+        each.homotopy = 1.0  # a stage resumed after its last step does not get to do it
+    if training:
+        _cast_routers(adapter, getattr(torch, args.adapter_dtype))
+    calibrate(adapter, calibration_rows, seed=args.seed)
+    return adapter.eval()
+
+
+def _cast_routers(adapter: PeftModel, dtype: torch.dtype) -> None:
+    for host in hosts(adapter):
+        if (active := host.in_force()) is not None:
+            active[0].to(dtype)
+
+
+def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Tensor:
+    """The first rows, `[B, T]`, refused before training if they cannot be calibrated on."""
+    chosen = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(count, len(rows)))]
+    lengths = sorted({len(ids) for ids in chosen})
+    if len(lengths) > 1:
+        raise TopologyConfigError(
+            f"dataset must have rows of one length, got {lengths}; cut them into windows, or pass their text"
+        )
+    sequences = torch.stack(chosen)
+    for config in active_configs(adapter):
+        try:
+            check_sequences(sequences, config, adapter.get_base_model())
+        except TopologyConfigError as error:
+            raise TopologyConfigError(f"dataset must have rows that can be calibrated on: {error}") from None
+    return sequences
+
+
+def _train(trainer: Trainer, rows: Sequence[dict[str, Any]], checkpoint: str | None, fresh: bool) -> None:
+    if fresh and checkpoint is None:
+        first = torch.as_tensor(rows[0]["input_ids"])[None]  # the trainer has put the model on its device
+        initialize_routers(trainer.model, first.to(trainer.args.device))
+    if checkpoint is not None and _steps_of(checkpoint) >= trainer.args.max_steps:
+        trainer._load_from_checkpoint(checkpoint)  # train() would do a step more
+        for config in active_configs(trainer.model):
+            config.temperature = _LAST_TEMPERATURE
+        return
+    trainer.train(resume_from_checkpoint=checkpoint)
+    # the next stage wraps the forward in autocast again
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+
+
+def _steps_of(checkpoint: str) -> int:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
+def _rows(
+    dataset: Iterable[Any],
+    model: PreTrainedModel | PeftModel,
+    args: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Sequence[Any]:
+    """Rows with `input_ids`: the data set's own, or windows of its text."""
+    rows = iter(dataset)
+    first = next(rows, None)
+    if first is None:
+        raise TopologyConfigError("dataset must have rows, got none")
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    needed = max(max(args.local_steps, args.kl_steps) * per_step, args.calibration_rows)
+    if not isinstance(first, str) and "input_ids" in first:
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            return dataset  # type: ignore[return-value]
+        return [first, *itertools.islice(rows, needed - 1)]
+    if not isinstance(first, str) and "text" not in first:
+        raise TopologyConfigError(
+            f"dataset must have rows with 'input_ids' or 'text', or strings, got the columns {sorted(first)}"
+        )
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    texts = (row if isinstance(row, str) else row["text"] for row in itertools.chain([first], rows))
+    windows = text_windows(texts, tokenizer, args.max_length, needed)
+    if len(windows) < per_step:
+        raise TopologyConfigError(
+            f"dataset must have text for {per_step} windows of {args.max_length} tokens (one step), got "
+            f"{len(windows)}; add text or lower max_length"
+        )
+    return [{"input_ids": window} for window in windows]
+
+
+def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Tensor]:
+    """Up to `count` windows of `length` tokens, int64, cut from the texts one after the other.
+
+    Each text ends with the tokenizer's end-of-text token, if it has one. Reads no more texts than it needs; a last
+    part shorter than a window is left out.
+    """
+    windows: list[Tensor] = []
+    rest: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        rest += tokenizer(text, verbose=False).input_ids + end
+        whole = min(len(rest) // length, count - len(windows))
+        windows += torch.tensor(rest[: whole * length]).view(whole, length).unbind()
+        rest = rest[whole * length :]
+        if len(windows) == count:
+            break
+    return windows
