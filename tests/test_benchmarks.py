@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_helpers import routed, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicIndexedLayer
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "kernels" / "benchmarks"))
 import end_to_end
 import measure
 import plot
+import trained
+import training_step
 
 
 @pytest.fixture(autouse=True)
@@ -255,3 +258,34 @@ def test_quantise_replaces_all_linear_layers_but_the_head() -> None:
     end_to_end.quantise(model)
     assert isinstance(model["q_proj"], bnb.nn.Linear4bit) and type(model["lm_head"]) is torch.nn.Linear
     assert 0 < (model["q_proj"](x) - exact).norm() < 0.3 * exact.norm()
+
+
+def test_layer_inputs_give_what_the_model_computes() -> None:
+    base = tiny()
+    model = routed(base, visible_depth=2, homotopy=1.0, local_window=4).eval()
+    model.merge_adapter()
+    computed: list[Tensor] = []
+    for layer in base.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: computed.append(args[0]))
+    inputs = trained.layer_inputs(model, tokens(2, 40))
+    assert len(inputs) == len(computed) == len(base.model.layers)
+    for each, right in zip(inputs, computed, strict=True):
+        with torch.no_grad():
+            found = each.attend()
+        assert torch.equal(found.transpose(1, 2).flatten(2), right)
+    computed.clear()
+    model(input_ids=tokens(2, 40), use_cache=False)
+    assert len(computed) == len(base.model.layers)  # nothing is left patched
+
+
+@pytest.mark.parametrize("stage", ["local", "kl"])
+def test_training_step_times_the_steps_after_compilation(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    model = routed(tiny(), visible_depth=2, depth=5, homotopy=float(stage == "kl"), local_window=4)
+    clock = training_step.Clock()
+    arguments = training_step.Arguments(steps=3)
+    training_step.trainer(stage, model, arguments, 40, str(tmp_path), clock).train()
+    assert len(clock.ends) == 5 and len(clock.times()) == 3 and min(clock.times()) > 0

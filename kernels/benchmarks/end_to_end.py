@@ -246,12 +246,17 @@ def eager_decode(model: Any, cache: DynamicCache, token: Tensor, length: int, co
     return time_steps(step, count)
 
 
-def choose_dense(length: int, batch: int) -> None:
-    """Set FASTEST to the fastest attention of a shape: prefill for one row, decode for `batch`."""
-    for phase, rows, queries in (("prefill", 1, length), ("decode", batch, 1)):
+def choose_dense(length: int, batch: int, prefilled: int = 1, shape: tuple[int, int, int] = (32, 8, 128)) -> None:
+    """Set FASTEST to the fastest attention of a shape: prefill for `prefilled` rows, decode for `batch`.
+
+    Args:
+        shape: query heads, KV heads, head dimension.
+    """
+    query_heads, kv_heads, width = shape
+    for phase, rows, queries in (("prefill", prefilled, length), ("decode", batch, 1)):
         q, k, v = (
-            torch.randn(rows, n, heads, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
-            for n, heads in ((queries, 32), (length, 8), (length, 8))
+            torch.randn(rows, n, heads, width, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
+            for n, heads in ((queries, query_heads), (length, kv_heads), (length, kv_heads))
         )
         times: dict[str, float] = {}
         for name, call in dense_calls(q, k.contiguous(), v.contiguous()).items():
