@@ -1,0 +1,255 @@
+"""Train variants of the default recipe, each without one part that we claim matters, and compare them.
+
+    python recipes/ablations.py --variants default tied no_kl --output runs/ablations.jsonl
+    python recipes/ablations.py --report_only --output runs/ablations.jsonl     # the table of what is there
+
+Every variant sees the same texts in the same order for the same number of steps, and is measured on the same windows:
+perplexity over dense at the density dial's targets, and at every uniform depth (`depth_1`, ...), which is what a
+variant reaches without the dial. One line of JSON per variant; processes may write to one file side by side. `paper` is
+the paper's recipe: tied addresses, the collapsed start, the masked bridge, the language-model loss alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer
+
+from baselines import Window
+from distill import TextArguments, text_rows
+from embedded import smollm2
+from measures import (
+    Case,
+    config_of,
+    copy_windows,
+    density_map,
+    gap_recovered,
+    merged_at,
+    score,
+    score_baseline,
+    score_dense,
+)
+from texts import EVALUATION, FOLDER, text_windows
+from topo_adapter import TopologyConfig, TopologyConfigError, TopologyTrainerMixin, calibrate, distill
+from topo_adapter.recipe import DistillConfig
+from topo_adapter.recipe import text_windows as cut
+from topo_adapter.training import TopologyCallback, active_configs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the default: fields of `TopologyConfig` and of `DistillConfig`."""
+
+    topology: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+PAPER = "paper"
+VARIANTS: dict[str, Variant] = {
+    "default": Variant(),
+    "tied": Variant({"tie_query_key": True}),
+    "masked_bridge": Variant({"gradient_bridge": "masked"}),
+    "no_kl": Variant(training={"kl_steps": 0}),
+    "no_local": Variant(training={"local_steps": 0}),
+    "one_density": Variant(training={"lowest_density": 0.1, "highest_density": 0.1}),
+    "kv_head": Variant({"route_per": "kv_head"}),
+    "router_dim_8": Variant({"router_dim": 8}),
+    "router_dim_16": Variant({"router_dim": 16}),
+    "router_dim_64": Variant({"router_dim": 64}),
+    "arity_3": Variant({"arity": 3, "depth": 5, "visible_depth": 3}),
+    "arity_5": Variant({"arity": 5, "depth": 3, "visible_depth": 2}),
+    "arity_7": Variant({"arity": 7, "depth": 2, "visible_depth": 1}),
+    PAPER: Variant({"tie_query_key": True, "gradient_bridge": "masked", "init_weights": "collapse"}),
+}
+
+
+@dataclass
+class AblationArguments:
+    output: str = field(default="runs/ablations.jsonl", metadata={"help": "JSON lines; one is appended per variant."})
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Names of VARIANTS."})
+    report_only: bool = field(default=False, metadata={"help": "Train nothing, print the table of `output`."})
+    model: str = field(default="embedded", metadata={"help": "'embedded', a hub id or a local path."})
+    length: int = field(default=4096, metadata={"help": "Tokens per window, in training and evaluation."})
+    local_steps: int = field(default=150)
+    kl_steps: int = field(default=300)
+    densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
+    texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
+    windows: int = field(default=6, metadata={"help": "Per evaluation text."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: recipes/texts.py's."})
+    texts_folder: str = field(default=FOLDER, metadata={"help": "Where the texts of recipes/texts.py are kept."})
+    local_window: int = field(default=128)
+    dtype: str = field(default="auto", metadata={"help": "float32 or bfloat16; auto: bfloat16 on a GPU."})
+    seed: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise TopologyConfigError(f"variants must be of {', '.join(VARIANTS)}, got {unknown}")
+
+
+class LanguageModelTrainer(TopologyTrainerMixin, Trainer):
+    """The paper's objective under the paper's schedule: always in force, temperature 1.0 to 0.1."""
+
+    def default_topology_callback(self) -> TopologyCallback:
+        return TopologyCallback(temperature=(1.0, 0.1), homotopy=(1.0, 1.0))
+
+
+def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) -> PeftModel:
+    """A variant's adapter on `base`, calibrated."""
+    variant = VARIANTS[name]
+    chosen: dict[str, Any] = {"depth": 8, "local_window": arguments.local_window, "density_weight": 0.02}
+    config = TopologyConfig(**{**chosen, **variant.topology}, task_type="CAUSAL_LM")
+    steps = {"local_steps": arguments.local_steps, "kl_steps": arguments.kl_steps, **variant.training}
+    settings = DistillConfig(
+        output_dir=str(Path(arguments.output).parent / f"checkpoints_{name}"),
+        max_length=arguments.length,
+        per_device_train_batch_size=1,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        seed=arguments.seed,
+        **steps,
+    )
+    texts = text_rows(TextArguments(text_files=arguments.text_files, texts_folder=arguments.texts_folder), 0)
+    if name != PAPER:
+        return distill(base, texts, config, settings, processing_class=tokenizer)
+    count = arguments.local_steps + arguments.kl_steps  # as many forwards as the other variants have
+    windows = cut(texts, tokenizer, arguments.length, count)
+    config.homotopy = 1.0  # the collapsed start is the dense model
+    adapter = get_peft_model(base, config)
+    rows = [{"input_ids": window, "labels": window} for window in windows]
+    stage = settings.of_stage("lm", count, settings.kl_learning_rate)
+    LanguageModelTrainer(model=adapter, args=stage, train_dataset=rows).train()
+    calibrate(adapter, torch.stack(windows[: settings.calibration_rows]), seed=arguments.seed)
+    return adapter.eval()
+
+
+@contextlib.contextmanager
+def uniform(adapter: PeftModel, depth: int) -> Iterator[None]:
+    """While active, merged with all heads at one depth."""
+    config = config_of(adapter)
+    before, config.visible_depth = config.visible_depth, depth
+    adapter.merge_adapter()
+    try:
+        yield
+    finally:
+        adapter.unmerge_adapter()
+        config.visible_depth = before
+
+
+def evaluate(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> dict[str, dict[str, Any]]:
+    """Setting (`density_0.1`, `depth_3`, ...) -> means over texts; `unreachable` where the dial does not get there."""
+    config, base = config_of(adapter), adapter.get_base_model()
+    cases = []
+    for text in arguments.texts:
+        windows = text_windows(text, tokenizer, arguments.length, arguments.windows, arguments.seed)
+        cases.append(Case(text, windows, copy_windows(windows, config.local_window)))
+    dense = [score_dense(adapter, case) for case in cases]
+    window = [
+        score_baseline(adapter, case, lambda: Window(config.local_window, config.num_sink_tokens)) for case in cases
+    ]
+
+    def means() -> dict[str, Any]:
+        rows = []
+        for case, full, least in zip(cases, dense, window, strict=True):
+            found = score(base, case)
+            density = density_map(base, case.windows)
+            row = {
+                "density": statistics.fmean(value for heads in density.values() for value in heads),
+                "over_dense_percent": 100 * (found["perplexity"] / full["perplexity"] - 1),
+            }
+            if "copy_loss" in found:
+                row["gap_recovered"] = gap_recovered(least["copy_loss"], found["copy_loss"], full["copy_loss"])
+            rows.append(row)
+        result: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+        result["texts"] = dict(zip(arguments.texts, rows, strict=True))
+        return result
+
+    results: dict[str, dict[str, Any]] = {}
+    for target in arguments.densities:
+        try:
+            with merged_at(adapter, target):
+                results[f"density_{target:g}"] = means()
+        except TopologyConfigError as error:
+            results[f"density_{target:g}"] = {"unreachable": str(error)}
+    for depth in range(1, config.depth + 1):
+        with uniform(adapter, depth):
+            results[f"depth_{depth}"] = means()
+    return results
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: perplexity over dense and copy gap at each target, and the uniform depth nearest to the first."""
+    targets = list(dict.fromkeys(key for line in lines for key in line["results"] if key.startswith("density_")))
+    head = [
+        "variant",
+        "seed",
+        "seconds",
+        *[f"dial at {key.removeprefix('density_')}" for key in targets],
+        "uniform depth",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        results = line["results"]
+        cells = [cell(results.get(key)) for key in targets]
+        aim = float(targets[0].removeprefix("density_"))
+        depths = {key: value for key, value in results.items() if key.startswith("depth_")}
+        nearest = min(depths, key=lambda key: abs(depths[key]["density"] - aim))
+        rows.append([line["variant"], str(line["seed"]), f"{line['seconds']:.0f}", *cells])
+        rows[-1].append(f"{nearest.removeprefix('depth_')}: {cell(depths[nearest])}")
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None or "unreachable" in found:
+        return "not reached"
+    copied = found.get("gap_recovered")
+    text = f"{found['over_dense_percent']:+.2f} % ({found['density']:.3f})"
+    return text if copied is None else f"{text}, copy {copied:.2f}"
+
+
+def main(arguments: AblationArguments) -> None:
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.report_only:
+        run(arguments, output)
+    print(table([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]))
+
+
+def run(arguments: AblationArguments, output: Path) -> None:
+    """Train and measure each variant; a line is written as soon as it is there."""
+    name = smollm2() if arguments.model == "embedded" else arguments.model
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(arguments.dtype)
+    for variant in arguments.variants:
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or getattr(torch, arguments.dtype)).to(device)
+        start = time.perf_counter()
+        adapter = train(variant, base, tokenizer, arguments)
+        line = {
+            "variant": variant,
+            "seed": arguments.seed,
+            "seconds": time.perf_counter() - start,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "settings": asdict(arguments) | asdict(VARIANTS[variant]),
+            "homotopy": active_configs(adapter)[0].homotopy,
+            "results": evaluate(adapter, tokenizer, arguments),
+        }
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    (parsed,) = HfArgumentParser(AblationArguments).parse_args_into_dataclasses()
+    main(parsed)

@@ -1,0 +1,125 @@
+"""`recipes/ablations.py`: variants differ in what they say, and the table says what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_helpers import routed, tiny, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from topo_adapter import TopologyConfig, TopologyConfigError, calibrate
+from topo_adapter.recipe import DistillConfig
+
+pytest.importorskip("trl")
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import ablations
+from ablations import PAPER, VARIANTS, AblationArguments, Variant, evaluate, main, table, train
+
+sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+
+VOCAB = 64
+
+
+def base() -> Any:
+    return tiny(num_hidden_layers=2, vocab_size=VOCAB)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(
+        models.WordLevel({"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> AblationArguments:
+    base().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    for name, seed in (("train", 1), ("test", 2)):
+        words = " ".join(f"w{max(token, 2)}" for token in tokens(1, 800, seed=seed)[0].tolist())
+        (tmp_path / f"{name}.txt").write_text(words)
+    return AblationArguments(
+        output=str(tmp_path / "out" / "lines.jsonl"),
+        variants=["default", PAPER],
+        model=str(tmp_path / "base"),
+        length=48,
+        local_steps=1,
+        kl_steps=1,
+        densities=[0.5, 0.02],
+        texts=[str(tmp_path / "test.txt")],
+        windows=2,
+        text_files=[str(tmp_path / "train.txt")],
+        local_window=4,
+    )
+
+
+def test_variants_are_fields_of_the_two_configurations() -> None:
+    for variant in VARIANTS.values():
+        TopologyConfig(**variant.topology)
+        DistillConfig(use_cpu=True, **variant.training)
+    assert VARIANTS["default"] == Variant()
+    assert len({json.dumps([v.topology, v.training]) for v in VARIANTS.values()}) == len(VARIANTS)
+
+
+def test_unknown_variants_are_refused() -> None:
+    with pytest.raises(TopologyConfigError, match=r"variants must be of default, .*, got \['bold'\]"):
+        AblationArguments(variants=["default", "bold"])
+
+
+def test_main_trains_measures_and_reports(arguments: AblationArguments, capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    lines = [json.loads(line) for line in Path(arguments.output).read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["default", PAPER]
+    for line in lines:
+        assert line["homotopy"] == 1.0 and "unreachable" in line["results"]["density_0.02"]
+        depths = [line["results"][f"depth_{d}"]["density"] for d in range(1, 9)]
+        assert depths == sorted(depths, reverse=True)
+    printed = capsys.readouterr().out
+    assert printed.count("not reached") >= 2
+    main(replace(arguments, report_only=True))
+    assert capsys.readouterr().out.strip() in printed
+    assert len(Path(arguments.output).read_text().splitlines()) == 2
+
+
+def test_the_paper_starts_dense_and_trains_on_the_language_model_loss(arguments: AblationArguments) -> None:
+    adapter = train(PAPER, base(), tokenizer(), replace(arguments, local_steps=0, kl_steps=1))
+    config = adapter.peft_config["default"]
+    assert config.tie_query_key and config.gradient_bridge == "masked" and config.init_weights == "collapse"
+    assert all(value == 1.0 for heads in config.calibration["density"].values() for row in heads for value in row)
+
+
+def test_evaluation_is_of_the_merged_adapter(arguments: AblationArguments) -> None:
+    adapter = routed(base(), depth=3, local_window=4, num_sink_tokens=2, task_type="CAUSAL_LM")
+    calibrate(adapter, tokens(2, 48, seed=5))
+    found = evaluate(adapter, tokenizer(), replace(arguments, densities=[1.0, 0.6]))
+    assert found["density_1"]["over_dense_percent"] == pytest.approx(0, abs=1e-3)
+    assert found["density_1"]["density"] == 1.0 and found["density_0.6"]["density"] < 0.8
+    assert set(found) == {"density_1", "density_0.6", "depth_1", "depth_2", "depth_3"}
+    assert not adapter.base_model.model.model.layers[0].self_attn.topo_adapter.merged  # left as it was
+    adapter.peft_config["default"].visible_depth = 2
+    adapter.merge_adapter()
+    ids = ablations.text_windows(arguments.texts[0], tokenizer(), 48, 2)
+    with torch.no_grad():
+        loss = torch.stack([adapter(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
+    adapter.unmerge_adapter()
+    with adapter.disable_adapter(), torch.no_grad():
+        dense = torch.stack([adapter(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
+    expected = 100 * ((loss - dense).exp().item() - 1)
+    assert found["depth_2"]["over_dense_percent"] == pytest.approx(expected, abs=0.01)
+
+
+def test_table_takes_the_uniform_depth_nearest_to_the_first_target() -> None:
+    row = {"density": 0.1, "over_dense_percent": 5.0, "gap_recovered": 0.5}
+    results = {"density_0.1": row, "depth_1": row | {"density": 0.4}, "depth_2": row | {"density": 0.12}}
+    printed = table([{"variant": "default", "seed": 3, "seconds": 7.2, "results": results}])
+    assert printed.splitlines()[-1] == (
+        "| default | 3 | 7 | +5.00 % (0.100), copy 0.50 | 2: +5.00 % (0.120), copy 0.50 |"
+    )
