@@ -13,14 +13,19 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import topo_kernels.attention
+import topo_kernels.bridge
 import topo_kernels.decode
+import topo_kernels.leaves
 import topo_kernels.plan
-from topo_adapter import TopologyConfig, attention, initialize_routers, objective, plan, router
+from topo_adapter import TopologyConfig, attention, initialize_routers, objective, plan, relaxation, router
 from topo_adapter.attention import hard_attention
 from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
 from topo_kernels.attention import Blocks, Tiles
+from topo_kernels.bridge import BridgeTiles
+from topo_kernels.leaves import Rows
 
+MODULES = (attention, objective, plan, relaxation, router)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, VOCAB = 28, 97
 
@@ -29,9 +34,12 @@ LENGTH, VOCAB = 28, 97
 def kernels() -> Iterator[None]:
     """Everything that may run on kernels does."""
     with ExitStack() as stack:
-        for module in (attention, objective, plan, router):
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
         if DEVICE == "cpu":  # the interpreter pays per tile
+            small = BridgeTiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2))
+            stack.enter_context(mock.patch.object(topo_kernels.bridge, "choose_bridge_tiles", lambda *_: small))
+            stack.enter_context(mock.patch.object(topo_kernels.leaves, "choose_rows", lambda _: Rows(32, 2)))
             blocks = Blocks(64, 64, 4, 2)
             tiles = mock.patch.object(topo_kernels.attention, "choose_tiles", lambda *_: Tiles(blocks, blocks))
             stack.enter_context(tiles)
@@ -191,3 +199,49 @@ def test_layers_share_what_depends_on_positions_alone() -> None:
     assert layout_from_position_ids(ids) is not layout
     ids[0, 6:] -= 6  # in place: another document starts
     assert not layout_from_position_ids(ids, 2).plain
+
+
+TRAINED: list[dict[str, Any]] = [
+    {},
+    {"visible_depth": {0: [0, 1, 2, 3], 1: [3, 0, 0, 1]}},
+    {"route_per": "kv_head", "visible_depth": {0: [1, 1, 3, 3], 1: 0}},
+    {"arity": 3, "depth": 2, "tie_query_key": True},
+]
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """The routers' gradients of a sum of logits and of the price of density, padding included."""
+    weights = {name: weight for name, weight in model.named_parameters() if "topo_adapter" in name}
+    mask = torch.ones_like(tokens())
+    mask[1, :5] = 0
+    logits = model(tokens(), attention_mask=mask, use_cache=False).logits
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    loss = (logits * upstream * mask[..., None]).sum()
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+
+
+@pytest.mark.parametrize("settings", TRAINED, ids=str)
+def test_kernels_and_torch_train_alike(settings: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    model = merged_model(**settings, gumbel_noise=False, density_weight=100.0, balance_weight=0.0, temperature=0.5)
+    model.unmerge_adapter()
+    model.train()
+    with ExitStack() as stack:
+        for module in MODULES:
+            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: False))
+        right = gradients(model)
+        with mock.patch.object(model.peft_config["default"], "density_weight", 0.0):
+            without_price = gradients(model)
+    request.getfixturevalue("kernels")
+    with (
+        mock.patch.object(
+            topo_kernels, "bridged_topology_attention", wraps=topo_kernels.bridged_topology_attention
+        ) as b,
+        mock.patch.object(topo_kernels, "leaf_distribution", wraps=topo_kernels.leaf_distribution) as leaves,
+    ):
+        found = gradients(model)
+    assert b.called and leaves.called
+    learned = [name for name, gradient in right.items() if gradient is not None and gradient.abs().max() > 1e-4]
+    assert learned
+    for name in learned:
+        assert largest_error(found[name], right[name]) < 2e-3, name
+    assert max(largest_error(without_price[name], right[name]) for name in learned) > 2e-2

@@ -498,7 +498,7 @@ def topology_attention_forward(
         host.observer(topology, query, key, value, out, scores)
         return out, weights
 
-    weights = None
+    weights, plan = None, None
     if topology.training or host.distillation is not None:
         with torch.no_grad():
             plan = plan_of(topology, depths)
@@ -509,10 +509,10 @@ def topology_attention_forward(
             _report_distillation(topology, query.detach(), key.detach(), scores)
         elif topology.routes is not None and topology.routes.query.probs.requires_grad:
             # adds exactly zero to the base's output and the router's gradient to the backward pass
-            extra = _bridged(topology, query.detach(), key.detach(), value.detach(), depths, scores)
+            extra = _bridged(topology, query.detach(), key.detach(), value.detach(), depths, scores, plan)
             out = out + (extra - extra.detach())
     else:
-        out = _bridged(topology, query, key, value, depths, scores)
+        out = _bridged(topology, query, key, value, depths, scores, plan)
     if topology.training and topology.routes is not None:
         out = _with_auxiliary_loss(out, topology, depths)
     return out, weights
@@ -545,9 +545,15 @@ def _merged_attention(
 
 
 def _bridged(
-    call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
+    call: TopologyCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    depths: list[int],
+    scores: dict[str, Any],
+    plan: Plan | None,
 ) -> Tensor:
-    """The unmerged topology's attention, `[B, T, H, D]`."""
+    """The unmerged topology's attention, `[B, T, H, D]`; plan: of the same depths, if there is one already."""
     heads, config = len(depths), call.config
     out = bridged_attention(
         query,
@@ -564,6 +570,7 @@ def _bridged(
         num_sink_tokens=config.num_sink_tokens,
         homotopy=config.homotopy,
         bridge=config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
+        plan=plan,
         **scores,
     )
     return out.transpose(1, 2)

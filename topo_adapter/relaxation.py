@@ -64,7 +64,7 @@ def leaves_at_depths(probs: Tensor, depths: Sequence[int]) -> Tensor:
     levels, arity = max(depths), probs.shape[-1]
     taken, child_0 = _levels_taken(tuple(depths), arity, probs.device)
     probs = torch.where(taken, probs[..., :levels, :], child_0)
-    if probs.dtype == torch.float32 and probs.is_cuda and kernels_serve(probs) and arity**levels <= _KERNEL_LEAVES:
+    if probs.dtype == torch.float32 and kernels_serve(probs) and arity**levels <= _KERNEL_LEAVES:
         from topo_kernels import leaf_distribution as fused
 
         return fused(probs)
@@ -126,6 +126,7 @@ def bridged_attention(
     bridge: Literal["full", "masked", "marginal"],
     scale: float,
     softcap: float | None = None,
+    plan: Plan | None = None,
     block: int = 256,
 ) -> Tensor:
     """Attention whose weights are multiplied by `1 - c + c m` and renormalised (docs/method.md, section 3).
@@ -140,6 +141,7 @@ def bridged_attention(
             the router, hard mask only.
         query_address, key_address: int64 `[B, H, T]`, `[B, H, S]`.
         depths: visible depth of each of the `H` heads. homotopy: `c` in `[0, 1]`.
+        plan: of the hard mask; None makes it where it is needed.
         block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed). On a GPU
             the kernels take over where `homotopy` is 1 and the bridge 'full', in `O(S)`.
 
@@ -147,9 +149,10 @@ def bridged_attention(
         `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
     """
     if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
-        sizes = [arity**depth for depth in depths]
-        balls = torch.tensor(sizes, dtype=torch.int32, device=q.device)
-        plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
+        if plan is None:
+            sizes = [arity**depth for depth in depths]
+            balls = torch.tensor(sizes, dtype=torch.int32, device=q.device)
+            plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
         return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
     depth_of_head = torch.tensor(depths, device=q.device)[:, None]
     key_ball = ball(key_address, arity, depth_of_head)
