@@ -252,12 +252,20 @@ class DistillationTrainer(TopologyTrainerMixin):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        base = self.accelerator.unwrap_model(model).get_base_model()
-        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        adapter = self.accelerator.unwrap_model(model)
+        if "logits_to_keep" in inspect.signature(adapter.get_base_model().forward).parameters:
             inputs["logits_to_keep"] = 1  # nobody looks at the logits
         with distilling(model, self.num_queries, self.density_weight) as losses:
-            outputs = model(**inputs)
-        if not losses:
-            raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
-        loss = torch.stack([value.to(losses[0].device) for value in losses]).mean()
+            # an output of the forward: what DistributedDataParallel does not find there it takes for unused
+            hook = adapter.register_forward_hook(lambda *args: (args[-1], _mean(losses)))
+            try:
+                outputs, loss = model(**inputs)
+            finally:
+                hook.remove()
         return (loss, outputs) if return_outputs else loss
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    if not losses:
+        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
+    return torch.stack([value.to(losses[0].device) for value in losses]).mean()
