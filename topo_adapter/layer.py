@@ -634,8 +634,12 @@ def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
     shared = [depths[r * group] for r in range(routed)]
     if any(depths[h] != shared[h // group] for h in range(len(depths))):
         shared = depths
-    balls = [call.config.arity**d for d in shared]
-    return RouteHeads(len(shared), call.host.on_device(tuple(balls), call.query_address.device), max(balls))
+    sizes, device = tuple(call.config.arity**d for d in shared), call.query_address.device
+    if call.merged:
+        balls = call.host.on_device(sizes, device)
+    else:  # every step of training may have a map of its own: not to be kept
+        balls = torch.tensor(sizes, dtype=torch.int32, device=device)
+    return RouteHeads(len(shared), balls, max(sizes))
 
 
 def plan_of(call: TopologyCall, depths: list[int]) -> Plan:

@@ -90,10 +90,6 @@ class TopologyModel(BaseTuner):
             layer = TopologyLayer(target, geometry_of(target, current_key))
             layer.train(target.training)
             install(target, layer)
-        elif not isinstance(layer, TopologyLayer):
-            raise UnsupportedModelError(
-                f"{current_key} carries a merged topology already; load the base model afresh to add another adapter"
-            )
         layer.update_layer(adapter_name, peft_config, next(target.parameters()).device)
 
     def merge_adapter(
