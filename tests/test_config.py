@@ -22,7 +22,6 @@ BAD: dict[str, tuple[Any, ...]] = {
     "visible_depth": (
         -1,
         9,  # depth is 8
-        None,
         *INTEGERS,
         {0: 9},
         {0: -1},
@@ -225,3 +224,10 @@ def test_depths_are_copies() -> None:
     config = TopologyConfig(visible_depth={0: [1, 2, 3, 4]})
     config.depths_of_layer(0, HEADS, KV_HEADS)[0] = 7
     assert config.depths_of_layer(0, HEADS, KV_HEADS) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(8, 5), (5, 5), (3, 3), (1, 1)])
+def test_visible_depth_by_default_fits_the_tree(depth: int, expected: int) -> None:
+    assert TopologyConfig(depth=depth).visible_depth == expected
+    with pytest.raises(TopologyConfigError, match="visible_depth"):
+        TopologyConfig(depth=depth, visible_depth=depth + 1)

@@ -61,11 +61,12 @@ class TopologyConfig(PeftConfig):
         metadata={"help": f"L: number of digits the router learns, >= 1, with arity ** depth <= {MAX_LEAVES}."},
     )
     visible_depth: VisibleDepth = field(
-        default=5,
+        default=None,  # type: ignore[assignment]  # __post_init__ resolves it
         metadata={
             "help": "D: a query sees the keys that share its first D digits; 0..depth, 0 is dense, deeper is sparser. "
-            "One integer, or a dict from layer index to one integer or to a list with one per query head (with "
-            "route_per='kv_head' also one per KV head). Layers that a dict leaves out stay dense."
+            "None is 5, or depth if that is less. One integer, or a dict from layer index to one integer or to a list "
+            "with one per query head (with route_per='kv_head' also one per KV head). Layers that a dict leaves out "
+            "stay dense."
         },
     )
     router_dim: int | None = field(
@@ -174,6 +175,8 @@ class TopologyConfig(PeftConfig):
         named = isinstance(names, (list, tuple, set)) and bool(names) and all(isinstance(name, str) for name in names)
         if not (names is None or isinstance(names, str) or named):
             raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {names!r}")
+        if self.visible_depth is None:
+            self.visible_depth = min(5, self.depth)
         self.visible_depth = self._checked_visible_depth()
         self.calibration = self._checked_calibration()
 

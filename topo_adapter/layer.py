@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -635,11 +636,9 @@ def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
     if any(depths[h] != shared[h // group] for h in range(len(depths))):
         shared = depths
     sizes, device = tuple(call.config.arity**d for d in shared), call.query_address.device
-    if call.merged:
-        balls = call.host.on_device(sizes, device)
-    else:  # every step of training may have a map of its own: not to be kept
-        balls = torch.tensor(sizes, dtype=torch.int32, device=device)
-    return RouteHeads(len(shared), balls, max(sizes))
+    # every step of training may have a map of its own: not to be kept
+    make = call.host.on_device if call.merged else functools.partial(torch.tensor, dtype=torch.int32)
+    return RouteHeads(len(shared), make(sizes, device=device), max(sizes))
 
 
 def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
