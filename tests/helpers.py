@@ -174,6 +174,17 @@ def bridged(
     routed: bool = True,
     block: int = 256,
 ) -> Tensor:
+    return bridged_and_far_pairs(problem, homotopy, bridge, softcap, routed, block)[0]
+
+
+def bridged_and_far_pairs(
+    problem: Problem,
+    homotopy: float,
+    bridge: Literal["full", "masked", "marginal"] = "full",
+    softcap: float | None = None,
+    routed: bool = True,
+    block: int = 256,
+) -> tuple[Tensor, Tensor]:
     query, key = (role.address(problem.arity) for role in problem.routes)
     return bridged_attention(
         problem.q,

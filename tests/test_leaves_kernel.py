@@ -10,7 +10,6 @@ import torch
 from test_kernels import DEVICE, GPU, HALF, nan_in_new_memory, poisoned
 from torch import Tensor
 
-from topo_kernels import leaf_distribution
 from topo_kernels import leaves as kernels
 from topo_kernels.leaves import Rows, kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
 
@@ -239,26 +238,3 @@ def test_rows_of_a_program(leaves: int) -> None:
     chosen = kernels.choose_rows(leaves)
     assert chosen.block & (chosen.block - 1) == 0 and chosen.block * chosen.steps == 16
     assert chosen.block * leaves <= 256 and (chosen.block == 16 or 2 * chosen.block * leaves > 128)
-
-
-@pytest.mark.parametrize(
-    "case", [Case(3, 3), Case(2, 1, length=1), pytest.param(Case(2, 8, 4099), marks=pytest.mark.gpu)], ids=str
-)
-def test_differentiable_leaves(case: Case) -> None:
-    problem = make(case)
-    probs = problem.probs.clone().requires_grad_()
-    exact = problem.probs.double().requires_grad_()
-    right = leaves_by_definition(exact)[-1]
-    with rows(32, 2) if not GPU else nullcontext():
-        found = leaf_distribution(probs)
-        (gradient,) = torch.autograd.grad(found, probs, problem.dleaves)
-    (expected,) = torch.autograd.grad(right, exact, problem.dleaves.double())
-    torch.testing.assert_close(found.double(), right.detach(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    torch.library.opcheck(leaf_distribution, (probs,), test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize("probs", [torch.ones(1, 1, 2, 1, 2).double(), torch.ones(1, 2, 1, 2)], ids=["fp64", "4d"])
-def test_wrong_probabilities_are_refused(probs: Tensor) -> None:
-    with pytest.raises(ValueError, match="probs must be float32"):
-        leaf_distribution(probs.to(DEVICE))

@@ -1,5 +1,6 @@
-"""Balance, density and kept mass against brute force; distillation; the loss that rides on an output."""
+"""Balance and kept mass against brute force; distillation; the loss that rides on an output."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import topo_kernels
 from topo_adapter import objective
-from topo_adapter.layout import SequenceLayout, contiguous_layout
-from topo_adapter.objective import attach_loss, balance_loss, distillation_loss, expected_density, kept_mass
+from topo_adapter.layout import SequenceLayout
+from topo_adapter.objective import attach_loss, balance_loss, distillation_loss, gradient_at_once, kept_mass
 from topo_adapter.relaxation import leaf_distribution
 from topo_adapter.router import RoleDigits, Routes, TopologyRouter
 from topo_adapter.visibility import always_visible
@@ -77,46 +78,36 @@ def test_balance_gradient_goes_to_probabilities_of_full_children() -> None:
     assert largest_error(grad, expected[None, :, None].expand_as(grad)) < 1e-8
 
 
-# ---------------------------------------------------------------- density
-
-contiguous_documents = [name for name in LAYOUTS if name != "interleaved"]
+# ---------------------------------------------------------------- gradients at once
 
 
-@pytest.mark.parametrize("arity", [2, 3])
-@pytest.mark.parametrize("layout", contiguous_documents)
-def test_expected_density_is_a_double_loop(layout: str, arity: int) -> None:
-    problem = make_problem(layout, length=12, arity=arity, heads=2, kv_heads=1, depths=(2, 2))
-    query, key = (leaf_distribution(role.probs, 2) for role in problem.routes)
-    causal, shared = problem.causal(), torch.zeros(2, dtype=torch.float64)
-    for b in range(2):
-        for i in range(12):
-            for j in range(12):
-                if causal[b, 0, i, j]:
-                    shared += (query[b, :, i] * key[b, :, j]).sum(-1)
-    expected = shared / causal[:, 0].sum()
-    assert largest_error(expected_density(query, key, problem.key), expected) < 1e-12
-    if layout != "plain":
-        assert largest_error(expected_density(query, key, contiguous_layout(2, 12)), expected) > 1e-3
+def test_gradient_at_once_is_the_gradient() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True), torch.randn(1)]
+    unused = torch.randn(4, requires_grad=True)
+
+    def loss() -> Tensor:
+        return (weights[0].exp().sum() * weights[1].prod()).square() + weights[2].sum()
+
+    plain, at_once = loss(), gradient_at_once(loss(), [*weights, unused])
+    right = torch.autograd.grad(2.5 * plain, weights[:2])
+    assert torch.equal(plain, at_once)
+    (2.5 * at_once).backward()
+    for weight, gradient in zip(weights[:2], right, strict=True):
+        assert weight.grad is not None and largest_error(weight.grad, gradient) < 1e-6 * float(gradient.abs().max())
+    assert unused.grad is None and weights[2].grad is None
 
 
-@pytest.mark.parametrize("layout", contiguous_documents)
-def test_expected_density_of_hard_digits_is_the_plans(layout: str) -> None:
-    problem = make_problem(layout, depths=(3, 3, 3, 3), one_hot=True, window=1, sinks=0)
-    problem = replace(problem, routes=Routes(problem.routes.query, problem.routes.query))
-    leaves = leaf_distribution(problem.routes.query.probs, 3)
-    plan = problem.plan()
-    density = expected_density(leaves, leaves, problem.key)
-    assert largest_error(density, plan.visible_count() / plan.causal_count()) < 1e-12
-    assert density.max() < 0.9
-
-
-def test_expected_density_of_one_ball_is_1_and_of_padding_0() -> None:
-    leaves = torch.ones(2, 3, 24, 1)
-    for layout in contiguous_documents:
-        assert largest_error(expected_density(leaves, leaves, make_problem(layout).key), torch.ones(3)) < 1e-6
-    nothing = make_problem("left_padding", batch=4, length=9).key
-    nothing = replace(nothing, document=nothing.document[3:], position=torch.full_like(nothing.position[3:], -1))
-    assert torch.equal(expected_density(leaves[:1, :, :9], leaves[:1, :, :9], nothing), torch.zeros(3))
+def test_gradient_at_once_keeps_no_graph() -> None:
+    """What the loss was made of is freed before `backward`."""
+    weight = torch.ones(2, requires_grad=True)
+    large = torch.ones(1000, 2)
+    alive = weakref.ref(large)
+    loss = gradient_at_once((large * weight).square().sum(), [weight])
+    del large
+    assert alive() is None
+    loss.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [2000.0, 2000.0]
 
 
 # ---------------------------------------------------------------- kept mass

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import (
+    LAYOUTS,
     Problem,
     bridged,
+    bridged_and_far_pairs,
     dense_probs,
     largest_error,
     make_problem,
@@ -20,7 +22,7 @@ from torch.autograd.gradcheck import GradcheckError
 from topo_adapter.relaxation import (
     leaf_distribution,
     leaf_distributions,
-    leaves_at_depths,
+    levels_at_depths,
     scaled_scores,
     shared_prefix_probability,
 )
@@ -66,8 +68,9 @@ def test_one_hot_digits_give_the_ball(arity: int) -> None:
 def test_heads_of_several_depths_share_a_tensor(depths: tuple[int, int]) -> None:
     torch.manual_seed(0)
     query, key = (random_role((2, 2, 5, 4), 3, torch.float64, one_hot=False).probs.requires_grad_() for _ in range(2))
-    found = [leaves_at_depths(x, depths) for x in (query, key)]
-    assert found[0].shape == (2, 2, 5, 3 ** max(depths))
+    found = [levels_at_depths(x, depths) for x in (query, key)]
+    assert found[0].shape == (2, 2, 5, max(depths), 3)
+    found = [leaf_distribution(x, max(depths)) for x in found]
     for head, depth in enumerate(depths):
         own = [leaf_distribution(x[:, head], depth) for x in (query, key)]
         for wide, right in zip(found, own, strict=True):
@@ -164,6 +167,28 @@ def test_gradients_of_the_bridge(layout: str, homotopy: float, bridge: str) -> N
             differ = max(largest_error(mine, theirs) for mine, theirs in router) > 1e-3
             # with the base model's weights in force the two differ in nothing
             assert differ or (homotopy == 0 and "masked" not in (bridge, other))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("homotopy", [0.0, 1.0])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_far_pairs_are_counted_hard_and_differentiated_soft(layout: str, homotopy: float, bridge: str) -> None:
+    problem = make_problem(layout)
+    differentiable, inputs = leaves_of(problem)
+    upstream = torch.randn(len(problem.depths), dtype=torch.float64)
+    _, counted = bridged_and_far_pairs(differentiable, homotopy, bridge, block=10)
+    got = torch.autograd.grad((counted * upstream).sum(), inputs[3:])
+
+    far = problem.causal() & ~always(problem)
+    assert torch.equal(counted, (problem.visible() & far).sum((0, 2, 3)).double())
+    assert torch.equal(counted, problem.plan().far_count())
+    assert counted.any() and not torch.equal(counted, problem.visible().sum((0, 2, 3)).double())
+    again, (*_, query, key) = leaves_of(problem)
+    soft = tree_probability(again).masked_fill(~far, 0.0).sum((0, 2, 3))
+    exact = torch.autograd.grad((soft * upstream).sum(), [query, key])
+    for mine, theirs in zip(got, exact, strict=True):
+        assert theirs.abs().max() > 1e-3
+        assert largest_error(mine, theirs) <= TIGHT * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("homotopy", [1.0, 0.999999])

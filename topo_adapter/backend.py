@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def kernels_serve(*tensors: Tensor) -> bool:
     if not all(t.is_cuda and (t.dtype in _DTYPES or not t.is_floating_point()) for t in tensors):
         return False
     return _new_enough(tensors[0].device) and _triton_available()
+
+
+def sent(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """`values` on a device, without waiting for what it is busy with as `torch.tensor(..., device=...)` does."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def graph_is_recorded() -> bool:

@@ -456,7 +456,7 @@ def _count_density(call: TopologyCall, plan: Plan) -> None:
     revealed = sum(values[depth] for values, depth in zip(density, call.depths, strict=True)) / len(density)
     share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
     visible, causal = plan.visible_count().mean(), plan.causal_count()
-    local = visible - (plan.range_end - plan.range_start).sum((0, 2), dtype=torch.float64).mean()
+    local = visible - plan.far_count().mean()
     counts = torch.stack([visible, local + (causal - local) * share, causal])
     host = call.host
     host.density_counts = counts if host.density_counts is None else host.density_counts + counts

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .attention import decode_attention, hard_attention, serves_decode
-from .backend import graph_is_recorded
+from .backend import graph_is_recorded, sent
 from .cache import KeyRecords, Keys
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
@@ -36,9 +34,9 @@ from .layout import (
     layout_from_position_ids,
     layout_from_recorded_mask,
 )
-from .objective import attach_loss, balance_loss, distillation_loss, expected_density
+from .objective import attach_loss, balance_loss, distillation_loss, gradient_at_once
 from .plan import Plan, make_plan
-from .relaxation import bridged_attention, leaves_at_depths
+from .relaxation import bridged_attention
 from .router import RoleDigits, Routes, TopologyRouter
 from .tree import address_to_digits
 
@@ -499,7 +497,7 @@ def topology_attention_forward(
         host.observer(topology, query, key, value, out, scores)
         return out, weights
 
-    weights, plan = None, None
+    weights, plan, far_pairs = None, None, None
     if topology.training or host.distillation is not None:
         with torch.no_grad():
             plan = plan_of(topology, depths)
@@ -510,12 +508,13 @@ def topology_attention_forward(
             _report_distillation(topology, query.detach(), key.detach(), scores)
         elif topology.routes is not None and topology.routes.query.probs.requires_grad:
             # adds exactly zero to the base's output and the router's gradient to the backward pass
-            extra = _bridged(topology, query.detach(), key.detach(), value.detach(), depths, scores, plan)
+            detached = query.detach(), key.detach(), value.detach()
+            extra, far_pairs = _bridged(topology, *detached, depths, scores, plan)
             out = out + (extra - extra.detach())
     else:
-        out = _bridged(topology, query, key, value, depths, scores, plan)
-    if topology.training and topology.routes is not None:
-        out = _with_auxiliary_loss(out, topology, depths)
+        out, far_pairs = _bridged(topology, query, key, value, depths, scores, plan)
+    if topology.training and topology.routes is not None and far_pairs is not None:
+        out = _with_auxiliary_loss(out, topology, far_pairs)
     return out, weights
 
 
@@ -553,10 +552,13 @@ def _bridged(
     depths: list[int],
     scores: dict[str, Any],
     plan: Plan | None,
-) -> Tensor:
-    """The unmerged topology's attention, `[B, T, H, D]`; plan: of the same depths, if there is one already."""
+) -> tuple[Tensor, Tensor]:
+    """The unmerged topology's attention, `[B, T, H, D]`, and far pairs `[H]`, see `bridged_attention`.
+
+    plan: of the same depths, if there is one already.
+    """
     heads, config = len(depths), call.config
-    out = bridged_attention(
+    out, far_pairs = bridged_attention(
         query,
         key,
         value,
@@ -574,12 +576,13 @@ def _bridged(
         plan=plan,
         **scores,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), far_pairs
 
 
 def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores: dict[str, Any]) -> None:
     distillation, config = call.host.distillation, call.config
     assert distillation is not None and call.routes is not None  # prepare() keeps the routes when distilling
+    learning = torch.is_grad_enabled()
     with torch.enable_grad():
         loss = distillation_loss(
             query,
@@ -592,31 +595,23 @@ def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores:
             density_weight=distillation.density_weight,
             **scores,
         )
-    distillation.losses.append(loss)
+    active = call.host.in_force()
+    assert active is not None  # or there would be no call
+    distillation.losses.append(gradient_at_once(loss, list(active[0].parameters())) if learning else loss.detach())
 
 
-def _with_auxiliary_loss(out: Tensor, call: TopologyCall, depths: list[int]) -> Tensor:
+def _with_auxiliary_loss(out: Tensor, call: TopologyCall, far_pairs: Tensor) -> Tensor:
     host, config, routes = call.host, call.config, call.routes
     assert routes is not None
-    balance = balance_loss(routes, call.query.real)
-    density = balance.new_zeros(())
-    if any(depths):
-        heads = _routes_per_head(routes, len(depths))
-        probs = heads.query.probs, heads.key.probs
-        # leaves of all tokens are wide, and cheap to make again
-        density = checkpoint(_density_price, *probs, call.query, depths, use_reentrant=False, preserve_rng_state=False)
-    loss = config.balance_weight * balance + config.density_weight * density
+    if not far_pairs.requires_grad:  # all heads are dense: the router owes the others a gradient, which is 0
+        far_pairs = far_pairs + 0.0 * sum(role.probs.sum() for role in routes)
+    loss = config.density_weight * far_pairs.mean() / call.query.causal_count().clamp(min=1)
+    if config.balance_weight:
+        balance = balance_loss(routes, call.query.real)
+        host.metrics["balance"] = balance.detach()
+        loss = loss + config.balance_weight * balance
     host.metrics["auxiliary_loss"] = loss.detach()
-    host.metrics["balance"] = balance.detach()
     return attach_loss(out, host.auxiliary_ramp * loss, host) if loss.requires_grad else out
-
-
-def _density_price(query_probs: Tensor, key_probs: Tensor, layout: SequenceLayout, depths: list[int]) -> Tensor:
-    """Mean over all heads of the expected share of causal pairs in one ball; heads of depth 0 have no price."""
-    leaves = leaves_at_depths(query_probs, depths), leaves_at_depths(key_probs, depths)
-    shares = expected_density(*leaves, layout)
-    priced = torch.tensor([depth > 0 for depth in depths]).to(shares.device, shares.dtype)
-    return (shares * priced).mean()
 
 
 @dataclass(frozen=True)
@@ -637,8 +632,8 @@ def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
         shared = depths
     sizes, device = tuple(call.config.arity**d for d in shared), call.query_address.device
     # every step of training may have a map of its own: not to be kept
-    make = call.host.on_device if call.merged else functools.partial(torch.tensor, dtype=torch.int32)
-    return RouteHeads(len(shared), make(sizes, device=device), max(sizes))
+    make = call.host.on_device if call.merged else sent
+    return RouteHeads(len(shared), make(sizes, device), max(sizes))
 
 
 def plan_of(call: TopologyCall, depths: list[int]) -> Plan:

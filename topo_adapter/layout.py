@@ -32,6 +32,10 @@ class SequenceLayout:
         """bool `[B, N]`: True where the token is not padding."""
         return self.position >= 0
 
+    def causal_count(self) -> Tensor:
+        """int64 scalar: pairs of a token and one of its document up to itself, of the batch."""
+        return (self.position + 1).sum()
+
     def last(self, count: int) -> "SequenceLayout":
         """The layout of the last `count` tokens."""
         start = self.position.shape[1] - count

@@ -36,27 +36,6 @@ def balance_loss(routes: Routes, real: Tensor) -> Tensor:
     return of(routes.query) if routes.key is routes.query else 0.5 * (of(routes.query) + of(routes.key))
 
 
-def expected_density(query_leaves: Tensor, key_leaves: Tensor, layout: SequenceLayout) -> Tensor:
-    """Expected share of causal pairs that share a ball, per head: the tree's cost itself.
-
-    `sum_i <P_q(i), sum_{j <= i} P_k(j)> / sum_i (i + 1)` within documents; `O(N p**D)` by a running sum.
-
-    Args:
-        query_leaves, key_leaves: `[B, H, N, p**D]`. layout: of the same tokens; documents are contiguous.
-
-    Returns:
-        `[H]`, in `[0, 1]`.
-    """
-    real = layout.real[:, None, :, None]
-    running = (key_leaves * real).cumsum(2)
-    index = torch.arange(layout.position.shape[1], device=real.device).expand_as(layout.position)
-    starts = torch.where(layout.position == 0, index, 0).cummax(1).values
-    before = torch.cat([torch.zeros_like(running[:, :, :1]), running], dim=2)
-    before = before.gather(2, starts[:, None, :, None].expand_as(running))
-    pairs = (query_leaves * (running - before) * real).sum((0, 2, 3))
-    return pairs / (layout.position + 1).sum().clamp(min=1)
-
-
 class AuxiliaryLossHost(Protocol):
     """What `attach_loss` reads at backward time."""
 
@@ -82,6 +61,29 @@ def attach_loss(output: Tensor, loss: Tensor, host: AuxiliaryLossHost) -> Tensor
     trainer sets it to what the main loss is scaled by (gradient accumulation, fp16 loss scaling).
     """
     return _AttachLoss.apply(output, loss.float(), host)
+
+
+class _GradientAtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients  # not saved_tensors: gradient checkpointing would make them again, to no avail
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, ()
+        return None, None, *(None if each is None else each * grad for each in gradients)
+
+
+def gradient_at_once(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The scalar `loss`, whose gradient in `parameters` is computed now; its graph is free to go.
+
+    For losses that have nothing but `parameters` in common: only one of their graphs is alive at a time, and what
+    stays until `backward` is as large as the parameters. One `backward` is all that the result allows.
+    """
+    learning = [each for each in parameters if each.requires_grad]
+    gradients = torch.autograd.grad(loss, learning, allow_unused=True)
+    return _GradientAtOnce.apply(loss.detach(), gradients, *learning)
 
 
 def kept_mass(

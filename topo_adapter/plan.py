@@ -66,12 +66,15 @@ class Plan:
     num_sink_tokens: int
     dense: bool = False
 
+    def far_count(self) -> Tensor:
+        """float64 `[R]`: pairs that the tree alone makes visible, of each route head, summed over the batch."""
+        return (self.range_end - self.range_start).sum((0, 2), dtype=torch.float64)
+
     def visible_count(self) -> Tensor:
         """float64 `[R]`: visible pairs of each route head, summed over the batch."""
-        tree = (self.range_end - self.range_start).sum((0, 2), dtype=torch.float64)
         window = self.local_end - self.local_start
         sinks = (self.local_start - self.document_start).clamp(max=self.num_sink_tokens)
-        return tree + (window + sinks).sum(dtype=torch.float64)
+        return self.far_count() + (window + sinks).sum(dtype=torch.float64)
 
     def causal_count(self) -> Tensor:
         """float64 scalar: causal pairs of the batch, the denominator of density."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .attention import hard_attention
-from .backend import kernels_serve
+from .backend import kernels_serve, sent
 from .layout import SequenceLayout, causal_pairs
 from .plan import Plan, make_plan
 from .router import Routes
@@ -24,8 +24,6 @@ from .visibility import always_visible
 _MAX_GAP = 0.0
 #: Where the forward is soft that derivative is exact and stays; this keeps it finite.
 _MAX_SOFT_GAP = 10.0
-#: Leaves per head that the kernels hold in a row.
-_KERNEL_LEAVES = 256
 
 
 def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
@@ -49,34 +47,31 @@ def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
     return leaf_distributions(probs, depth)[-1]
 
 
-def leaves_at_depths(probs: Tensor, depths: Sequence[int]) -> Tensor:
-    """Distributions over the balls that each head has at its own depth, side by side in one tensor.
+def levels_at_depths(probs: Tensor, depths: Sequence[int]) -> Tensor:
+    """Level probabilities of heads that have different depths, cut at the deepest.
 
-    A head of less depth than the deepest goes on as if all its tokens took child 0: its balls come first, and nothing
-    follows. So inner products of two roles are those at the head's own depth. Depth 0 is one ball.
+    A head of less depth goes on as if all its tokens took child 0, so that inner products of two roles are those at
+    the head's own depth. Depth 0 is one ball.
 
     Args:
         probs: `[B, H, T, L, p]`; depths: one for each of the `H` heads, `0 <= depth <= L`, the deepest >= 1.
 
     Returns:
-        `[B, H, T, p**max(depths)]`, differentiable; one kernel on a GPU.
+        `[B, H, T, max(depths), p]`, differentiable.
     """
     levels, arity = max(depths), probs.shape[-1]
+    if min(depths) == levels:
+        return probs[..., :levels, :]
     taken, child_0 = _levels_taken(tuple(depths), arity, probs.device)
-    probs = torch.where(taken, probs[..., :levels, :], child_0)
-    if probs.dtype == torch.float32 and kernels_serve(probs) and arity**levels <= _KERNEL_LEAVES:
-        from topo_kernels import leaf_distribution as fused
-
-        return fused(probs)
-    return leaf_distribution(probs, levels)
+    return torch.where(taken, probs[..., :levels, :], child_0)
 
 
-@functools.lru_cache(maxsize=256)  # copies from the host: forward and backward pass ask for the same
+@functools.lru_cache(maxsize=256)  # forward and backward pass ask for the same
 def _levels_taken(depths: tuple[int, ...], arity: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """bool `[H, 1, levels, 1]`: the levels that a head's depth reaches; float32 `[p]`: certainty of child 0."""
-    levels = torch.arange(max(depths))
-    taken = levels < torch.tensor(depths)[:, None]
-    return taken[:, None, :, None].to(device), torch.eye(arity)[0].to(device)
+    levels = torch.arange(max(depths), device=device)
+    taken = levels < sent(depths, device)[:, None]
+    return taken[:, None, :, None], (torch.arange(arity, device=device) == 0).float()
 
 
 def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
@@ -128,7 +123,7 @@ def bridged_attention(
     softcap: float | None = None,
     plan: Plan | None = None,
     block: int = 256,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention whose weights are multiplied by `1 - c + c m` and renormalised (docs/method.md, section 3).
 
     `m` is 1 for window and sink pairs, else the tree mask. Forward uses the hard mask ('full', 'masked') or
@@ -146,28 +141,34 @@ def bridged_attention(
             the kernels take over where `homotopy` is 1 and the bridge 'full', in `O(S)`.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
+        out: `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
+        far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
+            sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
     if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
         if plan is None:
             sizes = [arity**depth for depth in depths]
-            balls = torch.tensor(sizes, dtype=torch.int32, device=q.device)
+            balls = sent(sizes, q.device)
             plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
         return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
-    depth_of_head = torch.tensor(depths, device=q.device)[:, None]
+    depth_of_head = sent(depths, q.device)[:, None]
     key_ball = ball(key_address, arity, depth_of_head)
     query_ball = ball(query_address, arity, depth_of_head)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice
+    ) -> tuple[Tensor, Tensor]:
         part = SequenceLayout(query.document[:, rows], query.position[:, rows])
         causal = causal_pairs(part, key)[:, None]
         always = always_visible(part, key, local_window, num_sink_tokens)[:, None]
         hard = always | ((query_ball[:, :, rows, None] == key_ball[:, :, None]) & causal)
         scores = scaled_scores(q, k, scale, softcap)
+        far_pairs = (hard & ~always).sum((0, 2, 3)).to(scores.dtype)
         target, soft = hard.to(scores.dtype), None
         if probs is not None and key_probs is not None:
             soft = shared_prefix_probability(probs, key_probs, depths).to(scores.dtype)
             soft = torch.where(always, 1.0, soft)
+            far_pairs = far_pairs + torch.where(causal & ~always, soft - soft.detach(), 0.0).sum((0, 2, 3))
             if bridge == "marginal":
                 target = soft.detach()
         # weights in the exponent, and shifted by the largest term: neither a hidden maximum nor a tiny weight can
@@ -185,7 +186,7 @@ def bridged_attention(
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
         out = (weighted.unflatten(1, (v.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
-        return out / torch.where(total == 0, 1.0, total)
+        return out / torch.where(total == 0, 1.0, total), far_pairs
 
     needs_grad = torch.is_grad_enabled()
     out = []
@@ -199,7 +200,8 @@ def bridged_attention(
                 out.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 out.append(attend(*arguments))
-    return torch.cat(out, dim=2).to(q.dtype)
+    blocks, far_pairs = zip(*out, strict=True)
+    return torch.cat(blocks, dim=2).to(q.dtype), torch.stack(far_pairs).sum(0)
 
 
 def _router_learns(routes: Routes | None) -> bool:
@@ -211,7 +213,9 @@ def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arit
         return False
     from topo_kernels.bridge import MAX_LEAVES
 
-    return not _router_learns(routes) or arity ** max(depths) <= MAX_LEAVES
+    if routes is None or not _router_learns(routes):
+        return True
+    return routes.query.probs.dtype == torch.float32 and arity ** max(depths) <= MAX_LEAVES
 
 
 def _bridged_by_kernels(
@@ -223,19 +227,20 @@ def _bridged_by_kernels(
     depths: Sequence[int],
     scale: float,
     softcap: float | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`bridged_attention` at homotopy 1 with the full bridge: the hard attention, and its router's gradient."""
     if routes is None or not _router_learns(routes) or max(depths) == 0:
-        return hard_attention(q, k, v, plan, scale, softcap)
+        far_pairs = plan.far_count().float()
+        return hard_attention(q, k, v, plan, scale, softcap), far_pairs.repeat_interleave(len(depths) // len(far_pairs))
     from topo_kernels import bridged_topology_attention
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, query_probs: Tensor, key_probs: Tensor) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
         return bridged_topology_attention(
             q,
             k,
             v,
-            leaves_at_depths(query_probs, depths),
-            leaves_at_depths(key_probs, depths),
+            levels_at_depths(routes.query.probs, depths),
+            levels_at_depths(routes.key.probs, depths),
             plan.query_order,
             plan.range_start,
             plan.range_end,
@@ -249,8 +254,3 @@ def _bridged_by_kernels(
             softcap=softcap,
             max_gap=_MAX_GAP,
         )
-
-    # leaf distributions are wide, and cheap to make again
-    arguments = (q, k, v, routes.query.probs, routes.key.probs)
-    with torch.autocast(q.device.type, enabled=False):
-        return checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -25,14 +25,14 @@ def digits_to_address(digits: Tensor, arity: int) -> Tensor:
     """Pack digits `[..., L]`, each in `{0..arity-1}`, into addresses `[...]` (int64)."""
     depth = digits.shape[-1]
     _check(arity, depth)
-    powers = torch.tensor([arity**level for level in range(depth)], device=digits.device, dtype=torch.long)
+    powers = arity ** torch.arange(depth, device=digits.device)
     return (digits.long() * powers).sum(-1)
 
 
 def address_to_digits(address: Tensor, arity: int, depth: int) -> Tensor:
     """Unpack addresses `[...]` in `[0, arity**depth)` into digits `[..., depth]` (int64), root first."""
     _check(arity, depth)
-    powers = torch.tensor([arity**level for level in range(depth)], device=address.device, dtype=torch.long)
+    powers = arity ** torch.arange(depth, device=address.device)
     return address.long()[..., None].div(powers, rounding_mode="floor") % arity
 
 

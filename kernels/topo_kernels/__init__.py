@@ -4,7 +4,6 @@ from .attention import topology_attention
 from .bridge import bridged_topology_attention
 from .decode import decode_attention
 from .distill import far_mass
-from .leaves import leaf_distribution
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
 
@@ -14,7 +13,6 @@ __all__ = [
     "bridged_topology_attention",
     "decode_attention",
     "far_mass",
-    "leaf_distribution",
     "pack_router",
     "route_addresses",
     "topology_attention",

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import _NEVER, Blocks, _check, _tanh
-from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
+from .launch import INTERPRETED, check_device, derived, score_arguments, stride_arguments
 
 _ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
 
@@ -830,7 +830,8 @@ def attention_backward(
         by_key, tree_slot = tree_ranges(*tree)
         tree_dk, tree_dv = q.new_empty(B, H // shared, S, D), q.new_empty(B, H // shared, S, D)
         _launch_dkdv(*arguments, by_key, tree_dk, tree_dv, shared, scale, softcap, tiles.dkdv)
-        by_rank, by_chunk, sums = local_ranges(order, *local, S, num_sink_tokens, tiles.chunk, tiles.sink.n)
+        turned = S, num_sink_tokens, tiles.chunk, tiles.sink.n
+        by_rank, by_chunk, sums = derived(local_ranges, (order, *local), *turned)
         sink_dk, sink_dv, num_slots = tree_dk, tree_dv, 0
         if by_chunk is not None:
             slots = by_chunk.first.shape[2]

@@ -1,15 +1,18 @@
-"""Hard attention with a full-gradient straight-through bridge to the leaf distributions (docs/method.md, section 4).
+"""Hard attention with a full-gradient straight-through bridge to the level probabilities (docs/method.md, section 4).
 
-The forward is the hard topology attention. Its derivative by the soft mask `S_ij = <P_i, P_j>` of any far pair (causal,
-same document, neither window nor sink), visible or not, is
+The forward is the hard topology attention, and nothing else. Its derivative by the soft mask `S_ij = <P_i, P_j>`, with
+`P` the leaf distributions, of any far pair (causal, same document, neither window nor sink), visible or not, is
 
     dS_ij = exp(min(s_ij - lse_i, max_gap)) * (<dout_i, v_j> - <dout_i, out_i>)
 
 with `s` the scores and `lse` their log-sum-exp over the visible keys. So `dP_i = sum_j dS_ij P_j` and
 `dP_j = sum_i dS_ij P_i`: `dS` is recomputed tile by tile and meets the leaves of the other side in a matrix product.
 Far keys of a query are a range of local ranks, and so are, seen from a key, the queries it is far from. One kernel
-serves both: a program holds a block of rows, queries or keys, and walks over the columns, keys or queries. Memory is
-`O(N)`, sums run in a fixed order, there are no atomics.
+serves both: a program holds a block of rows, queries or keys, and walks over the columns, keys or queries. Leaves exist
+in the backward pass alone. Memory is `O(N)`, sums run in a fixed order, there are no atomics.
+
+The number of far pairs that are visible is a second output. Its derivative by any `S_ij` is 1, so a price on it costs
+nothing: its gradient is added to `dS_ij`.
 """
 
 import math
@@ -23,7 +26,8 @@ from torch import Tensor
 from .attention import _NEVER, Blocks, _attention, _check, _tanh
 from .backward import attention_backward, inverse_ranges
 from .distill import MAX_LEAVES
-from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
+from .launch import INTERPRETED, check_device, derived, score_arguments, stride_arguments
+from .leaves import leaf_distributions, leaf_gradient
 
 
 @triton.jit
@@ -45,6 +49,7 @@ def _far_run(
     p_delta,
     stride_uc,
     stride_wc,
+    price,
     score_scale,
     score_cap,
     max_gap,
@@ -84,7 +89,7 @@ def _far_run(
         else:
             b_gap = b_s - tl.load(p_lse + o_col, mask=m_c, other=0.0)[None, :]
             b_t -= tl.load(p_delta + o_col, mask=m_c, other=0.0)[None, :]
-        b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t
+        b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t + price
         if MASKED:
             m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
             b_ds = tl.where(m_far, b_ds, 0.0)
@@ -101,6 +106,7 @@ def _far_kernel(
     leaves,  # [B, H, C, V], of the columns
     lse,  # [B, H, R or C] fp32, base 2, of the queries
     delta,  # [B, H, R or C] fp32, <out, dout>
+    prices,  # [H] fp32, gradient of the number of visible far pairs
     row_order,  # [B, R], unused without HAS_ORDER
     column_order,  # [B, C], unused without HAS_ORDER
     first,  # [B, R], by rank of the row, ranks of columns
@@ -173,6 +179,7 @@ def _far_kernel(
         b_lse = tl.load(p_lse + o_row, mask=m_some, other=0.0)
         b_delta = tl.load(p_delta + o_row, mask=m_some, other=0.0)
     b_acc = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
+    price = tl.load(prices + i_h)
 
     # whole tiles of columns that are far from every row, between two stretches that need masks. Rows that nothing is
     # far from bound no loop, take part in whole tiles, and are written as 0.
@@ -211,6 +218,7 @@ def _far_kernel(
             p_delta,
             stride_uc,
             stride_wc,
+            price,
             score_scale,
             score_cap,
             max_gap,
@@ -272,6 +280,36 @@ def _far_ranges(
     return query_order.int(), start.gather(1, query_order), end.gather(1, query_order)
 
 
+class _FarRanges(NamedTuple):
+    """Both sides of the far pairs, by local rank: of each query the range of keys, of each key the range of queries."""
+
+    query_order: Tensor | None  # [B, T], padding last; None: the identity
+    start: Tensor  # [B, T]
+    end: Tensor
+    first: Tensor  # [B, 1, S]
+    last: Tensor
+    some_key: Tensor  # float32 [B, T], by index: 1 where the query has far keys
+    some_query: Tensor  # float32 [B, S], by index
+
+
+def _both_far_ranges(
+    local_order: Tensor | None,
+    document_start: Tensor,
+    local_start: Tensor,
+    local_end: Tensor,
+    num_sink_tokens: int,
+    num_keys: int,
+) -> _FarRanges:
+    query_order, start, end = _far_ranges(local_order, document_start, local_start, local_end, num_sink_tokens)
+    first, last = inverse_ranges(start[:, None], end[:, None], num_keys)
+
+    def by_index(some: Tensor, order: Tensor | None) -> Tensor:
+        return some.float() if order is None else torch.zeros_like(some.float()).scatter_(1, order.long(), some.float())
+
+    some_key, some_query = by_index(start < end, query_order), by_index((first < last)[:, 0], local_order)
+    return _FarRanges(query_order, start, end, first, last, some_key, some_query)
+
+
 @torch.library.custom_op("topo_kernels::bridge_gradients", mutates_args=())
 def _bridge_gradients(
     q: Tensor,
@@ -280,8 +318,9 @@ def _bridge_gradients(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    query_leaves: Tensor,
-    key_leaves: Tensor,
+    dpairs: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     local_order: Tensor | None,
     document_start: Tensor,
     local_start: Tensor,
@@ -291,17 +330,23 @@ def _bridge_gradients(
     softcap: float | None,
     max_gap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the query and key leaves, float32 `[B, H, T, V]` and `[B, H, S, V]`, of checked arguments."""
+    """Gradients of the query and key probabilities, float32 and in their shapes, of checked arguments."""
     B, H, T, D = q.shape
-    S, V = k.shape[2], query_leaves.shape[3]
+    S, V = k.shape[2], query_probs.shape[4] ** query_probs.shape[3]
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
     delta = (out.float() * dout.float()).sum(-1).contiguous()
+    dpairs = dpairs.float().contiguous()  # an expanded scalar, as a rule
     # dS needs bfloat16's range, which the interpreter does not have
     half = torch.float32 if INTERPRETED else torch.bfloat16
     dtype = torch.float32 if q.dtype == torch.float32 else half
-    query_leaves, key_leaves = (t.to(dtype).contiguous() for t in (query_leaves, key_leaves))
-    query_order, start, end = _far_ranges(local_order, document_start, local_start, local_end, num_sink_tokens)
-    first, last = inverse_ranges(start[:, None], end[:, None], S)
+    local = local_order, document_start, local_start, local_end
+    far = derived(_both_far_ranges, local, num_sink_tokens, S)
+    query_order, start, end, first, last = far[:5]
+    with torch.cuda.device_of(q):
+        query_leaves, key_leaves = (
+            leaf_distributions(probs, some, dtype)[0]
+            for probs, some in ((query_probs, far.some_key), (key_probs, far.some_query))
+        )
     key_order = None if local_order is None else local_order.contiguous()
     dquery = torch.empty(B, H, T, V, dtype=torch.float32, device=q.device)
     dkey = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
@@ -323,6 +368,7 @@ def _bridge_gradients(
                 leaves,
                 lse,
                 delta,
+                dpairs,
                 ranges[0] if row_order is None else row_order,
                 ranges[0] if column_order is None else column_order,
                 *ranges,
@@ -343,12 +389,17 @@ def _bridge_gradients(
                 **stride_arguments(x=(x, "bhr"), y=(y, "bhr"), u=(u, "bhc"), w=(w, "bhc")),
                 **score_arguments(D, scale, softcap),
             )
-    return dquery, dkey
+    nothing = dquery.new_zeros(H, V)
+    with torch.cuda.device_of(q):
+        return (
+            leaf_gradient(query_probs, far.some_key, dquery, nothing),
+            leaf_gradient(key_probs, far.some_query, dkey, nothing),
+        )
 
 
 @_bridge_gradients.register_fake
-def _(q, k, v, out, lse, dout, query_leaves, key_leaves, *_rest):
-    return tuple(t.new_empty(t.shape, dtype=torch.float32) for t in (query_leaves, key_leaves))
+def _(q, k, v, out, lse, dout, dpairs, query_probs, key_probs, *_rest):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query_probs, key_probs))
 
 
 @torch.library.custom_op("topo_kernels::bridged_attention", mutates_args=())
@@ -356,8 +407,8 @@ def _bridged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_leaves: Tensor,
-    key_leaves: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     query_order: Tensor,
     range_start: Tensor,
     range_end: Tensor,
@@ -370,38 +421,39 @@ def _bridged_attention(
     scale: float,
     softcap: float | None,
     max_gap: float,
-) -> tuple[Tensor, Tensor]:
-    """The hard attention, which the leaves do not enter: `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hard attention, which no probability enters: `out` `[B, T, H, D]`, `lse` `[B, H, T]`, far pairs `[H]`."""
     tree = query_order, range_start, range_end, key_order
     local = local_order, document_start, local_start, local_end
-    return _attention(q, k, v, *tree, *local, num_sink_tokens, scale, softcap)
+    out, lse = _attention(q, k, v, *tree, *local, num_sink_tokens, scale, softcap)
+    pairs = (range_end - range_start).sum((0, 2)).float()
+    return out, lse, pairs.repeat_interleave(q.shape[1] // pairs.shape[0])
 
 
 @_bridged_attention.register_fake
 def _(q, *_rest):
     B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(H, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, num_sink_tokens, scale, softcap, max_gap = inputs
-    ctx.save_for_backward(*output, *tensors)
+    ctx.save_for_backward(*output[:2], *tensors)
     ctx.options, ctx.max_gap = (num_sink_tokens, scale, softcap), max_gap
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-    out, lse, q, k, v, query_leaves, key_leaves, *plan = ctx.saved_tensors
+def _gradients(ctx: Any, dout: Tensor, _: Any, dpairs: Tensor) -> tuple[Any, ...]:
+    out, lse, q, k, v, query_probs, key_probs, *plan = ctx.saved_tensors
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
     of_attention: tuple[Tensor | None, ...] = (None, None, None)
-    of_leaves: tuple[Tensor | None, ...] = (None, None)
+    of_probs: tuple[Tensor | None, ...] = (None, None)
     if any(ctx.needs_input_grad[:3]):
         of_attention = attention_backward(q, k, v, out, lse, dout, *plan, *ctx.options)
     if any(ctx.needs_input_grad[3:5]):
-        leaves = query_leaves, key_leaves
-        found = _bridge_gradients(q, k, v, out, lse, dout, *leaves, *plan[4:], *ctx.options, ctx.max_gap)
-        of_leaves = tuple(gradient.to(t.dtype) for gradient, t in zip(found, leaves, strict=True))
-    return *of_attention, *of_leaves, *[None] * (len(plan) + 4)
+        probs = query_probs, key_probs
+        of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *probs, *plan[4:], *ctx.options, ctx.max_gap)
+    return *of_attention, *of_probs, *[None] * (len(plan) + 4)
 
 
 _bridged_attention.register_autograd(_gradients, setup_context=_save)
@@ -411,8 +463,8 @@ def bridged_topology_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_leaves: Tensor,
-    key_leaves: Tensor,
+    query_probs: Tensor,
+    key_probs: Tensor,
     query_order: Tensor,
     range_start: Tensor,
     range_end: Tensor,
@@ -426,27 +478,28 @@ def bridged_topology_attention(
     scale: float,
     softcap: float | None = None,
     max_gap: float,
-) -> Tensor:
-    """`topology_attention` with gradients for leaf distributions too, from hidden pairs as from visible ones.
+) -> tuple[Tensor, Tensor]:
+    """`topology_attention` with gradients for level probabilities too, from hidden pairs as from visible ones.
 
     The value, dq, dk and dv are those of `topology_attention`: q, k and v get no gradient through hidden pairs. The
-    leaves get that of the soft mask `<query_leaves_i, key_leaves_j>` of every far pair: key `j` is one of
-    `local_order[document_start + num_sink_tokens:local_start]` of query `i`. Heads with fewer balls than V leave the
-    rest of their leaves 0.
+    probabilities get that of the soft mask `prod_l <query_probs_il, key_probs_jl>` of every far pair: key `j` is one of
+    `local_order[document_start + num_sink_tokens:local_start]` of query `i`. A head of fewer levels than L takes one
+    child for certain in the others.
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
         k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
-        query_leaves, key_leaves: `[B, H, T, V]` and `[B, H, S, V]`, any float dtype, V from 1 to 256. Taken as
-            bfloat16 where q is of half precision. They are kept for backward.
+        query_probs, key_probs: float32 `[B, H, T, L, p]` and `[B, H, S, L, p]`, `p**L` from 1 to 256; any strides.
         query_order ... softcap: as in `topology_attention`. A `local_order` of None also says that there is no padding
             and that `local_end` rises along the queries.
         max_gap: a far key's score counts in the gradient as at most the log-sum-exp of the query's visible scores plus
             `max_gap`: a hidden key that the dense model attends to would otherwise have an unbounded weight.
 
     Returns:
-        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
-        (`local_start == local_end`) are 0, and so are their leaves' gradients and those of padding keys.
+        out: `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
+            (`local_start == local_end`) are 0, and so are the gradients of their probabilities and of padding keys'.
+        far_pairs: float32 `[H]`, the visible far pairs of the batch; differentiable in the probabilities as the sum of
+            the soft mask over all far pairs.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
@@ -463,7 +516,7 @@ def bridged_topology_attention(
         "local_end": local_end,
     }
     _check(q, k, v, plan, num_sink_tokens)
-    _check_leaves(q, k, query_leaves, key_leaves)
+    _check_probs(q, k, query_probs, key_probs)
     if not scale > 0:
         raise ValueError(f"scale must be > 0, got {scale}.")
     if softcap is not None and not softcap > 0:
@@ -472,25 +525,22 @@ def bridged_topology_attention(
         raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
     check_device("bridged_topology_attention", q=q)
     if q.numel() == 0:
-        return torch.empty_like(q)
+        return torch.empty_like(q), torch.zeros(q.shape[1], device=q.device)
     options = num_sink_tokens, scale, softcap, max_gap
-    out, _ = _bridged_attention(q, k, v, query_leaves, key_leaves, *plan.values(), *options)
-    return out.transpose(1, 2)
+    out, _, pairs = _bridged_attention(q, k, v, query_probs, key_probs, *plan.values(), *options)
+    return out.transpose(1, 2), pairs
 
 
-def _check_leaves(q: Tensor, k: Tensor, query_leaves: Tensor, key_leaves: Tensor) -> None:
-    B, H, T, _ = q.shape
-    V = query_leaves.shape[-1] if query_leaves.ndim else 0
-    for name, tensor, shape in (
-        ("query_leaves", query_leaves, (B, H, T, V)),
-        ("key_leaves", key_leaves, (B, H, k.shape[2], V)),
-    ):
-        if tensor.shape != shape or not 1 <= V <= MAX_LEAVES:
+def _check_probs(q: Tensor, k: Tensor, query_probs: Tensor, key_probs: Tensor) -> None:
+    levels = query_probs.shape[3:]
+    for name, tensor, length in (("query_probs", query_probs, q.shape[2]), ("key_probs", key_probs, k.shape[2])):
+        expected = (*q.shape[:2], length, *levels)
+        if tensor.ndim != 5 or tensor.shape != expected or not 1 <= levels[1] ** levels[0] <= MAX_LEAVES:
             raise ValueError(
-                f"{name} must have shape {[*shape[:3], 'V']} with one V from 1 to {MAX_LEAVES} for queries and keys, "
-                f"got {list(tensor.shape)}."
+                f"{name} must have shape {[*expected[:3], 'L', 'p']} with p**L from 1 to {MAX_LEAVES}, the same for "
+                f"queries and keys, got {list(tensor.shape)}."
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}.")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}.")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")

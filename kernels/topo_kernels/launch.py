@@ -2,12 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 INTERPRETED = triton.knobs.runtime.interpret  # read before the kernels are decorated
 
@@ -54,6 +56,24 @@ def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
     }
+
+
+_DERIVED = WeakTensorKeyDictionary()  # of the last tensor: what it was derived from, and the result
+
+
+def derived(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: int) -> Any:
+    """`make(*tensors, *options)`, made once for tensors that many layers share: those of a local plan.
+
+    Kept for as long as the last of `tensors` lives and none of them is written to.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return make(*tensors, *options)
+    versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
+    known = _DERIVED.setdefault(tensors[-1], {})
+    found = known.get((make, options))
+    if found is None or found[1] != versions or any(a is not b for a, b in zip(found[0], tensors[:-1], strict=True)):
+        found = known[make, options] = tensors[:-1], versions, make(*tensors, *options)
+    return found[2]
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,5 +1,4 @@
-"""Level probabilities to leaf distributions and back, a token in a row: for far_mass (distill.py), and as
-`leaf_distribution`, which is differentiable.
+"""Level probabilities to leaf distributions and back, a token in a row: for `far_mass` (distill.py) and the bridge.
 
 Leaf `v` of `V = p**L` has the digits `digit_l(v) = v // p**l % p`, and a token with level probabilities `pi` is in ball
 `v mod p**d` of depth `d` with probability `w_d(v) = prod_{l<d} pi[l, digit_l(v)]`. Coarsening sums over the leaves of a
@@ -303,53 +302,3 @@ def leaf_gradient(probs: Tensor, weight: Tensor, dleaves: Tensor, dmean: Tensor)
     tensors = weight.contiguous(), dleaves, dleaves, dmean.contiguous(), dprobs, dleaves
     _leaf_gradient_kernel[grid](probs, *tensors, **arguments, ALL_DEPTHS=False)
     return dprobs
-
-
-@torch.library.custom_op("topo_kernels::leaf_distribution", mutates_args=())
-def leaf_distribution(probs: Tensor) -> Tensor:
-    """Leaf distributions, float32 `[B, H, N, p**L]`, of level probabilities, float32 `[B, H, N, L, p]`; differentiable.
-
-    Entry `b` belongs to the ball `b` of depth `L`. One launch instead of three tensors per level, and as many again in
-    the backward pass.
-
-    Raises:
-        ValueError: not float32, or not five dimensions.
-    """
-    if probs.ndim != 5 or probs.dtype != torch.float32:
-        raise ValueError(f"probs must be float32 [B, H, N, L, p], got {probs.dtype} {list(probs.shape)}.")
-    with torch.cuda.device_of(probs):
-        return leaf_distributions(probs, _every_token(probs), torch.float32)[0]
-
-
-@leaf_distribution.register_fake
-def _(probs):
-    B, H, N, depth, arity = probs.shape
-    return probs.new_empty(B, H, N, arity**depth)
-
-
-@torch.library.custom_op("topo_kernels::leaf_distribution_gradient", mutates_args=())
-def _leaf_distribution_gradient(probs: Tensor, dleaves: Tensor) -> Tensor:
-    none = dleaves.new_zeros(dleaves.shape[1], dleaves.shape[3])
-    with torch.cuda.device_of(probs):
-        return leaf_gradient(probs, _every_token(probs), dleaves.contiguous(), none)
-
-
-@_leaf_distribution_gradient.register_fake
-def _(probs, dleaves):
-    return torch.empty_like(probs, memory_format=torch.contiguous_format)
-
-
-def _every_token(probs: Tensor) -> Tensor:
-    """Weights `[B, N]` of which none marks padding."""
-    return probs.new_ones(probs.shape[0], probs.shape[2])
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, dleaves):
-    return _leaf_distribution_gradient(*ctx.saved_tensors, dleaves)
-
-
-leaf_distribution.register_autograd(_backward, setup_context=_save)
