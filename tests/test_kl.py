@@ -529,10 +529,23 @@ class TestDraw:
     def test_the_sparsest_map_is_the_sparsest(self) -> None:
         table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.1005, 0.1]]}, "loss": {0: [[0.0, 0.1, 9]]}}
         config = TopologyConfig(depth=2, visible_depth=1, calibration=table)  # type: ignore[arg-type]
-        assert _nearest_map(config, 0.01) == {0: [2]}
-        assert _nearest_map(config, 0.1005) == {0: [1]}
-        assert _nearest_map(config, 0.1) == {0: [2]}
-        assert _nearest_map(config, 1.0) == {0: [0]}
+        assert _nearest_map(config, 0.01)[0] == {0: [2]}
+        assert _nearest_map(config, 0.1005)[0] == {0: [1]}
+        assert _nearest_map(config, 0.1)[0] == {0: [2]}
+        assert _nearest_map(config, 1.0)[0] == {0: [0]}
+
+    def test_the_price_is_what_the_dial_would_pay(self) -> None:
+        """Loss saved by the next piece of density, of a mean head of a layer, at most `density_weight`."""
+        table = {
+            "length": 9,
+            "heads_per_route": 1,
+            "density": {0: [[1.0, 0.2, 0.1]] * 2, 3: [[1.0, 0.2, 0.1]] * 2},
+            "loss": {0: [[0.0, 0.04, 0.09]] * 2, 3: [[0.0, 0.04, 0.09]] * 2},
+        }
+        config = TopologyConfig(depth=2, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
+        assert _nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
+        assert _nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
+        assert _nearest_map(config, 1.0) == ({0: [0, 0], 3: [0, 0]}, 0.0)
 
     def test_the_config_is_put_back_after_an_error(self, tmp_path: Path) -> None:
         model = adapter(visible_depth=2)
@@ -540,7 +553,7 @@ class TestDraw:
         with pytest.raises(ZeroDivisionError):
             watch(tmp_path, model, depths=(3, 3))
         config = model.peft_config["default"]
-        assert config.visible_depth == 2 and config.gumbel_noise is True
+        assert config.visible_depth == 2 and config.gumbel_noise is True and config.density_weight == 0.1
         assert len(model.get_base_model().lm_head._forward_pre_hooks) == 0
 
 

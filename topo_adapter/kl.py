@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .calibration import calibrate, choose_depths
+from .calibration import allot, calibrate
 from .config import TopologyConfig, VisibleDepth
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
@@ -28,6 +28,9 @@ _CHUNK_LOGITS = 2**25
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
 _STRATA = 8
+#: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
+#: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
+TEMPERATURES = (2.0, 0.5)
 _IGNORED = -100  # label of a token without a language-model loss, as everywhere in transformers
 
 Head = Callable[[Tensor], Tensor]
@@ -151,16 +154,16 @@ def _drawn(seed: int, step: int, count: int) -> int:
 
 
 @contextlib.contextmanager
-def _training_at(configs: list[TopologyConfig], depths: list[VisibleDepth]) -> Iterator[None]:
-    """While active each configuration has its visible depth, and heads take their most probable digits."""
-    before = [(config, config.visible_depth, config.gumbel_noise) for config in configs]
+def _training_at(configs: list[TopologyConfig], maps: list[tuple[VisibleDepth, float]]) -> Iterator[None]:
+    """While active each configuration has its depths and price of density, and heads take their likeliest digits."""
+    before = [(config, config.visible_depth, config.density_weight, config.gumbel_noise) for config in configs]
     try:
-        for config, depth in zip(configs, depths, strict=True):
-            config.visible_depth, config.gumbel_noise = depth, False
+        for config, (depth, price) in zip(configs, maps, strict=True):
+            config.visible_depth, config.density_weight, config.gumbel_noise = depth, price, False
         yield
     finally:
-        for config, visible_depth, noise in before:
-            config.visible_depth, config.gumbel_noise = visible_depth, noise
+        for config, visible_depth, price, noise in before:
+            config.visible_depth, config.density_weight, config.gumbel_noise = visible_depth, price, noise
 
 
 def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
@@ -173,11 +176,18 @@ def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
     }
 
 
-def _nearest_map(config: TopologyConfig, density: float) -> VisibleDepth:
-    """The depth map of a density, or the sparsest one where that is more."""
+def _nearest_map(config: TopologyConfig, density: float) -> tuple[VisibleDepth, float]:
+    """The depth map of a density, or the sparsest one where that is more, and the price of density there.
+
+    The price is what the dial itself would pay for a little more density, in terms of `density_weight` (the mean over
+    a layer's heads has that weight), at most the config's own: where density is cheap to the dial, so it is to the
+    routers.
+    """
     assert config.calibration is not None  # of calibrate
-    sparsest = [head[-1] for heads in config.calibration["density"].values() for head in heads]
-    return dict(choose_depths(config.calibration, max(density, math.fsum(sparsest) / len(sparsest))))
+    layers = config.calibration["density"]
+    sparsest = [head[-1] for heads in layers.values() for head in heads]
+    depths, rate = allot(config.calibration, max(density, math.fsum(sparsest) / len(sparsest)))
+    return dict(depths), min(config.density_weight, rate * len(sparsest) / len(layers))
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -200,9 +210,9 @@ class KLTrainer(TopologyTrainerMixin):
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
     and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. Without
     `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a `visible_depth` map
-    keeps at 0. The density price is the config's (`density_weight`, `balance_weight`), at the depths of the step. Any
-    tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss, packed documents are told by
-    `position_ids`.
+    keeps at 0. The price of density is the config's `density_weight`, or what the dial saves by more density at the
+    step's map, where that is less. Any tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss,
+    packed documents are told by `position_ids`.
 
     Evaluation reports the same loss at the config's own `visible_depth`.
 
@@ -227,7 +237,7 @@ class KLTrainer(TopologyTrainerMixin):
         depths: tuple[int, int] | None = None,
         densities: tuple[float, float] | None = None,
         calibration_rows: Tensor | None = None,
-        calibration_steps: int = 100,
+        calibration_steps: int = 200,
         kl_weight: float = 1.0,
         lm_weight: float = 0.0,
         **kwargs: Any,
@@ -271,7 +281,7 @@ class KLTrainer(TopologyTrainerMixin):
         self._since_log: list[Tensor] = []  # sums of KL, of cross-entropy, and tokens, of each forward
 
     def default_topology_callback(self) -> TopologyCallback:
-        return TopologyCallback(temperature=(0.3, 0.1), homotopy=(1.0, 1.0))
+        return TopologyCallback(TEMPERATURES, homotopy=(1.0, 1.0))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of a step and the number of real tokens in all of them."""
@@ -287,14 +297,14 @@ class KLTrainer(TopologyTrainerMixin):
         if self.densities is None:
             depth = drawn_depth(self.args.seed, step, *self.depths)
             self._drawn = {"topology/visible_depth": float(depth)}
-            depths = [_at_depth(config.visible_depth, depth) for config in configs]
+            maps = [(_at_depth(config.visible_depth, depth), config.density_weight) for config in configs]
         else:
             self._calibrate(step)
             density = drawn_density(self.args.seed, step, *self.densities)
             self._drawn = {"topology/target_density": density}
-            depths = [_nearest_map(config, density) for config in configs]
+            maps = [_nearest_map(config, density) for config in configs]
         # around the backward pass too: gradient checkpointing runs the layers again there
-        with _training_at(configs, depths):
+        with _training_at(configs, maps):
             return super().training_step(model, *args, **kwargs)
 
     def _calibrate(self, step: int) -> None:

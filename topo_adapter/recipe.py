@@ -29,11 +29,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from .calibration import calibrate, check_sequences
 from .config import TopologyConfig
 from .errors import TopologyConfigError, UnsupportedModelError
-from .kl import KLTrainer
+from .kl import TEMPERATURES, KLTrainer
 from .layer import hosts
 from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers
-
-_LAST_TEMPERATURE = 0.1
 
 
 @dataclass
@@ -55,7 +53,7 @@ class DistillConfig(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || topology) in that stage, >= 0."})
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss in that stage, >= 0."})
     kl_temperature: float = field(
-        default=0.3, metadata={"help": f"First temperature of that stage, > 0; the last is {_LAST_TEMPERATURE}."}
+        default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
     lowest_density: float = field(default=0.06, metadata={"help": "Lowest density that stage draws, > 0."})
     highest_density: float = field(default=0.3, metadata={"help": "Highest density that stage draws, <= 1."})
@@ -186,7 +184,7 @@ def distill(
             model=adapter,
             args=args.of_stage("kl", args.kl_steps, args.kl_learning_rate),
             train_dataset=rows,
-            callbacks=[TopologyCallback((args.kl_temperature, _LAST_TEMPERATURE), (1.0, 1.0)), *callbacks],
+            callbacks=[TopologyCallback((args.kl_temperature, args.kl_temperature / 4), (1.0, 1.0)), *callbacks],
             densities=(args.lowest_density, args.highest_density),
             calibration_rows=calibration_rows,
             kl_weight=args.kl_weight,
@@ -230,8 +228,10 @@ def _train(trainer: Trainer, rows: Sequence[dict[str, Any]], checkpoint: str | N
         initialize_routers(trainer.model, first.to(trainer.args.device))
     if checkpoint is not None and _steps_of(checkpoint) >= trainer.args.max_steps:
         trainer._load_from_checkpoint(checkpoint)  # train() would do a step more
-        for config in active_configs(trainer.model):
-            config.temperature = _LAST_TEMPERATURE
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TopologyCallback):
+                for config in active_configs(trainer.model):
+                    config.temperature = callback.temperature[1]
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     # the next stage wraps the forward in autocast again
