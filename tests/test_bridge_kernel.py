@@ -26,7 +26,7 @@ from topo_adapter.relaxation import bridged_attention, leaf_distribution
 from topo_adapter.router import RoleDigits, Routes
 from topo_adapter.tree import digits_to_address
 from topo_adapter.visibility import always_visible, visible_pairs
-from topo_kernels import backward, bridge, bridged_topology_attention, topology_attention
+from topo_kernels import backward, bridge, bridged_topology_attention, launch, topology_attention
 from topo_kernels.attention import Blocks, Tiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
@@ -450,6 +450,24 @@ def test_tiles_fit(dim: int, leaves: int, dtype: torch.dtype) -> None:
         assert item * (2 * rows * dim + stages * columns * (2 * dim + wide)) <= memory * 1024
         if memory == 227 and dim <= 128 and item == 2:
             assert rows == 128
+
+
+def test_what_layers_share_is_derived_once() -> None:
+    """Layers of one local plan turn its ranges around once; another plan, or one written to, has its own."""
+    problem, made = make(Case(length=20, layout="packed")), []
+    tensors = tuple(problem.plan()[name] for name in ("local_order", "document_start", "local_start", "local_end"))
+
+    def ranges(*arguments: Any) -> object:
+        made.append(arguments)
+        return object()
+
+    first = launch.derived(ranges, tensors, 4, 20)
+    assert launch.derived(ranges, tensors, 4, 20) is first and len(made) == 1
+    assert launch.derived(ranges, tensors, 5, 20) is not first
+    assert launch.derived(ranges, (*tensors[:2], tensors[2].clone(), tensors[3]), 4, 20) is not first
+    first = launch.derived(ranges, tensors, 4, 20)
+    tensors[1].add_(1)
+    assert launch.derived(ranges, tensors, 4, 20) is not first and len(made) == 5
 
 
 # ---------------------------------------------------------------- the library on these kernels

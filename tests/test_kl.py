@@ -548,12 +548,12 @@ class TestDraw:
         assert _nearest_map(config, 1.0) == ({0: [0, 0], 3: [0, 0]}, 0.0)
 
     def test_the_config_is_put_back_after_an_error(self, tmp_path: Path) -> None:
-        model = adapter(visible_depth=2)
+        model = adapter(visible_depth=2, density_weight=0.4)
         model.get_base_model().lm_head.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             watch(tmp_path, model, depths=(3, 3))
         config = model.peft_config["default"]
-        assert config.visible_depth == 2 and config.gumbel_noise is True and config.density_weight == 0.1
+        assert config.visible_depth == 2 and config.gumbel_noise is True and config.density_weight == 0.4
         assert len(model.get_base_model().lm_head._forward_pre_hooks) == 0
 
 

@@ -267,19 +267,6 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def _far_ranges(
-    local_order: Tensor | None, document_start: Tensor, local_start: Tensor, local_end: Tensor, num_sink_tokens: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Queries by local rank, padding last (None: the identity), and for each the range of its far keys."""
-    start, end = torch.minimum(document_start + num_sink_tokens, local_start), local_start
-    if local_order is None:
-        return None, start.contiguous(), end.contiguous()
-    real = local_start < local_end
-    query_order = torch.where(real, local_end, torch.iinfo(torch.int32).max).argsort(1)
-    end = torch.where(real, end, start)
-    return query_order.int(), start.gather(1, query_order), end.gather(1, query_order)
-
-
 class _FarRanges(NamedTuple):
     """Both sides of the far pairs, by local rank: of each query the range of keys, of each key the range of queries."""
 
@@ -292,7 +279,7 @@ class _FarRanges(NamedTuple):
     some_query: Tensor  # float32 [B, S], by index
 
 
-def _both_far_ranges(
+def _far_ranges(
     local_order: Tensor | None,
     document_start: Tensor,
     local_start: Tensor,
@@ -300,14 +287,23 @@ def _both_far_ranges(
     num_sink_tokens: int,
     num_keys: int,
 ) -> _FarRanges:
-    query_order, start, end = _far_ranges(local_order, document_start, local_start, local_end, num_sink_tokens)
+    start, end = torch.minimum(document_start + num_sink_tokens, local_start), local_start
+    query_order = None
+    if local_order is None:
+        start, end = start.contiguous(), end.contiguous()
+    else:
+        real = local_start < local_end
+        query_order = torch.where(real, local_end, torch.iinfo(torch.int32).max).argsort(1)
+        start, end = start.gather(1, query_order), torch.where(real, end, start).gather(1, query_order)
     first, last = inverse_ranges(start[:, None], end[:, None], num_keys)
 
     def by_index(some: Tensor, order: Tensor | None) -> Tensor:
-        return some.float() if order is None else torch.zeros_like(some.float()).scatter_(1, order.long(), some.float())
+        some = some.float()
+        return some if order is None else torch.zeros_like(some).scatter_(1, order.long(), some)
 
     some_key, some_query = by_index(start < end, query_order), by_index((first < last)[:, 0], local_order)
-    return _FarRanges(query_order, start, end, first, last, some_key, some_query)
+    order = None if query_order is None else query_order.int()
+    return _FarRanges(order, start, end, first, last, some_key, some_query)
 
 
 @torch.library.custom_op("topo_kernels::bridge_gradients", mutates_args=())
@@ -340,7 +336,7 @@ def _bridge_gradients(
     half = torch.float32 if INTERPRETED else torch.bfloat16
     dtype = torch.float32 if q.dtype == torch.float32 else half
     local = local_order, document_start, local_start, local_end
-    far = derived(_both_far_ranges, local, num_sink_tokens, S)
+    far = derived(_far_ranges, local, num_sink_tokens, S)
     query_order, start, end, first, last = far[:5]
     with torch.cuda.device_of(q):
         query_leaves, key_leaves = (
