@@ -1,6 +1,8 @@
 """The bridge's kernels against fp64 autograd of the definition, `bridged_attention`; on a GPU or interpreted."""
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -468,6 +470,18 @@ def test_what_layers_share_is_derived_once() -> None:
     first = launch.derived(ranges, tensors, 4, 20)
     tensors[1].add_(1)
     assert launch.derived(ranges, tensors, 4, 20) is not first and len(made) == 5
+
+
+@pytest.mark.parametrize("identity", [True, False])
+def test_what_layers_share_dies_with_their_plan(identity: bool) -> None:
+    problem = make(Case(length=40, identity=identity))
+    plan = problem.plan()
+    run(problem, **plan)
+    alive = weakref.ref(plan["local_end"])
+    assert plan["local_end"] in launch._DERIVED
+    del plan
+    gc.collect()
+    assert alive() is None
 
 
 # ---------------------------------------------------------------- the library on these kernels

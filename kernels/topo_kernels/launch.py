@@ -64,7 +64,7 @@ _DERIVED = WeakTensorKeyDictionary()  # of the last tensor: what it was derived 
 def derived(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: int) -> Any:
     """`make(*tensors, *options)`, made once for tensors that many layers share: those of a local plan.
 
-    Kept for as long as the last of `tensors` lives and none of them is written to.
+    Kept for as long as the last of `tensors` lives and none of them is written to; so the result may not hold that one.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return make(*tensors, *options)
