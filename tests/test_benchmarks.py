@@ -164,6 +164,10 @@ def example(path: Path) -> measure.Table:
     ours = decode | table.fastest("decode", "decode 128k, batch 1, 5 %")
     table.add("decode", "decode 128k, batch 1, 5 %", plot.PER_QUERY_HEAD, timing(0.5), ours)
     table.add("distill", "distillation 32k", "topology", timing(30.0), {"peak_mb": 2500.0})
+    table.add("training", "local step 32k, nf4", "topology", timing(1500.0), {"length": 32768, "peak_mb": 9000.0})
+    for name, ms, loss in (("dense", 4.0, "2.50"), ("topology, dial at 0.1", 2.0, "2.53")):
+        values = {"length": 8192, "batch": 8, "density": 0.1 if ms < 4 else 1.0, "note": f"loss {loss}"}
+        table.add("trained", "prefill 8k", name, timing(ms), values | table.fastest("trained", "prefill 8k"))
     for name, speed in (("dense", 100.0), (plot.PER_QUERY_HEAD, 250.0)):
         values = {"length": 8192, "batch": 1, "tokens_per_s": speed, "peak_mb": 20000.0}
         for phase in ("prefill", "decode"):
@@ -207,6 +211,8 @@ def test_performance_section(tmp_path: Path) -> None:
     assert wanted in section.splitlines()
     assert "| decode 128k, batch 1, 5 % | 0.050 | 2 (sdpa flash) | 0.5 (4x) |  | 0.02 |" in section.splitlines()
     assert "| decode 8k batch 1, bf16, CUDA graph | 100 | 250 | 2.50x | 20.0 / 20.0 GB |" in section.splitlines()
+    assert "| prefill 8k, dial at 0.1 | 0.100 | 2.50 / 2.53 | 4 | 2 (2x) |" in section.splitlines()
+    assert "| local step 32k, nf4 | 1.5 | 9.0 GB |" in section.splitlines()
     assert "some GPU" in section and "device copy 3.00 TB/s" in section
     text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
     written = plot.insert(text, section)

@@ -141,6 +141,34 @@ def end_to_end_table(rows: Sequence[Row]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def trained_table(rows: Sequence[Row]) -> list[str]:
+    """A trained adapter at its own depth maps: loss and time, dense beside it."""
+    lines = [
+        "| trained SmolLM2-135M, WikiText-2 | density | loss, dense / topology | dense, ms | topology, ms |",
+        "|---|---|---|---|---|",
+    ]
+    losses: dict[float, str] = {}
+    for config, found in of_part(rows, "trained").items():
+        dense = fastest_dense(found)
+        for name, row in found.items():
+            loss = row.get("note", "").removeprefix("loss ")
+            if name == "dense":
+                losses[row["length"]] = loss
+            if dense is not None and not is_dense(name):
+                pair = f"{losses.get(row['length'], '-')} / {loss}"
+                cells = [f"{config}, {name.removeprefix('topology, ')}", f"{row['density']:.3f}", pair]
+                lines.append(f"| {' | '.join([*cells, number(dense['ms']), cell(row)])} |")
+    return lines if len(lines) > 2 else []
+
+
+def training_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| training step, Llama-3.1-8B shape | seconds | peak memory |", "|---|---|---|"]
+    for config, found in of_part(rows, "training").items():
+        for row in found.values():
+            lines.append(f"| {config} | {number(row['ms'] / 1e3)} | {row['peak_mb'] / 1e3:.1f} GB |")
+    return lines if len(lines) > 2 else []
+
+
 def provenance(rows: Sequence[Row]) -> str:
     values = {name: sorted({row[name] for row in rows if name in row}) for name in ("gpu", "torch", "triton", "commit")}
     ceilings = [f"{row['config']} {row['note']}" for row in rows if row["part"] == "ceiling" and "note" in row]
@@ -155,7 +183,9 @@ def performance(rows: Sequence[Row], source: str) -> str:
         "included; in brackets the ratio to the fastest dense attention of the same run. The floor is the larger of "
         "bytes over bandwidth and FLOPs over matrix rate (kernels/benchmarks/measure.py), per query head / per KV head."
     )
-    tables = [kernel_table(rows), distillation_table(rows), end_to_end_table(rows)]
+    tables = [
+        table(rows) for table in (kernel_table, trained_table, distillation_table, training_table, end_to_end_table)
+    ]
     blocks = [intro, *("\n".join(lines) for lines in tables if lines)]
     blocks.append(f"Written by `python kernels/benchmarks/plot.py --csv {source}`. {provenance(rows)}")
     return "\n\n".join(blocks)
