@@ -68,7 +68,15 @@ VARIANTS: dict[str, Variant] = {
     "arity_3": Variant({"arity": 3, "depth": 5, "visible_depth": 3}),
     "arity_5": Variant({"arity": 5, "depth": 3, "visible_depth": 2}),
     "arity_7": Variant({"arity": 7, "depth": 2, "visible_depth": 1}),
-    PAPER: Variant({"tie_query_key": True, "gradient_bridge": "masked", "init_weights": "collapse"}),
+    PAPER: Variant(
+        {
+            "tie_query_key": True,
+            "gradient_bridge": "masked",
+            "init_weights": "collapse",
+            "balance_weight": 0.01,
+            "density_weight": 0.0,
+        }
+    ),
 }
 
 
@@ -79,7 +87,7 @@ class AblationArguments:
     report_only: bool = field(default=False, metadata={"help": "Train nothing, print the table of `output`."})
     model: str = field(default="embedded", metadata={"help": "'embedded', a hub id or a local path."})
     length: int = field(default=4096, metadata={"help": "Tokens per window, in training and evaluation."})
-    local_steps: int = field(default=150)
+    local_steps: int = field(default=100)
     kl_steps: int = field(default=300)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
     texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
@@ -105,7 +113,12 @@ class LanguageModelTrainer(TopologyTrainerMixin, Trainer):
 def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) -> PeftModel:
     """A variant's adapter on `base`, calibrated."""
     variant = VARIANTS[name]
-    chosen: dict[str, Any] = {"depth": 8, "local_window": arguments.local_window, "density_weight": 0.02}
+    chosen: dict[str, Any] = {
+        "depth": 8,
+        "local_window": arguments.local_window,
+        "density_weight": 0.02,
+        "balance_weight": 0.0,
+    }
     config = TopologyConfig(**{**chosen, **variant.topology}, task_type="CAUSAL_LM")
     steps = {"local_steps": arguments.local_steps, "kl_steps": arguments.kl_steps, **variant.training}
     settings = DistillConfig(

@@ -55,8 +55,8 @@ class TopologyArguments:
     route_per: str = field(default="query_head", metadata={"help": "'query_head' or 'kv_head'."})
     local_window: int = field(default=128, metadata={"help": "A query always sees its last W tokens."})
     num_sink_tokens: int = field(default=4, metadata={"help": "First tokens that every query sees."})
-    density_weight: float = field(default=0.1, metadata={"help": "Price of density in the end-to-end stage."})
-    balance_weight: float = field(default=0.01, metadata={"help": "Weight of per-level balance in that stage."})
+    density_weight: float = field(default=0.02, metadata={"help": "Highest price of density in the end-to-end stage."})
+    balance_weight: float = field(default=0.0, metadata={"help": "Weight of per-level balance in that stage."})
 
 
 def text_rows(text: TextArguments, seed: int) -> Iterable[Any]:

@@ -118,7 +118,7 @@ class TopologyConfig(PeftConfig):
     )
     density_weight: float = field(
         default=0.1,
-        metadata={"help": "Weight of the expected share of causal pairs that share a ball (the cost), >= 0."},
+        metadata={"help": "Weight of the share of causal pairs that the tree alone makes visible (the cost), >= 0."},
     )
     calibration: Calibration | None = field(
         default=None,

@@ -42,21 +42,21 @@ class DistillConfig(TrainingArguments):
     and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if it has any.
     """
 
-    local_steps: int = field(default=300, metadata={"help": "Steps of layer-local distillation, >= 0; 0 skips it."})
+    local_steps: int = field(default=100, metadata={"help": "Steps of layer-local distillation, >= 0; 0 skips it."})
     local_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of that stage, > 0."})
     local_density_weight: float = field(
         default=0.05, metadata={"help": "Nats of kept mass that the density of evenly filled balls may cost, >= 0."}
     )
     num_queries: int = field(default=256, metadata={"help": "Queries sampled per layer and step of that stage, >= 1."})
-    kl_steps: int = field(default=200, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
+    kl_steps: int = field(default=1000, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
     kl_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that stage, > 0."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || topology) in that stage, >= 0."})
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss in that stage, >= 0."})
     kl_temperature: float = field(
         default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
-    lowest_density: float = field(default=0.06, metadata={"help": "Lowest density that stage draws, > 0."})
-    highest_density: float = field(default=0.3, metadata={"help": "Highest density that stage draws, <= 1."})
+    lowest_density: float = field(default=0.05, metadata={"help": "Lowest density that stage draws, > 0."})
+    highest_density: float = field(default=0.25, metadata={"help": "Highest density that stage draws, <= 1."})
     max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(
         default="bfloat16",
@@ -135,7 +135,8 @@ def distill(
             trained on.
         dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
             of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens.
-        config: of the adapter that is added; None is the default, and needed for a PeftModel.
+        config: of the adapter that is added; None, needed for a PeftModel, is the default but for the prices of the
+            second stage: `density_weight` 0.02 and `balance_weight` 0.
         args: None is the default; see `DistillConfig`.
         processing_class: tokenizer of text rows; None loads the model's own.
         callbacks: go to the trainers of both stages.
@@ -156,7 +157,8 @@ def distill(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = _rows(dataset, model, args, processing_class)
     fresh = not isinstance(model, PeftModel)
-    adapter = get_peft_model(model, config or TopologyConfig(task_type="CAUSAL_LM")) if fresh else model
+    default = TopologyConfig(task_type="CAUSAL_LM", density_weight=0.02, balance_weight=0.0)
+    adapter = get_peft_model(model, config or default) if fresh else model
     training = args.local_steps > 0 or args.kl_steps > 0
     if training and not any(weight.requires_grad for weight in adapter.parameters()):
         raise UnsupportedModelError(
