@@ -104,6 +104,24 @@ def assert_trained(adapter: PeftModel, length: int = LENGTH, calibrated_rows: Te
 
 
 class TestDistill:
+    @pytest.mark.parametrize(("count", "trained_on"), [(19, 19), (20, 18)])
+    @pytest.mark.parametrize("kind", [list, Dataset.from_list])
+    def test_calibration_rows_are_held_out(self, tmp_path: Path, count: int, trained_on: int, kind: Any) -> None:
+        """If they are at most a tenth: here two of twenty, but not of nineteen."""
+        seen: dict[str, int] = {}
+
+        class Sizes(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
+                data = train_dataloader.dataset
+                seen[Path(args.output_dir).name] = len(data)
+                last = tokens(count, LENGTH)[-trained_on:]
+                assert torch.equal(torch.stack([torch.as_tensor(row["input_ids"]) for row in data]), last)
+
+        made = kind([{"input_ids": row.tolist()} for row in tokens(count, LENGTH)])
+        adapter = distill(base(), made, config(), arguments(tmp_path), callbacks=[Sizes()])
+        assert seen == {"local": trained_on, "kl": trained_on}
+        assert_trained(adapter, calibrated_rows=tokens(count, LENGTH)[:2])
+
     def test_token_rows(self, tmp_path: Path) -> None:
         model, stages = base(), Stages()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -250,7 +268,7 @@ class TestText:
         monkeypatch.setattr(recipe, "text_windows", windows)
         args = arguments(tmp_path, max_length=16, local_steps=steps, kl_steps=0, calibration_rows=5)
         distill(base(), ["w5 w6 w7 w8 " * 100], config(), args, processing_class=tokenizer())
-        assert asked == [max(steps, 5)] and measured[0].shape == (5, 16)
+        assert asked == [steps + 5] and measured[0].shape == (5, 16)
 
 
 class TestResume:

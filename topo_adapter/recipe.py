@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,7 +64,11 @@ class DistillConfig(TrainingArguments):
         metadata={"help": "float32 or bfloat16: what the trained routers are rounded to, before they are calibrated."},
     )
     calibration_rows: int = field(
-        default=8, metadata={"help": "Rows that the density dial is calibrated on, during and after training, >= 1."}
+        default=8,
+        metadata={
+            "help": "Rows that the density dial is calibrated on, during and after training, >= 1. They are the first "
+            "of the data set and not trained on, unless they are more than a tenth of it."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -166,6 +171,7 @@ def distill(
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
     calibration_rows = _calibration_rows(rows, adapter, args.calibration_rows)
+    rows = _training_rows(rows, len(calibration_rows))
     if training:
         _cast_routers(adapter, torch.float32)
 
@@ -224,6 +230,15 @@ def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Te
     return sequences
 
 
+def _training_rows(rows: Sequence[Any], calibrated: int) -> Sequence[Any]:
+    """The rows after the first, which the dial is calibrated on; all of them where those are more than a tenth."""
+    if calibrated > len(rows) // 10:
+        return rows
+    rest = range(calibrated, len(rows))
+    # a datasets.Dataset stays one: the trainer drops its unused columns
+    return rows.select(rest) if hasattr(rows, "select") else Subset(rows, rest)  # type: ignore[arg-type]
+
+
 def _train(trainer: Trainer, rows: Sequence[dict[str, Any]], checkpoint: str | None, fresh: bool) -> None:
     if fresh and checkpoint is None:
         first = torch.as_tensor(rows[0]["input_ids"])[None]  # the trainer has put the model on its device
@@ -256,7 +271,7 @@ def _rows(
     if first is None:
         raise TopologyConfigError("dataset must have rows, got none")
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    needed = max(max(args.local_steps, args.kl_steps) * per_step, args.calibration_rows)
+    needed = max(args.local_steps, args.kl_steps) * per_step + args.calibration_rows
     if not isinstance(first, str) and "input_ids" in first:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             return dataset  # type: ignore[return-value]
