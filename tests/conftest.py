@@ -16,6 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)  # the longest file must not be the last
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

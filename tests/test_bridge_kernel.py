@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import topo_kernels
+import topo_kernels.leaves
 from topo_adapter import TopologyConfig, attention, initialize_routers, plan, relaxation
 from topo_adapter.layout import SequenceLayout, causal_pairs
 from topo_adapter.plan import build_plan
@@ -32,6 +33,7 @@ from topo_kernels import backward, bridge, bridged_topology_attention, launch, t
 from topo_kernels.attention import Blocks, Tiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
+from topo_kernels.leaves import Rows
 
 MAX_GAP = relaxation._MAX_GAP
 
@@ -128,6 +130,8 @@ def tile(size: int) -> Iterator[None]:
             (bridge, "choose_bridge_tiles", bridges),
         ):
             stack.enter_context(mock.patch.object(module, name, lambda *_, tiles=tiles: tiles))
+        if not GPU:
+            stack.enter_context(mock.patch.object(topo_kernels.leaves, "choose_rows", lambda _: Rows(64, 2)))
         yield
 
 

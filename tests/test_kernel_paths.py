@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import topo_kernels.attention
+import topo_kernels.backward
 import topo_kernels.bridge
 import topo_kernels.decode
 import topo_kernels.leaves
@@ -22,6 +23,7 @@ from topo_adapter.attention import hard_attention
 from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
 from topo_kernels.attention import Blocks, Tiles
+from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
 from topo_kernels.leaves import Rows
 
@@ -42,6 +44,9 @@ def kernels() -> Iterator[None]:
             stack.enter_context(mock.patch.object(topo_kernels.leaves, "choose_rows", lambda _: Rows(32, 2)))
             blocks = Blocks(64, 64, 4, 2)
             tiles = mock.patch.object(topo_kernels.attention, "choose_tiles", lambda *_: Tiles(blocks, blocks))
+            stack.enter_context(tiles)
+            backwards = BackwardTiles(blocks, blocks, Blocks(64, 16, 4, 2), 64)
+            tiles = mock.patch.object(topo_kernels.backward, "choose_backward_tiles", lambda *_: backwards)
             stack.enter_context(tiles)
             sizes = replace_blocks(chunk=64, sort_warps=1, place=64)
             stack.enter_context(mock.patch.object(topo_kernels.plan, "choose_blocks", sizes))
