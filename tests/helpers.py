@@ -1,7 +1,7 @@
 """Layouts, problems and slow oracles that several test files share."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -166,15 +166,9 @@ def hard(problem: Problem, softcap: float | None = None) -> Tensor:
     return hard_attention(problem.q, problem.k, problem.v, problem.plan(), problem.scale, softcap)
 
 
-def bridged(
-    problem: Problem,
-    homotopy: float,
-    bridge: Literal["full", "masked", "marginal"] = "full",
-    softcap: float | None = None,
-    routed: bool = True,
-    block: int = 256,
-) -> Tensor:
-    return bridged_and_far_pairs(problem, homotopy, bridge, softcap, routed, block)[0]
+def bridged(*arguments: Any, **settings: Any) -> Tensor:
+    """The output of `bridged_and_far_pairs` alone."""
+    return bridged_and_far_pairs(*arguments, **settings)[0]
 
 
 def bridged_and_far_pairs(

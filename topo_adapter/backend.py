@@ -36,9 +36,9 @@ def kernels_serve(*tensors: Tensor) -> bool:
     return _new_enough(tensors[0].device) and _triton_available()
 
 
-def sent(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """`values` on a device, without waiting for what it is busy with as `torch.tensor(..., device=...)` does."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+def sent(values: Sequence[int], device: torch.device) -> Tensor:
+    """int32 `values` on a device, without waiting for what it is busy with as `torch.tensor(..., device=...)` does."""
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def graph_is_recorded() -> bool:
