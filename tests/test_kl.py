@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from transformers import (
 )
 
 from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError, kl
-from topo_adapter.calibration import calibrate, choose_depths
+from topo_adapter.calibration import calibrate, choose_depths, expected_loss
 from topo_adapter.kl import (
     KLTrainer,
     _final_states,
     _nearest_map,
+    _weight,
     drawn_density,
     drawn_depth,
     logits_head,
@@ -545,7 +547,47 @@ class TestDraw:
         config = TopologyConfig(depth=2, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
         assert _nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
         assert _nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
-        assert _nearest_map(config, 1.0) == ({0: [0, 0], 3: [0, 0]}, 0.0)
+        assert _nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
+
+    def test_the_weight_makes_expected_losses_alike(self) -> None:
+        table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.4, 0.1]]}, "loss": {0: [[0.0, 0.02, 0.3]]}}
+        config = TopologyConfig(depth=2, visible_depth=1, calibration=table)  # type: ignore[arg-type]
+        ends, middle = (0.1, 1.0), _nearest_map(config, math.sqrt(0.1))
+        assert middle.depths == {0: [2]} and middle.loss == 0.3
+        assert _weight([config], [_nearest_map(config, 0.2)], ends) == 1
+        assert _weight([config], [_nearest_map(config, 0.5)], ends) == pytest.approx(0.3 / 0.02)
+        assert _weight([config], [_nearest_map(config, 1.0)], ends) == kl._MAX_WEIGHT
+        two = [_nearest_map(config, 0.5), _nearest_map(config, 0.2)]
+        assert _weight([config, config], two, ends) == pytest.approx(0.6 / 0.32)
+        nothing = [_nearest_map(config, 1.0)]
+        assert _weight([config], nothing, (1.0, 1.0)) == 1  # nothing is lost anywhere
+
+    def test_the_loss_has_the_weight_and_the_logged_kl_has_not(self, tmp_path: Path) -> None:
+        settings = {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9), "max_steps": 4}
+        trainer = watch(tmp_path, adapter(), **settings)
+        weights = []
+        for _, depths, calibration in trainer.seen:
+            middle = choose_depths(calibration, math.sqrt(0.5 * 0.9))
+            weight = expected_loss(calibration, middle) / expected_loss(calibration, depths)
+            weights.append(min(weight, kl._MAX_WEIGHT))
+        assert min(weights) < 0.99 and max(weights) > 1.01
+        losses = [weight * value for weight, value in zip(weights, logged(trainer, "kl"), strict=True)]
+        assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-3)
+
+    def test_the_price_of_density_has_the_weight_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = {"densities": (0.5, 0.6), "calibration_rows": tokens(2, LENGTH, seed=9), "max_steps": 1}
+        settings |= {"optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0, "gradient_accumulation_steps": 2}
+
+        def moved(weight: float, rate: float) -> list[Tensor]:
+            monkeypatch.setattr(kl, "_weight", lambda *_: weight)
+            model = adapter(density_weight=100.0)
+            before = {name: value.detach().clone() for name, value in router_parameters(model).items()}
+            watch(tmp_path, model, learning_rate=rate, **settings)
+            return [value - before[name] for name, value in router_parameters(model).items()]
+
+        for thrice, once in zip(moved(3.0, 0.1), moved(1.0, 0.3), strict=True):
+            assert once.abs().max() > 1e-4
+            assert torch.allclose(thrice, once, rtol=1e-3, atol=1e-3 * once.abs().max().item())
 
     def test_the_config_is_put_back_after_an_error(self, tmp_path: Path) -> None:
         model = adapter(visible_depth=2, density_weight=0.4)

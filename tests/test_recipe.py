@@ -395,17 +395,20 @@ class TestRefusals:
         assert not stages.steps  # before any training
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_the_file_holds_what_was_calibrated(dtype: torch.dtype, tmp_path: Path) -> None:
     args = arguments(tmp_path, adapter_dtype=str(dtype).removeprefix("torch."))
     adapter = distill(base(), rows(4), config(), args)
     adapter.save_pretrained(tmp_path / "saved")
     stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
-    assert stored and all(tensor.dtype == dtype for tensor in stored.values())
+    narrow = dtype == torch.float8_e4m3fn
+    for name, tensor in stored.items():
+        assert tensor.dtype == (torch.bfloat16 if narrow and name.endswith("bias") else dtype), name
+    assert len(stored) == 5 * 2
     loaded = PeftModel.from_pretrained(base(), str(tmp_path / "saved"))
     ids = tokens(2, 30)
     for model in (adapter, loaded):
-        model.merge_adapter(target_density=0.8)
+        model.merge_adapter(target_density=0.8, safe_merge=True)
     with torch.no_grad():
         assert torch.equal(adapter(input_ids=ids).logits, loaded(input_ids=ids).logits)
     # trained on, it is float32 again: a step this small would vanish in bfloat16
@@ -491,5 +494,5 @@ class TestScript:
         path = REPOSITORY / "recipes" / "distill.yaml"
         text, training, model, topology = self.parse(script, ["--config", str(path)])
         assert model.model_name_or_path == "embedded" and text.text_files is None
-        assert (training.lowest_density, training.highest_density, training.kl_steps) == (0.05, 0.25, 1000)
+        assert (training.lowest_density, training.highest_density, training.kl_steps) == (0.08, 0.4, 1000)
         assert TopologyConfig(**vars(topology)).depth == 8

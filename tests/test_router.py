@@ -232,3 +232,27 @@ def test_levels_heads_and_roles_are_sampled_independently() -> None:
     correlation = torch.corrcoef(columns.flatten(1).double())
     assert columns.double().mean().sub(0.5).abs() < 0.01
     assert (correlation - torch.eye(len(columns))).abs().max() < 0.08  # 5 deviations of 4,000 tokens
+
+
+def test_rounding_to_8_bits_spares_biases_and_what_does_not_fit() -> None:
+    router = make_router(2)
+    with torch.no_grad():
+        router.key.weight[0, 0] = 449.0  # type: ignore[union-attr]
+        router.query.weight[0, 0] = -448.0
+    exact = {name: weight.detach().clone() for name, weight in router.named_parameters()}
+    router.round_to(torch.float8_e4m3fn)
+    found = {name: weight.dtype for name, weight in router.named_parameters()}
+    small, large = torch.float8_e4m3fn, torch.bfloat16
+    assert found == {
+        "down.weight": small,
+        "query.weight": small,
+        "query.bias": large,
+        "key.weight": large,
+        "key.bias": large,
+    }
+    for name, weight in router.named_parameters():
+        assert weight.requires_grad
+        assert torch.allclose(weight.detach().float(), exact[name], rtol=2**-4, atol=2**-10), name
+    assert [logits.dtype for logits in router(torch.randn(1, 3, HIDDEN))] == [torch.float32] * 2
+    router.round_to(torch.float32)
+    assert {weight.dtype for weight in router.parameters()} == {torch.float32}

@@ -178,6 +178,18 @@ def test_matches_torch_router(path_: str) -> None:
     assert torch.equal(key, routes.key.address(3).int())
 
 
+def test_8_bit_weights_through_the_router() -> None:
+    router, hidden = make(Case(length=40))
+    before = router.addresses(hidden)
+    router.round_to(torch.float8_e4m3fn)
+    with mock.patch("topo_adapter.router.kernels_serve", return_value=False):
+        expected = router.addresses(hidden)
+    with mock.patch("topo_adapter.router.kernels_serve", return_value=True):
+        found = router.addresses(hidden)
+    for a, b, other in zip(found, expected, before, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, other)
+
+
 @pytest.mark.parametrize("path_", ["fused", "split"])
 def test_ties_go_to_the_lower_digit(path_: str) -> None:
     """Projections of 0 leave the biases: logits of children 1 and 2 (child 0 has 0), and the digit they give."""

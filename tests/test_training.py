@@ -258,6 +258,16 @@ class TestDistillation:
                 assert parameter.grad is None and torch.equal(parameter, before[name])
         model.merge_adapter()  # only a finished adapter can be merged
 
+    def test_trains_on_from_8_bits(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        for host in hosts(model):
+            host.in_force()[0].round_to(torch.float8_e4m3fn)  # type: ignore[index]
+        before = {name: weight.float() for name, weight in router_state(model).items()}
+        args = arguments(tmp_path, max_steps=2, learning_rate=1e-5)
+        DistillationTrainer(model=model, args=args, train_dataset=rows(4), num_queries=8).train()
+        for name, weight in router_state(model).items():
+            assert weight.dtype == torch.float32 and 0 < (weight - before[name]).abs().max() < 1e-4, name
+
     def test_each_layer_reports_one_loss_and_the_base_runs(self) -> None:
         model = tiny_peft().train()
         ids = rows(1)[0]["input_ids"][None]

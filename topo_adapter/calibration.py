@@ -171,6 +171,12 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     return found, rate
 
 
+def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:
+    """The estimated loss of a depth map, nats per token: the sum over its heads."""
+    rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
+    return math.fsum(losses[depth] for losses, depth in rows)
+
+
 @contextlib.contextmanager
 def recording_density(model: nn.Module) -> Iterator[None]:
     """While active, the layers of a merged model count what their queries see, for `density_report`.

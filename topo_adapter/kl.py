@@ -7,7 +7,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .calibration import allot, calibrate
+from .calibration import allot, calibrate, expected_loss
 from .config import TopologyConfig, VisibleDepth
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
@@ -28,6 +28,7 @@ _CHUNK_LOGITS = 2**25
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
 _STRATA = 8
+_MAX_WEIGHT = 16.0  # of a map that is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
 TEMPERATURES = (2.0, 0.5)
@@ -154,12 +155,12 @@ def _drawn(seed: int, step: int, count: int) -> int:
 
 
 @contextlib.contextmanager
-def _training_at(configs: list[TopologyConfig], maps: list[tuple[VisibleDepth, float]]) -> Iterator[None]:
+def _training_at(configs: list[TopologyConfig], maps: list[_Map]) -> Iterator[None]:
     """While active each configuration has its depths and price of density, and heads take their likeliest digits."""
     before = [(config, config.visible_depth, config.density_weight, config.gumbel_noise) for config in configs]
     try:
-        for config, (depth, price) in zip(configs, maps, strict=True):
-            config.visible_depth, config.density_weight, config.gumbel_noise = depth, price, False
+        for config, (depths, price, _) in zip(configs, maps, strict=True):
+            config.visible_depth, config.density_weight, config.gumbel_noise = depths, price, False
         yield
     finally:
         for config, visible_depth, price, noise in before:
@@ -176,8 +177,16 @@ def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
     }
 
 
-def _nearest_map(config: TopologyConfig, density: float) -> tuple[VisibleDepth, float]:
-    """The depth map of a density, or the sparsest one where that is more, and the price of density there.
+class _Map(NamedTuple):
+    """Depths to train at, the price of density there, and the loss that the calibration expects."""
+
+    depths: VisibleDepth
+    price: float
+    loss: float = 0.0
+
+
+def _nearest_map(config: TopologyConfig, density: float) -> _Map:
+    """The depth map of a density, or the sparsest one where that is more.
 
     The price is what the dial itself would pay for a little more density, in terms of `density_weight` (the mean over
     a layer's heads has that weight), at most the config's own: where density is cheap to the dial, so it is to the
@@ -187,7 +196,19 @@ def _nearest_map(config: TopologyConfig, density: float) -> tuple[VisibleDepth, 
     layers = config.calibration["density"]
     sparsest = [head[-1] for heads in layers.values() for head in heads]
     depths, rate = allot(config.calibration, max(density, math.fsum(sparsest) / len(sparsest)))
-    return dict(depths), min(config.density_weight, rate * len(sparsest) / len(layers))
+    price = min(config.density_weight, rate * len(sparsest) / len(layers))
+    return _Map(dict(depths), price, expected_loss(config.calibration, depths))
+
+
+def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[float, float]) -> float:
+    """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what
+    this step's map is, at most `_MAX_WEIGHT`.
+
+    The KL at density .05 is ten times that at .4, and so is its gradient, which would drown the other's.
+    """
+    middle = math.sqrt(densities[0] * densities[1])
+    reference = math.fsum(_nearest_map(config, middle).loss for config in configs)
+    return reference / max(math.fsum(m.loss for m in maps), reference / _MAX_WEIGHT) if reference > 0 else 1.0
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -208,10 +229,13 @@ class KLTrainer(TopologyTrainerMixin):
     The teacher is the same model with its adapter disabled. The student runs the merged model's mask (hard routes,
     homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
-    and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. Without
-    `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a `visible_depth` map
-    keeps at 0. The price of density is the config's `density_weight`, or what the dial saves by more density at the
-    step's map, where that is less. Any tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss,
+    and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. The step's
+    loss is divided by what that calibration expects of its map (over what it expects of the middle of the range), so
+    that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are. The price of density
+    is the config's `density_weight`, or what the dial saves by more density at the step's map, where that is less.
+
+    Without `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a
+    `visible_depth` map keeps at 0. Any tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss,
     packed documents are told by `position_ids`.
 
     Evaluation reports the same loss at the config's own `visible_depth`.
@@ -276,6 +300,7 @@ class KLTrainer(TopologyTrainerMixin):
         self.calibration_steps = calibration_steps
         self._calibrated: int | None = None  # the round of steps that the calibration belongs to
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
+        self._loss_weight = 1.0
         self._drawn: dict[str, float] = {}
         self._logits_checked = False
         self._since_log: list[Tensor] = []  # sums of KL, of cross-entropy, and tokens, of each forward
@@ -297,12 +322,13 @@ class KLTrainer(TopologyTrainerMixin):
         if self.densities is None:
             depth = drawn_depth(self.args.seed, step, *self.depths)
             self._drawn = {"topology/visible_depth": float(depth)}
-            maps = [(_at_depth(config.visible_depth, depth), config.density_weight) for config in configs]
+            maps = [_Map(_at_depth(config.visible_depth, depth), config.density_weight) for config in configs]
         else:
             self._calibrate(step)
             density = drawn_density(self.args.seed, step, *self.densities)
             self._drawn = {"topology/target_density": density}
             maps = [_nearest_map(config, density) for config in configs]
+            self._loss_weight = _weight(configs, maps, self.densities)
         # around the backward pass too: gradient checkpointing runs the layers again there
         with _training_at(configs, maps):
             return super().training_step(model, *args, **kwargs)
@@ -372,7 +398,8 @@ class KLTrainer(TopologyTrainerMixin):
             loss = total / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
-        loss = self.with_auxiliary_scale(model, loss, normalised=num_items_in_batch is not None)
+        # the auxiliary loss has the weight too: it is passed on by the gradient
+        loss = self._loss_weight * self.with_auxiliary_scale(model, loss, normalised=num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -293,7 +293,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
                     "calibrate(model, sequences) before merging, or set config.grow_depth = False."
                 )
             for key, value in self.topo_routers[name].state_dict().items():
-                if safe_merge and not torch.isfinite(value).all():
+                if safe_merge and not torch.isfinite(value.float()).all():
                     raise MergeError(f"router weight {key} of adapter {name!r} must be finite, got NaN or infinity")
         return names
 

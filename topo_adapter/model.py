@@ -243,7 +243,7 @@ def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str,
     for key, value in given.items():
         if value.shape != expected[key].shape:
             raise AdapterFileError(f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.float()).all():
             raise AdapterFileError(f"{key} must be finite, got NaN or infinity")
 
 

@@ -56,12 +56,15 @@ class DistillConfig(TrainingArguments):
     kl_temperature: float = field(
         default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
-    lowest_density: float = field(default=0.05, metadata={"help": "Lowest density that stage draws, > 0."})
-    highest_density: float = field(default=0.25, metadata={"help": "Highest density that stage draws, <= 1."})
+    lowest_density: float = field(default=0.08, metadata={"help": "Lowest density that stage draws, > 0."})
+    highest_density: float = field(default=0.4, metadata={"help": "Highest density that stage draws, <= 1."})
     max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "float32 or bfloat16: what the trained routers are rounded to, before they are calibrated."},
+        default="float8_e4m3fn",
+        metadata={
+            "help": "float32, bfloat16 or float8_e4m3fn: what the trained routers are rounded to, before they are "
+            "calibrated. With the last their biases are bfloat16."
+        },
     )
     calibration_rows: int = field(
         default=8,
@@ -90,8 +93,10 @@ class DistillConfig(TrainingArguments):
                 "lowest_density and highest_density must be 0 < lowest <= highest <= 1, got "
                 f"{self.lowest_density} and {self.highest_density}"
             )
-        if self.adapter_dtype not in ("float32", "bfloat16"):
-            raise TopologyConfigError(f"adapter_dtype must be float32 or bfloat16, got {self.adapter_dtype!r}")
+        if self.adapter_dtype not in ("float32", "bfloat16", "float8_e4m3fn"):
+            raise TopologyConfigError(
+                f"adapter_dtype must be float32, bfloat16 or float8_e4m3fn, got {self.adapter_dtype!r}"
+            )
         if self.max_steps > 0:
             raise TopologyConfigError(
                 f"max_steps must be left alone, got {self.max_steps}; set local_steps and kl_steps, one for each stage"
@@ -140,8 +145,8 @@ def distill(
             trained on.
         dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
             of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens.
-        config: of the adapter that is added; None, needed for a PeftModel, is the default but for the prices of the
-            second stage: `density_weight` 0.02 and `balance_weight` 0.
+        config: of the adapter that is added; None, needed for a PeftModel, is the default but for `router_dim` 64 and
+            the prices of the second stage: `density_weight` 0.02 and `balance_weight` 0.
         args: None is the default; see `DistillConfig`.
         processing_class: tokenizer of text rows; None loads the model's own.
         callbacks: go to the trainers of both stages.
@@ -162,7 +167,7 @@ def distill(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = _rows(dataset, model, args, processing_class)
     fresh = not isinstance(model, PeftModel)
-    default = TopologyConfig(task_type="CAUSAL_LM", density_weight=0.02, balance_weight=0.0)
+    default = TopologyConfig(task_type="CAUSAL_LM", router_dim=64, density_weight=0.02, balance_weight=0.0)
     adapter = get_peft_model(model, config or default) if fresh else model
     training = args.local_steps > 0 or args.kl_steps > 0
     if training and not any(weight.requires_grad for weight in adapter.parameters()):
@@ -210,7 +215,7 @@ def distill(
 def _cast_routers(adapter: PeftModel, dtype: torch.dtype) -> None:
     for host in hosts(adapter):
         if (active := host.in_force()) is not None:
-            active[0].to(dtype)
+            active[0].round_to(dtype)
 
 
 def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Tensor:

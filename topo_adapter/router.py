@@ -136,6 +136,19 @@ class TopologyRouter(nn.Module):
             projection.bias.copy_((projection.bias - mean) / deviation)
 
     @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round the parameters, in place; they are computed with in float32 whatever they are.
+
+        Args:
+            dtype: a floating type. With `torch.float8_e4m3fn` it is the matrices that are rounded to it: biases, and a
+                matrix with an entry beyond its range of 448, become bfloat16.
+        """
+        for parameter in self.parameters():
+            narrow = dtype.itemsize == 1
+            fits = not narrow or (parameter.ndim > 1 and bool(parameter.abs().max() <= torch.finfo(dtype).max))
+            parameter.data = parameter.data.to(dtype if fits else torch.bfloat16)
+
+    @torch.no_grad()
     def addresses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The hard choice alone, without probabilities: one fused pass on a GPU.
 
@@ -165,10 +178,10 @@ class TopologyRouter(nn.Module):
         version = dtype, *((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
         if self._packing is None or self._packing[0] != version:
             packed = pack_router(
-                self.down.weight,
-                self.query.weight,
+                _at_least_16_bits(self.down.weight),
+                _at_least_16_bits(self.query.weight),
                 self.query.bias,
-                None if self.key is None else self.key.weight,
+                None if self.key is None else _at_least_16_bits(self.key.weight),
                 None if self.key is None else self.key.bias,
                 num_routes=self.num_heads,
                 depth=self.depth,
@@ -189,6 +202,11 @@ class TopologyRouter(nn.Module):
         query_logits, key_logits = self(hidden_states)  # a module call: ZeRO-3 gathers weights there
         query = relax(query_logits, temperature, sample)
         return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
+
+
+def _at_least_16_bits(weight: Tensor) -> Tensor:
+    """The kernels know no 8-bit weights, which bfloat16 holds exactly."""
+    return weight.bfloat16() if weight.dtype.itemsize == 1 else weight
 
 
 def relax(logits: Tensor, temperature: float, sample: bool) -> RoleDigits:

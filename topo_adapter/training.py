@@ -151,6 +151,10 @@ class TopologyTrainerMixin(Trainer):
             self.add_callback(given[0])
         for callback in given:
             callback.scale_is_exact = True
+        for host in hosts(self.model):  # `distill` leaves 8-bit weights behind, which no optimizer moves
+            active = host.in_force()
+            if active is not None and any(weight.dtype.itemsize == 1 for weight in active[0].parameters()):
+                active[0].round_to(torch.float32)
 
     def default_topology_callback(self) -> TopologyCallback:
         return TopologyCallback()
