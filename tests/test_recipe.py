@@ -490,6 +490,16 @@ class TestScript:
         assert {row.split()[0] for row in rows[0]} == set(asked) == set(script.TRAINING) - set(script.TUNING)
         assert asked and script.TUNING and not set(asked) & set(script.TUNING)
 
+    def test_texts_take_turns_by_their_length(self, script: Any) -> None:
+        texts = [[letter * size] * count for letter, size, count in (("a", 1, 100), ("b", 10, 3), ("c", 4, 5))]
+        found = list(script.taking_turns(texts, 0))
+        assert sorted(found) == sorted(document for text in texts for document in text)
+        seen = dict.fromkeys("abc", 0)
+        for document in found:
+            left = [letter for letter, size in (("a", 100), ("b", 30), ("c", 20)) if seen[letter] < size]
+            assert seen[document[0]] == min(seen[letter] for letter in left)
+            seen[document[0]] += len(document)
+
     def test_the_yaml_fits_the_arguments(self, script: Any) -> None:
         path = REPOSITORY / "recipes" / "distill.yaml"
         text, training, model, topology = self.parse(script, ["--config", str(path)])

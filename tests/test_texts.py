@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import html
 import io
 import json
 import subprocess
@@ -325,14 +327,62 @@ MEMBERS: dict[str, tuple[list[str], list[str]]] = {
     "sympy_source": (["sympy/core/add.py"], ["sympy/core/tests/test_add.py", "doc/src/conf.py", "setup.py"]),
     "sympy_docs": (["doc/src/index.rst", "doc/src/guides/a.md"], ["doc/src/conf.py", "doc/api.rst", "README.md"]),
     "factbook": (["data/europe/fr.json"], ["__init__.py", "data/readme.txt"]),
+    "wikipedia": (["test/test_data/enwiki-a.xml-1-shortened.bz2"], ["test/test_data/bgwiki-b.xml.bz2", "models/a.py"]),
+    "wikipedia_leads": (["data/summaries_en-us.json"], ["data/summaries_es-es.json", "data/titles_en-us.json"]),
     "shakespeare": (["shksprdata/texts/hamlet_gut.txt"], ["shksprdata/texts/hamlet_f.txt", "setup.py"]),
 }
+
+
+def content(name: str, path: str) -> bytes:
+    """A file of a text, which says its path."""
+    if name == "wikipedia":
+        return bz2.compress(dump(("0", f"{path} {LONG}")).encode())
+    if name == "wikipedia_leads":
+        return json.dumps({"A": {"title": "A", "extract": path, "description": "", "topic": "Arts"}}).encode()
+    return json.dumps({"name": path}).encode()
+
+
+LONG = "This is long enough to be a paragraph of an article, as captions and list entries, as a rule, are not." * 2
+    "This sentence is long enough to be a paragraph of an article, as captions and list entries, as a rule, are not."
+    * 2
+)
+
+
+def dump(*pages: tuple[str, str]) -> str:
+    """A MediaWiki dump of pages, namespace and text."""
+    made = (f"<page><ns>{ns}</ns><revision><text>{html.escape(text)}</text></revision></page>" for ns, text in pages)
+    return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{"".join(made)}</mediawiki>'
+
+
+def test_wikipedia_articles() -> None:
+    article = f"""{{{{Infobox|name=x}}}}
+[[File:a.jpg|thumb|A picture [[of]] something. {LONG}]]
+== Heading ==
+'''Bold''' and ''slanted'' &copy; [[link (a)|link]] ( , ){LONG}<ref name="a">{LONG}</ref><!-- {LONG} -->
+* {LONG[:50]}
+{{| class="wikitable"
+|-
+| {LONG}
+|}}
+Second. {LONG}<ref name="a" />
+[[de:Etwas]] [[Category:Things]]"""
+    redirect = dump(("0", LONG)).replace("<ns>", "<redirect title='x' /><ns>")
+    assert texts._wikipedia_articles(dump(("1", LONG), ("0", "short"), ("0", article))) == [
+        f"Bold and slanted © link {LONG}\nSecond. {LONG}"
+    ]
+    assert texts._wikipedia_articles(redirect) == []
+
+
+def test_wikipedia_leads() -> None:
+    titles = [("A", "Arts"), ("Tikal", "Arts"), ("B", "History"), ("C", "Arts")]
+    source = {title: {"title": title, "extract": f"{title}\xa0is.", "topic": topic} for title, topic in titles}
+    assert texts._wikipedia_leads(json.dumps(source)) == ["A is.\nC is.", "B is."]
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_members_of_the_training_texts(tmp_path: Path, name: str) -> None:
     taken, left = MEMBERS[name]
-    kept = {f"top/{path}": json.dumps({"name": path}).encode() for path in [*taken, *left]}
+    kept = {f"top/{path}": content(name, path) for path in [*taken, *left]}
     found = "\n".join(extract(make_tar(tmp_path / "a.tgz", kept), TRAINING[name]))
     assert [path for path in [*taken, *left] if path in found] == taken
 
@@ -348,8 +398,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> list[Package]:
     def download(package: Package, target: Path) -> Path:
         asked.append(package)
         texts_of = [name for name, text in TRAINING.items() if text.package == package]
-        paths = [path for name in texts_of for part in MEMBERS[name] for path in part]
-        return make_tar(target / "a.tgz", {f"top/{path}": json.dumps({"name": path}).encode() for path in paths})
+        files = {path: content(name, path) for name in texts_of for part in MEMBERS[name] for path in part}
+        return make_tar(target / "a.tgz", {f"top/{path}": inside for path, inside in files.items()})
 
     monkeypatch.setattr(texts, "_download", download)
     return asked
