@@ -62,6 +62,7 @@ VARIANTS: dict[str, Variant] = {
     "no_local": Variant(training={"local_steps": 0}),
     "one_density": Variant(training={"lowest_density": 0.1, "highest_density": 0.1}),
     "kv_head": Variant({"route_per": "kv_head"}),
+    "kv_head_own_depths": Variant({"route_per": "kv_head", "depth_per": "query_head"}),
     "router_dim_8": Variant({"router_dim": 8}),
     "router_dim_16": Variant({"router_dim": 16}),
     "router_dim_64": Variant({"router_dim": 64}),

@@ -53,6 +53,7 @@ class TopologyArguments:
     visible_depth: int = field(default=4, metadata={"help": "Depth the saved adapter starts out at."})
     router_dim: int = field(default=32, metadata={"help": "Width of the routers' hidden layer."})
     route_per: str = field(default="query_head", metadata={"help": "'query_head' or 'kv_head'."})
+    depth_per: str = field(default="route", metadata={"help": "'route' or 'query_head': whose depth the dial chooses."})
     local_window: int = field(default=128, metadata={"help": "A query always sees its last W tokens."})
     num_sink_tokens: int = field(default=4, metadata={"help": "First tokens that every query sees."})
     density_weight: float = field(default=0.02, metadata={"help": "Highest price of density in the end-to-end stage."})

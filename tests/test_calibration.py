@@ -44,6 +44,7 @@ from topo_adapter import (
     recording_density,
     save_merged,
 )
+from topo_adapter.calibration import expected_loss
 from topo_adapter.layer import hosts
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
@@ -368,6 +369,20 @@ def test_shared_routes_share_a_density() -> None:
         assert heads[0] == heads[1] and heads[2] == heads[3] and heads[0] != heads[2]
     for heads in table["loss"].values():
         assert heads[0] != heads[1]
+
+
+def test_heads_of_a_route_may_have_depths_of_their_own() -> None:
+    shared, own = (adapted(route_per="kv_head", depth_per=per) for per in ("route", "query_head"))
+    tables = [calibrate(model, tokens(2, LENGTH)) for model in (shared, own)]
+    assert (tables[0]["density"], tables[0]["loss"]) == (tables[1]["density"], tables[1]["loss"])
+    assert tables[1]["heads_per_route"] == 1
+    losses = [expected_loss(table, choose_depths(table, 0.6)) for table in tables]
+    assert losses[1] < losses[0]  # more maps to choose from
+    own.merge_adapter(target_density=0.6)
+    depths = own.peft_config["default"].visible_depth
+    assert any(heads[0] != heads[1] or heads[2] != heads[3] for heads in depths.values())
+    found = measure_density(own, tokens(2, LENGTH))[0]  # what it was calibrated on; nothing is sparse below this layer
+    assert found.tolist() == pytest.approx([v[d] for v, d in zip(tables[1]["density"][0], depths[0])], rel=1e-3)
 
 
 # ---------------------------------------------------------------- refusals of calibrate

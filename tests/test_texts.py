@@ -343,9 +343,6 @@ def content(name: str, path: str) -> bytes:
 
 
 LONG = "This is long enough to be a paragraph of an article, as captions and list entries, as a rule, are not." * 2
-    "This sentence is long enough to be a paragraph of an article, as captions and list entries, as a rule, are not."
-    * 2
-)
 
 
 def dump(*pages: tuple[str, str]) -> str:

@@ -94,9 +94,10 @@ def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int 
         for layer in layers:
             layer.observer = None
 
+    shared = 1 if config.depth_per == "query_head" else math.gcd(*(_heads_per_route(layer) for layer in layers))
     table = Calibration(
         length=sequences.shape[1],
-        heads_per_route=math.gcd(*(_heads_per_route(layer) for layer in layers)),
+        heads_per_route=shared,
         density={},
         loss={},
     )
@@ -119,7 +120,8 @@ def choose_depths(calibration: Calibration, target_density: float) -> dict[int, 
     for `t1 <= t2` every head's depth under `t2` is at most its depth under `t1`, hence no pair that is visible at
     `t1` is hidden at `t2`, and the estimated loss at `t2` is at most that at `t1`. At the densities where a segment
     ends the map is optimal among all maps; between them it falls short of the budget by less than one segment.
-    Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route.
+    Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route, unless
+    the config has `depth_per="query_head"`.
 
     Args:
         calibration: of `calibrate`. target_density: in (0, 1], at the calibrated length.

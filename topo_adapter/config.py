@@ -36,7 +36,7 @@ class Calibration(TypedDict):
     """What `calibrate` measured: density and loss of each routed layer, query head and visible depth.
 
     length: tokens per calibration sequence.
-    heads_per_route: query heads that share a route, and with it a depth: 1, or the heads of a KV head.
+    heads_per_route: query heads that share a route and, with `depth_per='route'`, a depth; else 1.
     density: layer index -> `[H][L + 1]`, realised visible pairs / causal pairs at depths `0..L`, in (0, 1].
     loss: layer index -> `[H][L + 1]`, estimated KL(dense || this head alone at the depth), nats per token.
     """
@@ -77,6 +77,14 @@ class TopologyConfig(PeftConfig):
     )
     route_per: Literal["query_head", "kv_head"] = field(
         default="query_head", metadata={"help": "One route per query head, or one shared by the heads of a KV head."}
+    )
+    depth_per: Literal["route", "query_head"] = field(
+        default="route",
+        metadata={
+            "help": "What the density dial gives one depth, with route_per='kv_head'. 'route': all heads of a KV head, "
+            "so that they share the loads of its keys. 'query_head': each head its own, which loses less at equal "
+            "density and decodes no faster than one route per query head. Takes effect in `calibrate`."
+        },
     )
     local_window: int = field(
         default=128, metadata={"help": "W >= 1: a query always sees its last W tokens, itself included."}
@@ -158,6 +166,7 @@ class TopologyConfig(PeftConfig):
         self._check_int("local_window", self.local_window, 1)
         self._check_int("num_sink_tokens", self.num_sink_tokens, 0)
         self._check_choice("route_per", self.route_per, ("query_head", "kv_head"))
+        self._check_choice("depth_per", self.depth_per, ("route", "query_head"))
         self._check_choice("init_weights", self.init_weights, ("random", "collapse"))
         self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked", "marginal"))
         self._check_bool("tie_query_key", self.tie_query_key)
