@@ -382,7 +382,8 @@ def test_heads_of_a_route_may_have_depths_of_their_own() -> None:
     depths = own.peft_config["default"].visible_depth
     assert any(heads[0] != heads[1] or heads[2] != heads[3] for heads in depths.values())
     found = measure_density(own, tokens(2, LENGTH))[0]  # what it was calibrated on; nothing is sparse below this layer
-    assert found.tolist() == pytest.approx([v[d] for v, d in zip(tables[1]["density"][0], depths[0])], rel=1e-3)
+    expected = [values[d] for values, d in zip(tables[1]["density"][0], depths[0], strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)
 
 
 # ---------------------------------------------------------------- refusals of calibrate
