@@ -61,12 +61,13 @@ def replace_blocks(**sizes: int) -> Any:
 
 
 def merged_model(**settings: Any) -> Any:
+    """Of one layer, or of two where the settings tell them apart: the interpreter takes seconds for each."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=2 if isinstance(settings.get("visible_depth"), dict) else 1,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.2,
@@ -121,7 +122,7 @@ def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, requ
                     ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=cache is not None
                 )
             )
-    assert decode.call_count == (0 if cache is None else 2 * 3)
+    assert decode.call_count == (0 if cache is None else 3 * model.config.num_hidden_layers)
     real = mask.bool()
     assert largest_error(torch.cat([f.logits for f in found], 1)[real], right[real]) < 1e-5
     assert largest_error(other[real], right[real]) > 1e-3, "another window must show"
@@ -246,4 +247,4 @@ def test_kernels_and_torch_train_alike(settings: dict[str, Any], request: pytest
     assert learned
     for name in learned:
         assert largest_error(found[name], right[name]) < 2e-3, name
-    assert max(largest_error(without_price[name], right[name]) for name in learned) > 2e-2
+    assert max(largest_error(without_price[name], right[name]) for name in learned) > 1e-2

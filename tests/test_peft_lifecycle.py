@@ -374,6 +374,7 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
         "router_dim": None,
         "tie_query_key": True,
         "route_per": "kv_head",
+        "depth_per": "query_head",
         "local_window": 7,
         "num_sink_tokens": 0,
         "init_weights": "collapse",

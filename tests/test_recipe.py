@@ -141,7 +141,7 @@ class TestDistill:
     def test_each_stage_trains(self, tmp_path: Path) -> None:
         def weights(**settings: Any) -> Tensor:
             adapter = distill(base(), rows(4), config(), arguments(tmp_path, **settings))
-            return torch.cat([weight.detach().flatten() for weight in router_parameters(adapter).values()])
+            return torch.cat([weight.detach().float().flatten() for weight in router_parameters(adapter).values()])
 
         neither = weights(local_steps=0, kl_steps=0)
         local, kl, both = weights(kl_steps=0), weights(local_steps=0), weights()
