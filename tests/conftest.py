@@ -16,7 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)  # the longest file must not be the last
+    # the longest files must not be the last: the real model's, then those of interpreted kernels
+    items.sort(key=lambda item: (item.get_closest_marker("real") is None, "kernel" not in item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
