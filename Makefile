@@ -18,9 +18,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# one process per core; a file stays in one process, because its tests share models
+# one process per core; a file stays in one process, because its tests share models; longest first (tests/conftest.py)
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)
