@@ -279,7 +279,7 @@ def test_gradients_of_leaves_on_gpu(case: Case) -> None:
     check(problem, run(problem))
 
 
-@settings(max_examples=200 if GPU else 6, deadline=None, derandomize=True)
+@settings(max_examples=200 if GPU else 10, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),
     layout=st.sampled_from(list(LAYOUTS)),

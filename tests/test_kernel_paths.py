@@ -60,14 +60,14 @@ def replace_blocks(**sizes: int) -> Any:
     return lambda max_balls: choose(max_balls)._replace(**sizes)
 
 
-def merged_model(**settings: Any) -> Any:
-    """Of one layer, or of two where the settings tell them apart: the interpreter takes seconds for each."""
+def merged_model(layers: int = 1, **settings: Any) -> Any:
+    """Of one layer, because the interpreter takes seconds for each, or of two where the settings tell them apart."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2 if isinstance(settings.get("visible_depth"), dict) else 1,
+        num_hidden_layers=2 if isinstance(settings.get("visible_depth"), dict) else layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.2,
@@ -104,7 +104,7 @@ PAIRS = list(zip(SETTINGS, ["dynamic", "none", "static", "dynamic", "dynamic"], 
 @torch.no_grad()
 def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, request: pytest.FixtureRequest) -> None:
     """Prefill, token by token and in small chunks, against one forward of the torch path."""
-    model, ids = merged_model(**settings), tokens()
+    model, ids = merged_model(1 if settings else 2, **settings), tokens()  # two layers share the layout of new tokens
     mask = torch.ones_like(ids)
     mask[1, :5] = 0  # left padding
     with mock.patch.object(attention, "kernels_serve", lambda *_: False):
@@ -228,7 +228,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("settings", TRAINED, ids=str)
 def test_kernels_and_torch_train_alike(settings: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    model = merged_model(**settings, gumbel_noise=False, density_weight=100.0, balance_weight=0.0, temperature=0.5)
+    learning = {"gumbel_noise": False, "density_weight": 100.0, "balance_weight": 0.0, "temperature": 0.5}
+    model = merged_model(2, **settings, **learning)
     model.unmerge_adapter()
     model.train()
     with ExitStack() as stack:
@@ -247,4 +248,4 @@ def test_kernels_and_torch_train_alike(settings: dict[str, Any], request: pytest
     assert learned
     for name in learned:
         assert largest_error(found[name], right[name]) < 2e-3, name
-    assert max(largest_error(without_price[name], right[name]) for name in learned) > 1e-2
+    assert max(largest_error(without_price[name], right[name]) for name in learned) > 2e-2

@@ -33,7 +33,7 @@ LAYERS, HEADS, KV_HEADS = 30, 9, 3
 
 @dataclass(frozen=True)
 class Case:
-    """One corner of the settings; together they cover every pair of addresses and routes."""
+    """One corner of the settings; together they cover every pair of addresses and routes, and long prompts twice."""
 
     settings: dict[str, Any]
     longest: int
@@ -66,9 +66,9 @@ CASES = {
             "num_sink_tokens": 0,
             "visible_depth": mixed_depths(True),
         },
-        400,
+        1000,
         ("merged",),
-        padded=(tuple(SHORT), (7, 400)),
+        padded=(tuple(SHORT), (7, 1000)),
     ),
     "untied, KV head, arity 3": Case(
         {
@@ -193,9 +193,7 @@ def test_routes_are_diverse_and_the_mask_bites(scene: Scene) -> None:
 def test_every_prompt_in_every_form_is_the_strangers(scene: Scene) -> None:
     for form in scene.case.forms:
         model = scene.form(form)
-        # the long prompt once for each of the two paths: a file changes neither
-        long = {scene.case.longest} - set(SHORT) if form in ("adapter", "merged") else set()
-        for length in [*SHORT, *long]:
+        for length in [*SHORT, *({scene.case.longest} - set(SHORT))]:
             largest = gap(logits_of(model, scene.ids[:, :length]), scene.logits[:, :length])
             assert largest <= TOLERANCE, (form, length)
 
