@@ -14,7 +14,6 @@ The adapter and `training.png` go to `--output_dir`, checkpoints and logs to a f
 `topo_adapter.distill(model, dataset)`.
 """
 
-import heapq
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,14 +79,12 @@ def taking_turns(texts: Sequence[Sequence[str]], seed: int) -> Iterator[str]:
     So the first windows have about as much of every text, however large it is; one that is exhausted drops out.
     """
     generator = random.Random(seed)
-    left = [(0, number, generator.sample(text, len(text))) for number, text in enumerate(texts)]
-    while left:
-        given, number, rest = left[0]
-        if not rest:
-            heapq.heappop(left)
-            continue
-        document = rest.pop()
-        heapq.heapreplace(left, (given + len(document), number, rest))
+    left = [generator.sample(text, len(text)) for text in texts]
+    given = [0] * len(texts)
+    while unfinished := [number for number, rest in enumerate(left) if rest]:
+        least = min(unfinished, key=given.__getitem__)
+        document = left[least].pop()
+        given[least] += len(document)
         yield document
 
 

@@ -204,7 +204,7 @@ def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[fl
     """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what
     this step's map is, at most `_MAX_WEIGHT`.
 
-    The KL at density .05 is ten times that at .4, and so is its gradient, which would drown the other's.
+    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's.
     """
     middle = math.sqrt(densities[0] * densities[1])
     reference = math.fsum(_nearest_map(config, middle).loss for config in configs)

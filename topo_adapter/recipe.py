@@ -31,8 +31,7 @@ from .calibration import calibrate, check_sequences
 from .config import TopologyConfig
 from .errors import TopologyConfigError, UnsupportedModelError
 from .kl import TEMPERATURES, KLTrainer
-from .layer import hosts
-from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers
+from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers, round_routers
 
 
 @dataclass
@@ -178,7 +177,7 @@ def distill(
     calibration_rows = _calibration_rows(rows, adapter, args.calibration_rows)
     rows = _training_rows(rows, len(calibration_rows))
     if training:
-        _cast_routers(adapter, torch.float32)
+        round_routers(adapter, torch.float32)
 
     checkpoint = args.last_checkpoint("kl")
     if args.local_steps and checkpoint is None:  # what the second stage began with is in its checkpoint
@@ -207,15 +206,9 @@ def distill(
     for each in active_configs(adapter):
         each.homotopy = 1.0  # a stage resumed after its last step does not get to do it
     if training:
-        _cast_routers(adapter, getattr(torch, args.adapter_dtype))
+        round_routers(adapter, getattr(torch, args.adapter_dtype))
     calibrate(adapter, calibration_rows, seed=args.seed)
     return adapter.eval()
-
-
-def _cast_routers(adapter: PeftModel, dtype: torch.dtype) -> None:
-    for host in hosts(adapter):
-        if (active := host.in_force()) is not None:
-            active[0].round_to(dtype)
 
 
 def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Tensor:

@@ -31,6 +31,15 @@ def active_configs(model: nn.Module) -> list[TopologyConfig]:
     return list(found.values())
 
 
+def round_routers(model: nn.Module, dtype: torch.dtype, only_8_bit: bool = False) -> None:
+    """`TopologyRouter.round_to` for the routers in force, all of them or those with 8-bit weights."""
+    for host in hosts(model):
+        if (active := host.in_force()) is None:
+            continue
+        if not only_8_bit or any(weight.dtype.itemsize == 1 for weight in active[0].parameters()):
+            active[0].round_to(dtype)
+
+
 def topology_metrics(model: nn.Module) -> dict[str, float]:
     """Temperature, homotopy and the layers' mean density, balance and auxiliary loss at the last step."""
     config = active_configs(model)[0]
@@ -151,10 +160,7 @@ class TopologyTrainerMixin(Trainer):
             self.add_callback(given[0])
         for callback in given:
             callback.scale_is_exact = True
-        for host in hosts(self.model):  # `distill` leaves 8-bit weights behind, which no optimizer moves
-            active = host.in_force()
-            if active is not None and any(weight.dtype.itemsize == 1 for weight in active[0].parameters()):
-                active[0].round_to(torch.float32)
+        round_routers(self.model, torch.float32, only_8_bit=True)  # `distill` leaves them, and no optimizer moves them
 
     def default_topology_callback(self) -> TopologyCallback:
         return TopologyCallback()
