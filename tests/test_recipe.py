@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft_helpers import routed, router_parameters, tiny, tokens
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from topo_adapter.calibration import calibrate, choose_depths
 from topo_adapter.recipe import DistillConfig, distill, text_windows
 from topo_adapter.training import initialize_routers
 
+Dataset = pytest.importorskip("datasets").Dataset  # of the train extra
 REPOSITORY = Path(__file__).parents[1]
 LENGTH = 24
 
