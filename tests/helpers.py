@@ -17,7 +17,7 @@ from topo_adapter.layout import (
 from topo_adapter.plan import Plan, build_plan
 from topo_adapter.relaxation import bridged_attention
 from topo_adapter.router import RoleDigits, Routes
-from topo_adapter.tree import ball
+from topo_adapter.tree import role_balls
 from topo_adapter.visibility import visible_pairs
 
 # ---------------------------------------------------------------- layouts
@@ -99,8 +99,8 @@ class Problem:
     def balls(self) -> tuple[Tensor, Tensor]:
         """Query and key balls `[B, R, T]`, `[B, R, S]` at the visible depth of each route."""
         depth = torch.tensor(self.depths)[:, None]
-        query, key = (ball(role.address(self.arity), self.arity, depth) for role in self.routes)
-        return query, key
+        query, key = (role.address(self.arity) for role in self.routes)
+        return role_balls(query, key, self.arity, self.routes.query.probs.shape[-2], depth)
 
     def visible(self) -> Tensor:
         """Section 2's mask for each of the `H` query heads."""
@@ -190,6 +190,7 @@ def bridged_and_far_pairs(
         problem.query,
         problem.key,
         arity=problem.arity,
+        num_levels=problem.routes.query.probs.shape[-2],
         depths=problem.depths,
         local_window=problem.window,
         num_sink_tokens=problem.sinks,
@@ -227,7 +228,9 @@ def tree_probability(problem: Problem) -> Tensor:
     """`S_ij` `[B, H, T, S]` as the product over levels of inner products: section 4's definition."""
     query, key = (role.probs for role in problem.routes)
     same = torch.einsum("bhtlc,bhslc->bhtsl", query, key)
-    return torch.stack([same[:, h, ..., :depth].prod(-1) for h, depth in enumerate(problem.depths)], 1)
+    levels = same.shape[-1]
+    shared = [same[:, h, ..., :depth].prod(-1) * (depth <= levels) for h, depth in enumerate(problem.depths)]
+    return torch.stack(shared, 1)
 
 
 def widened(problem: Problem) -> Problem:

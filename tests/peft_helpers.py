@@ -245,8 +245,9 @@ def _visible(record: Any, causal: Tensor, near: Tensor, sink: Tensor, deeper: in
     """`[B, H, T, T]`: causal and (same first D digits, or near, or a sink)."""
     heads = []
     for h, depth in enumerate(record.visible_depth.tolist()):
-        same = torch.ones_like(causal)
-        for level in range(max(0, min(depth + deeper, record.query_digits.shape[-1]))):
+        levels = record.query_digits.shape[-1]
+        same = torch.full_like(causal, depth + deeper <= levels)  # nothing is below the leaves
+        for level in range(max(0, min(depth + deeper, levels))):
             same &= record.query_digits[:, h, :, None, level] == record.key_digits[:, h, None, :, level]
         heads.append(causal & (same | near | sink))
     return torch.stack(heads, 1)

@@ -78,6 +78,7 @@ HARD_CASES: dict[str, Problem] = {
     "one route for two heads": make_problem(depths=(3, 1)),
     "one route for all heads": make_problem(depths=(2,)),
     "only itself": make_problem(window=1, sinks=0, depths=(4, 4, 4, 4)),
+    "below the leaves": make_problem("packed", depths=(5, 2, 5, 0)),
     "no sinks": make_problem("packed", sinks=0),
     "more sinks than tokens": make_problem("packed", sinks=40),
     "window of everything": make_problem("middle_padding", window=40),

@@ -168,6 +168,7 @@ def definition(problem: Problem) -> dict[str, Tensor]:
         problem.layout,
         problem.layout,
         arity=arity,
+        num_levels=levels,
         depths=[levels] * case.heads,
         local_window=case.window,
         num_sink_tokens=case.sinks,

@@ -57,12 +57,12 @@ def adapted(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) 
 
 def visible_share(query: Tensor, key: Tensor, depth: int, window: int = WINDOW, sinks: int = SINKS) -> float:
     """Section 2, pair by pair, for the digits `[B, T, L]` of one head."""
-    batch, length, _ = query.shape
+    batch, length, levels = query.shape
     count = 0
     for b in range(batch):
         for i in range(length):
             for j in range(i + 1):
-                tree = query[b, i, :depth].tolist() == key[b, j, :depth].tolist()
+                tree = depth <= levels and query[b, i, :depth].tolist() == key[b, j, :depth].tolist()
                 count += tree or i - j < window or j < sinks
     return count / (batch * length * (length + 1) / 2)
 
@@ -90,10 +90,10 @@ def test_density_of_the_table_is_section_2_counted_pair_by_pair() -> None:
         for head, values in enumerate(table["density"][layer]):
             expected = [
                 visible_share(record.query_digits[:, head], record.key_digits[:, head], depth)
-                for depth in range(DEPTH + 1)
+                for depth in range(DEPTH + 2)
             ]
             assert values == pytest.approx(expected, rel=1e-3), (layer, head)
-            assert len(set(values)) == DEPTH + 1  # depths that all look alike would prove little
+            assert len(set(values)) == DEPTH + 2  # depths that all look alike would prove little
 
 
 def test_table_is_well_formed_and_stored_in_the_config() -> None:
@@ -159,7 +159,7 @@ def mask_of(record: Any, head: int, depth: int) -> Tensor:
     length = record.query_digits.shape[2]
     gap = torch.arange(length)[:, None] - torch.arange(length)
     query, key = (digits[0, head, :, :depth] for digits in (record.query_digits, record.key_digits))
-    same = (query[:, None] == key[None]).all(-1)
+    same = (query[:, None] == key[None]).all(-1) & (depth <= DEPTH)
     return (gap >= 0) & (same | (gap < WINDOW) | (torch.arange(length) < SINKS))
 
 
@@ -199,7 +199,7 @@ def test_loss_has_the_expectation_that_the_docstring_states(span: int, monkeypat
     ratios = []
     for layer in range(2):
         for head in range(HEADS):
-            for depth in (1, DEPTH):
+            for depth in (1, DEPTH, DEPTH + 1):
                 total = 0.0
                 for row, record in zip(ids.split(1), records, strict=True):
                     mask = mask_of(record[layer], head, depth)
@@ -219,7 +219,7 @@ def test_loss_ranks_heads_and_depths_as_single_head_ablation_does() -> None:
     estimated, true = [], []
     for layer in range(2):
         for head in range(HEADS):
-            for depth in range(1, DEPTH + 1):
+            for depth in range(1, DEPTH + 2):
                 kl = sum(
                     float(kl_of(base, row, layer, head, mask_of(record[layer], head, depth), whole))
                     for row, record in zip(ids.split(1), records, strict=True)
@@ -694,7 +694,9 @@ def broken(change: Any) -> Any:
         (lambda t: t["density"].update({"0": t["density"][0]}), "twice"),
         (lambda t: t["density"].update(x=t["density"][0]), "keys"),
         (lambda t: t["loss"].update({1: t["loss"][0]}), "layers and heads"),
-        (lambda t: t["loss"][0][1].append(9.0), "lists of 4 numbers"),
+        (lambda t: t["loss"][0][1].extend([9.0, 9.0]), "lists of 5 numbers"),
+        (lambda t: t["loss"][0][1].pop() and None, "lists of 5 numbers"),
+        (lambda t: t["loss"][0][1].append(9.0), "one number of depths"),
         (lambda t: t["loss"][0][1].__setitem__(2, math.nan), "finite"),
         (lambda t: t["loss"][0][1].__setitem__(2, -1.0), "finite"),
         (lambda t: t["density"][0][1].__setitem__(0, 0.9), "must be 1 at depth 0"),
@@ -915,7 +917,9 @@ def test_recording_of_a_grown_forward() -> None:
 
 
 def test_collapsed_routes_are_warned_of() -> None:
-    model = dialled(tokens(4, LENGTH), target=0.42, tie_query_key=True)
+    model = calibrated(tokens(4, LENGTH), tie_query_key=True)
+    model.peft_config["default"].visible_depth = 4  # the dial would leave some heads without a tree, which stay sparse
+    model.merge_adapter()
     collapsed = torch.full((1, LENGTH), 7)  # one token and one address for both roles: one ball
     with recording_density(model):
         logits_of(model, collapsed)

@@ -12,6 +12,7 @@ from peft.utils import PeftType
 
 from topo_adapter import TopologyConfig, TopologyConfigError
 from topo_adapter.config import MAX_LEAVES
+from topo_adapter.tree import num_balls
 
 INTEGERS: tuple[Any, ...] = (True, 2.0, "2", [2])
 NUMBERS: tuple[Any, ...] = (math.nan, math.inf, -math.inf, True, False, "0.5", None, [0.5], 1j)
@@ -21,15 +22,15 @@ BAD: dict[str, tuple[Any, ...]] = {
     "depth": (0, -1, None, *INTEGERS),
     "visible_depth": (
         -1,
-        9,  # depth is 8
+        10,  # depth is 8
         *INTEGERS,
-        {0: 9},
+        {0: 10},
         {0: -1},
         {0: True},
         {0: None},
         {0: "3"},
         {0: {1: 2}},
-        {0: [1, 9]},
+        {0: [1, 10]},
         {0: [1, True]},
         {0: [1, 2.0]},
         {-1: 3},
@@ -62,7 +63,7 @@ BAD: dict[str, tuple[Any, ...]] = {
 GOOD: dict[str, tuple[Any, ...]] = {
     "arity": (2, 3, 10),
     "depth": (5, 12),
-    "visible_depth": (0, 5, 8, {}, {3: 8}, {0: 0, 7: [1, 2, 3]}),
+    "visible_depth": (0, 5, 8, 9, {}, {3: 9}, {0: 0, 7: [1, 2, 3, 9]}),
     "router_dim": (1, None),
     "tie_query_key": (True, False),
     "route_per": ("query_head", "kv_head"),
@@ -78,6 +79,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "density_weight": (0, 0.0, 3),
     "calibration": (
         None,
+        {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 9]}, "loss": {1: [[0.0] * 9]}},
     ),
     "grow_depth": (True, False),
@@ -133,11 +135,20 @@ def test_leaves_are_limited(arity: int, depth: int) -> None:
 
 
 def test_visible_depth_is_limited_by_depth() -> None:
-    TopologyConfig(depth=3, visible_depth=3)
-    with pytest.raises(TopologyConfigError, match=r"visible_depth must be an integer in 0\.\.3, got 4"):
-        TopologyConfig(depth=3, visible_depth=4)
-    with pytest.raises(TopologyConfigError, match=r"visible_depth\[2\] must be an integer in 0\.\.3, got 4"):
-        TopologyConfig(depth=3, visible_depth={2: [3, 4]})
+    TopologyConfig(depth=3, visible_depth=4)
+    with pytest.raises(TopologyConfigError, match=r"visible_depth must be an integer in 0\.\.4, got 5"):
+        TopologyConfig(depth=3, visible_depth=5)
+    with pytest.raises(TopologyConfigError, match=r"visible_depth\[2\] must be an integer in 0\.\.4, got 5"):
+        TopologyConfig(depth=3, visible_depth={2: [3, 5]})
+
+
+@pytest.mark.parametrize(("arity", "depth", "sparsest"), [(2, 11, 12), (2, 12, 12), (63, 2, 3), (64, 2, 2)])
+def test_the_level_below_the_leaves_needs_room_for_one_more_ball(arity: int, depth: int, sparsest: int) -> None:
+    config = TopologyConfig(arity=arity, depth=depth, visible_depth=sparsest)
+    assert config.sparsest_depth == sparsest
+    assert num_balls(arity, depth, sparsest) <= MAX_LEAVES
+    with pytest.raises(TopologyConfigError, match=rf"visible_depth must be an integer in 0\.\.{sparsest}, got"):
+        TopologyConfig(arity=arity, depth=depth, visible_depth=sparsest + 1)
 
 
 def test_the_error_is_a_value_error_of_this_library() -> None:
@@ -232,4 +243,4 @@ def test_depths_are_copies() -> None:
 def test_visible_depth_by_default_fits_the_tree(depth: int, expected: int) -> None:
     assert TopologyConfig(depth=depth).visible_depth == expected
     with pytest.raises(TopologyConfigError, match="visible_depth"):
-        TopologyConfig(depth=depth, visible_depth=depth + 1)
+        TopologyConfig(depth=depth, visible_depth=depth + 2)

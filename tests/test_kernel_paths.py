@@ -91,7 +91,7 @@ def largest_error(found: Tensor, right: Tensor) -> float:
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"route_per": "kv_head"},
-    {"route_per": "kv_head", "visible_depth": {0: [0, 1, 2, 3], 1: 0}},  # depths differ within a route; a dense layer
+    {"route_per": "kv_head", "visible_depth": {0: [0, 1, 4, 3], 1: 0}},  # depths differ within a route; no tree at 4
     {"arity": 3, "depth": 2, "tie_query_key": True},
     {"depth": 9},  # addresses that do not fit a byte
 ]
@@ -209,7 +209,7 @@ def test_layers_share_what_depends_on_positions_alone() -> None:
 
 TRAINED: list[dict[str, Any]] = [
     {},
-    {"visible_depth": {0: [0, 1, 2, 3], 1: [3, 0, 0, 1]}},
+    {"visible_depth": {0: [0, 1, 4, 3], 1: [4, 0, 2, 1]}},
     {"route_per": "kv_head", "visible_depth": {0: [1, 1, 3, 3], 1: 0}},
     {"arity": 3, "depth": 2, "tie_query_key": True},
 ]

@@ -55,7 +55,7 @@ WINDOW, SINKS, LENGTH = 3, 2, 21
 EXACT = 1e-6
 ROTATED = 1e-5  # the same where positions are shifted, which rounds differently in the float32 rotary tables
 FAR = 1e-2  # what a wrong mask moves: thousands of times more
-DEPTHS: dict[int, Any] = {0: 2, 1: [0, 1, 2, 3], 2: [3, 0, 4, 1]}  # layer 3 is left out: dense
+DEPTHS: dict[int, Any] = {0: 2, 1: [0, 1, 2, 3], 2: [5, 0, 4, 1]}  # 5: no tree; layer 3 is left out: dense
 IDS = tokens(2, LENGTH)
 
 CASES = {
@@ -163,7 +163,7 @@ def test_eval_mode_is_the_strangers(case: Scene) -> None:
     balls = {tuple(d) for d in digits.transpose(0, 1).flatten(1, 2).flatten(0, 1).tolist()}
     assert len(balls) >= 8
     depths = [record.visible_depth.tolist() for record in case.records.values()]
-    assert depths == [[2] * HEADS, [0, 1, 2, 3], [3, 0, 4, 1], [0] * HEADS]
+    assert depths == [[2] * HEADS, [0, 1, 2, 3], [5, 0, 4, 1], [0] * HEADS]
 
 
 def test_merged_is_the_strangers(case: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_short_prompts(corner: Scene, length: int) -> None:
 def test_multi_query_and_multi_head_attention(kv_heads: int, route_per: str) -> None:
     base = tiny(dtype=torch.float64, num_key_value_heads=kv_heads)
     stranger = Stranger(base, WINDOW, SINKS)
-    depths = {0: [1, 2, 3, 4], 1: [3] * (kv_heads if route_per == "kv_head" else 4), 2: 2}
+    depths = {0: [1, 2, 5, 4], 1: [3] * (kv_heads if route_per == "kv_head" else 4), 2: 2}
     model = routed(base, visible_depth=depths, route_per=route_per)
     theirs = stranger.logits(IDS, record_routes(model, IDS))
     differ(logits_of(tiny(dtype=torch.float64, num_key_value_heads=kv_heads), IDS), theirs)
@@ -277,7 +277,7 @@ def test_extreme_windows(settings: dict[str, int]) -> None:
 def test_depth_is_chosen_at_merge_time(corner: Scene) -> None:
     """Balls nest: the same adapter serves every depth, and a smaller one sees more."""
     answers, densities = [], []
-    for depth in range(5):
+    for depth in range(6):
         model = copy.deepcopy(corner.model)
         model.peft_config["default"].visible_depth = depth
         records = record_routes(model, IDS)
@@ -649,31 +649,45 @@ def test_cache_filled_by_another_adapter_is_refused() -> None:
         feed(model.eval(), IDS[:, 10:], cache, [11])
 
 
-def test_dense_layers_do_not_route(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("treeless", [0, 5, {0: [0, 5, 5, 0], 1: 5}], ids=str)
+def test_layers_without_a_tree_do_not_route(treeless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their addresses are not made, and a cache filled meanwhile cannot be routed later."""
     model = copy.deepcopy(scene("untied-query_head-p2").model)
     config = model.peft_config["default"]
     routed = config.visible_depth
     right = logits_of(model, IDS)
-    config.visible_depth = 0
+    config.visible_depth = treeless
+    # as if all tokens were in one ball: what the routers choose does not matter
+    base = tiny(dtype=torch.float64)
+    expected = Stranger(base, WINDOW, SINKS).logits(IDS, record_routes(model, IDS))
     with monkeypatch.context() as patch:
         patch.setattr(TopologyRouter, "addresses", mock.Mock(side_effect=AssertionError("no address is asked for")))
         cache = DynamicCache()
-        with model.disable_adapter():
-            dense = logits_of(model, IDS)
         same(
             torch.cat([feed(model, IDS[:, :10], cache, [10]), feed(model, IDS[:, 10:12], cache, [1, 1])], 1),
-            dense[:, :12],
+            expected[:, :12],
         )
-        differ(dense, right)
+        differ(expected, right)
     config.visible_depth = routed
-    with pytest.raises(CacheError, match="all heads of the layer were dense"):
+    with pytest.raises(CacheError, match="no head of the layer had a tree"):
         feed(model, IDS[:, 12:13], cache, [1])
 
     cache = DynamicCache()  # the other way round is fine: nobody asks for the addresses that are there
     feed(model, IDS[:, :10], cache, [10])
-    config.visible_depth = 0
+    config.visible_depth = treeless
     feed(model, IDS[:, 10:], cache, [LENGTH - 10])
+
+
+def test_a_cache_holds_whole_addresses_whatever_the_map() -> None:
+    """Also of heads that have no tree meanwhile: it serves any map. Deeper layers read states that the map changes."""
+    model, found = copy.deepcopy(scene("untied-query_head-p2").model), []
+    for depths in ([5, 5, 1, 5], [5, 2, 5, 0], 4):
+        model.peft_config["default"].visible_depth = {0: depths}
+        cache = DynamicCache()
+        feed(model, IDS[:, :10], cache, [9, 1])
+        found.append(cache.layers[0].indexer_keys)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert found[0][..., :-2].unique().numel() > 4
 
 
 @pytest.mark.parametrize("form", SOFT_AND_HARD)

@@ -58,7 +58,7 @@ def test_windows_and_sinks(layout: str, window: int, sinks: int) -> None:
     length=st.integers(1, 22),
     queries=st.integers(1, 22),
     arity=st.integers(2, 4),
-    depths=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    depths=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     window=st.integers(1, 9),
     sinks=st.integers(0, 4),
     seed=st.integers(0, 999),

@@ -43,11 +43,11 @@ class Case:
 
 
 def mixed_depths(per_kv_head: bool) -> dict[int, Any]:
-    """Depth 0 for whole layers, for single heads, and by omission; one number, or one per head, up to 8."""
+    """Depth 0 for whole layers, for single heads, and by omission; one number, or one per head, up to 9: no tree."""
     depths: dict[int, Any] = {layer: layer % 7 for layer in range(0, LAYERS, 2)}
     for layer in range(1, LAYERS - 2, 2):
         heads = KV_HEADS if per_kv_head and layer % 4 == 1 else HEADS
-        depths[layer] = [(layer + 3 * head) % 9 for head in range(heads)]
+        depths[layer] = [(layer + 3 * head) % 10 for head in range(heads)]
     return depths  # the last layer is left out
 
 
@@ -77,7 +77,7 @@ CASES = {
             "depth": 5,
             "local_window": 5,
             "num_sink_tokens": 1,
-            "visible_depth": {layer: [layer % 6, 0, 5] if layer % 2 else 2 for layer in range(LAYERS)},
+            "visible_depth": {layer: [layer % 7, 0, 5] if layer % 2 else 2 for layer in range(LAYERS)},
         },
         129,
         ("adapter", "saved"),

@@ -85,7 +85,7 @@ def test_heads_of_several_depths_share_a_tensor(depths: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("arity", [2, 3])
-@pytest.mark.parametrize("depths", [(4, 4, 4, 4), (0, 2, 1, 4), (3, 0, 3, 1)])
+@pytest.mark.parametrize("depths", [(4, 4, 4, 4), (0, 2, 1, 4), (3, 0, 3, 1), (5, 2, 0, 5)])
 def test_shared_prefix_probability(depths: tuple[int, ...], arity: int) -> None:
     problem = make_problem(arity=arity, depths=depths)
     shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, depths)
@@ -152,8 +152,9 @@ def expected_gradients(problem: Problem, homotopy: float, bridge: str, upstream:
 @pytest.mark.parametrize("bridge", BRIDGES)
 @pytest.mark.parametrize("homotopy", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed"])
-def test_gradients_of_the_bridge(layout: str, homotopy: float, bridge: str) -> None:
-    problem = make_problem(layout)
+@pytest.mark.parametrize("depths", [(0, 2, 1, 4), (5, 2, 1, 0)])
+def test_gradients_of_the_bridge(depths: tuple[int, ...], layout: str, homotopy: float, bridge: str) -> None:
+    problem = make_problem(layout, depths=depths)
     upstream = torch.randn(problem.q.shape, dtype=torch.float64)
     differentiable, inputs = leaves_of(problem)
     got = torch.autograd.grad((bridged(differentiable, homotopy, bridge, block=10) * upstream).sum(), inputs)
@@ -172,8 +173,11 @@ def test_gradients_of_the_bridge(layout: str, homotopy: float, bridge: str) -> N
 @pytest.mark.parametrize("bridge", BRIDGES)
 @pytest.mark.parametrize("homotopy", [0.0, 1.0])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_far_pairs_are_counted_hard_and_differentiated_soft(layout: str, homotopy: float, bridge: str) -> None:
-    problem = make_problem(layout)
+@pytest.mark.parametrize("depths", [(0, 2, 1, 4), (5, 2, 1, 0)])
+def test_far_pairs_are_counted_hard_and_differentiated_soft(
+    depths: tuple[int, ...], layout: str, homotopy: float, bridge: str
+) -> None:
+    problem = make_problem(layout, depths=depths)
     differentiable, inputs = leaves_of(problem)
     upstream = torch.randn(len(problem.depths), dtype=torch.float64)
     _, counted = bridged_and_far_pairs(differentiable, homotopy, bridge, block=10)

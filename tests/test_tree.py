@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from topo_adapter.tree import address_to_digits, ball, digits_to_address, distance, lca, valuation
+from topo_adapter.tree import (
+    address_to_digits,
+    ball,
+    digits_to_address,
+    distance,
+    lca,
+    num_balls,
+    role_balls,
+    valuation,
+)
 
 ARITIES = (2, 3, 5, 7, 10)
 DEEPEST = {p: max(depth for depth in range(63) if p**depth <= 2**62) for p in ARITIES}
@@ -168,3 +177,25 @@ def test_refuses_trees_beyond_int64(arity: int) -> None:
     assert torch.equal(address_to_digits(X, arity, deepest)[:, 0], X % arity)
     with pytest.raises(ValueError, match=rf"at most 2\*\*62 .* got {arity}\*\*{deepest + 1}"):
         address_to_digits(X, arity, deepest + 1)
+
+
+@properties
+@given(trees(addresses=2))
+def test_a_pair_shares_a_ball_iff_it_shares_as_many_digits(tree: Tree) -> None:
+    """At every visible depth, one below the leaves included; and so it is for addresses modulo `num_balls`."""
+    query, key = tree.addresses()
+    for depth in range(tree.depth + 2):
+        if depth > tree.depth and tree.arity**tree.depth == 2**62:
+            continue
+        query_ball, key_ball = role_balls(query, key, tree.arity, tree.depth, torch.tensor(depth))
+        assert (query_ball == key_ball).item() == (tree.shared(0, 1) >= depth)
+        balls = num_balls(tree.arity, tree.depth, depth)
+        assert 0 <= key_ball < balls and 0 <= query_ball < balls
+        assert key % balls == key_ball and (query % balls == query_ball or depth > tree.depth)
+
+
+def test_balls_of_a_depth_per_head() -> None:
+    address = torch.arange(8).expand(1, 4, 8)
+    query, key = role_balls(address, address, 2, 3, torch.tensor([0, 1, 3, 4])[:, None])
+    assert key[0].tolist() == [[0] * 8, [0, 1] * 4, list(range(8)), list(range(8))]
+    assert torch.equal(query[0, :3], key[0, :3]) and query[0, 3].tolist() == [8] * 8

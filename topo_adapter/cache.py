@@ -102,7 +102,7 @@ class KeyRecords:
         length: number of cached tokens.
 
     Args:
-        routed: whether the router makes the new tokens' addresses; False where all heads are dense and nobody asks.
+        routed: whether the router makes the new tokens' addresses; False where no head has a tree and nobody asks.
 
     Raises:
         CacheError: the cache layer's type cannot hold records, or it holds tokens without records because
@@ -138,7 +138,7 @@ class KeyRecords:
         if routed and self.length and getattr(slot, "topology_router", None) != id(router):
             raise CacheError(
                 f"past_key_values holds keys in layer {layer} that this adapter's router did not address: they were "
-                "cached by another adapter, or while all heads of the layer were dense. Start from a fresh cache."
+                "cached by another adapter, or while no head of the layer had a tree. Start from a fresh cache."
             )
         slot.topology_router = id(router) if routed else None
 

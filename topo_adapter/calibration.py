@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int 
     """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
 
     One forward of the dense model per sequence, one backward per sequence and draw, and the hard attention of each
-    layer at depths `1..L` per backward; no tensor of `O(T^2)`. The model runs in evaluation mode whatever its state
+    layer at every depth per backward; no tensor of `O(T^2)`. The model runs in evaluation mode whatever its state
     (homotopy, frozen or trainable) and is left as it was: modes, gradients and hooks.
 
     Args:
@@ -86,7 +86,7 @@ def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int 
 
     try:
         for layer in layers:
-            layer.observer = _observer_of(layer.geometry.layer, config.depth, sums)
+            layer.observer = _observer_of(layer.geometry.layer, config.sparsest_depth, sums)
         with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             for row in sequences.clone().split(1):  # tensors made in inference mode cannot be saved for backward
                 _backward(base, row, draws, draw)
@@ -155,8 +155,8 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     if density > budget:
         raise TopologyConfigError(
             f"target_density must be at least {math.ceil(1e4 * density / total) / 1e4:g} at {calibration['length']} "
-            f"tokens, what the deepest balls, window and sinks of this adapter reach, got {target_density}; lower "
-            "local_window, or train a deeper tree."
+            f"tokens, what this adapter's sparsest heads reach, got {target_density}; window and sinks are always "
+            "visible: lower local_window."
         )
     depths = [hull[0][2] for hull in hulls]
     # a hull's slopes fall strictly, so a route's own segments keep their order
@@ -383,7 +383,7 @@ def _returning(decoder: nn.Module, outputs: Any) -> Iterator[None]:
 
 
 def _observer_of(layer: int, depth: int, sums: dict[int, Tensor]) -> Any:
-    """Adds a layer's density and loss, float64 `[2, L + 1, H]`, to `sums` in each backward pass."""
+    """Adds a layer's density and loss, float64 `[2, depth + 1, H]`, to `sums` in each backward pass."""
 
     def observe(
         call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
@@ -412,7 +412,7 @@ def _density_and_loss(
     depth: int,
     scores: dict[str, Any],
 ) -> Tensor:
-    """float64 `[2, L + 1, H]`; one depth's change is alive at a time.
+    """float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; dense, gradient: `[B, T, H, D]`.
@@ -470,7 +470,8 @@ def _count_density(call: TopologyCall, plan: Plan) -> None:
     density = calibration["density"][call.host.geometry.layer]
     length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
     near = _local_pairs(length, window, sinks) / _local_pairs(length, length, 0)
-    revealed = sum(values[depth] for values, depth in zip(density, call.depths, strict=True)) / len(density)
+    per_head = zip(density, call.depths, strict=True)
+    revealed = sum(values[d] if d < len(values) else near for values, d in per_head) / len(density)
     share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
     visible, causal = plan.visible_count().mean(), plan.causal_count()
     local = visible - plan.far_count().mean()

@@ -37,8 +37,10 @@ class Calibration(TypedDict):
 
     length: tokens per calibration sequence.
     heads_per_route: query heads that share a route and, with `depth_per='route'`, a depth; else 1.
-    density: layer index -> `[H][L + 1]`, realised visible pairs / causal pairs at depths `0..L`, in (0, 1].
-    loss: layer index -> `[H][L + 1]`, estimated KL(dense || this head alone at the depth), nats per token.
+    density: layer index -> `[H][depths]`, realised visible pairs / causal pairs at depths `0..L + 1`, in (0, 1].
+    loss: layer index -> `[H][depths]`, estimated KL(dense || this head alone at the depth), nats per token.
+
+    Tables of adapters with 4,096 leaves, and those of the first ones, end at depth `L`.
     """
 
     length: int
@@ -63,7 +65,8 @@ class TopologyConfig(PeftConfig):
     visible_depth: VisibleDepth = field(
         default=None,  # type: ignore[assignment]  # __post_init__ resolves it
         metadata={
-            "help": "D: a query sees the keys that share its first D digits; 0..depth, 0 is dense, deeper is sparser. "
+            "help": "D: a query sees the keys that share its first D digits; 0..depth, 0 is dense, deeper is sparser, "
+            "and at depth + 1 it sees its local window and the sinks alone (if there are fewer than 4,096 leaves). "
             "None is 5, or depth if that is less. One integer, or a dict from layer index to one integer or to a list "
             "with one per query head (with route_per='kv_head' also one per KV head). Layers that a dict leaves out "
             "stay dense."
@@ -138,7 +141,7 @@ class TopologyConfig(PeftConfig):
     grow_depth: bool = field(
         default=False,
         metadata={
-            "help": "Merged only: heads of depth >= 1 go one level deeper per factor `arity` that a sequence is longer "
+            "help": "Merged only: heads of depth 1..L go one level deeper per factor `arity` that a sequence is longer "
             "than the calibrated length, at most to `depth`. What counts is the length of the forward that fills an "
             "empty cache, padding included, or of a forward without cache; decoding keeps the depth of its prompt."
         },
@@ -217,6 +220,11 @@ class TopologyConfig(PeftConfig):
             wanted += f" or {num_kv_heads} (KV heads)"
         raise TopologyConfigError(f"visible_depth[{layer}] must have {wanted}, got {len(depths)}: {depths}")
 
+    @property
+    def sparsest_depth(self) -> int:
+        """The largest visible depth: `L + 1`, window and sinks alone; `L` if the kernels have no room for it."""
+        return self.depth + 1 if self.arity**self.depth < MAX_LEAVES else self.depth
+
     def depth_growth(self, length: int) -> int:
         """Levels that `grow_depth` adds for `length` tokens: `floor(log_p(length / calibrated length))`, at least 0."""
         if not self.grow_depth or self.calibration is None:
@@ -246,6 +254,9 @@ class TopologyConfig(PeftConfig):
                 f"calibration['loss'] must be given for the layers and heads of calibration['density'], {shape}, got "
                 f"{ {layer: len(heads) for layer, heads in loss.items()} }"
             )
+        depths = {len(values) for part in (density, loss) for heads in part.values() for values in heads}
+        if len(depths) > 1:
+            raise TopologyConfigError(f"calibration must have one number of depths throughout, got {sorted(depths)}")
         for layer, heads in density.items():
             for head, values in enumerate(heads):
                 name = f"calibration['density'][{layer}][{head}]"
@@ -269,9 +280,10 @@ class TopologyConfig(PeftConfig):
                     f"{entry} must be a list of heads, a multiple of heads_per_route, got {heads!r}"
                 )
             for values in heads:
-                if not isinstance(values, (list, tuple)) or len(values) != self.depth + 1:
+                counts = self.depth + 1, self.sparsest_depth + 1
+                if not isinstance(values, (list, tuple)) or len(values) not in counts:
                     raise TopologyConfigError(
-                        f"{entry} must be lists of {self.depth + 1} numbers (depths 0..{self.depth}), got {values!r}"
+                        f"{entry} must be lists of {counts[1]} numbers, depths 0..{self.sparsest_depth}, got {values!r}"
                     )
                 for value in values:
                     self._check_float(entry, value, 0.0, float("inf"))
@@ -281,7 +293,7 @@ class TopologyConfig(PeftConfig):
     def _checked_visible_depth(self) -> VisibleDepth:
         value = self.visible_depth
         if not isinstance(value, dict):
-            self._check_int("visible_depth", value, 0, self.depth)
+            self._check_int("visible_depth", value, 0, self.sparsest_depth)
             return value
         checked: dict[int, int | list[int]] = {}
         for layer, depths in value.items():
@@ -291,7 +303,7 @@ class TopologyConfig(PeftConfig):
             if index in checked:
                 raise TopologyConfigError(f"visible_depth must name each layer once, got layer {index} twice")
             for d in depths if isinstance(depths, (list, tuple)) else [depths]:
-                self._check_int(f"visible_depth[{layer}]", d, 0, self.depth)
+                self._check_int(f"visible_depth[{layer}]", d, 0, self.sparsest_depth)
             checked[index] = list(depths) if isinstance(depths, (list, tuple)) else depths
         return checked
 

@@ -38,7 +38,7 @@ from .objective import attach_loss, balance_loss, distillation_loss, gradient_at
 from .plan import Plan, make_plan
 from .relaxation import bridged_attention
 from .router import RoleDigits, Routes, TopologyRouter
-from .tree import address_to_digits
+from .tree import address_to_digits, num_balls
 
 #: Name of the child module and of the attention implementation. It must contain none of the substrings
 #: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
@@ -159,8 +159,9 @@ class TopologyHost(nn.Module):
         depths = self.depths(config)
         differentiable = distilling or (not merged and not observed and torch.is_grad_enabled())
         chosen, routed = None, True
-        if not (differentiable or training or observed or self.recorder is not None) and not any(depths):
-            routed = False  # one ball holds everything: nobody asks for addresses
+        choosing = any(0 < depth <= config.depth for depth in depths)
+        if not (differentiable or training or observed or self.recorder is not None or choosing):
+            routed = False  # every head is dense or has no tree: nobody asks for addresses
             batch, length = hidden_states.shape[:2]
             nowhere = torch.zeros(1, 1, 1, dtype=torch.int32, device=hidden_states.device)
             query_address = key_address = nowhere.expand(batch, router.num_heads, length)
@@ -181,7 +182,7 @@ class TopologyHost(nn.Module):
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
         if merged and config.grow_depth:
             growth = self._growth(config, hidden_states.shape[1], cache, records)
-            depths = [min(depth + growth, config.depth) if depth else 0 for depth in depths]
+            depths = [min(depth + growth, config.depth) if 0 < depth <= config.depth else depth for depth in depths]
         if self.recorder is not None:
             self.recorder[self.geometry.layer] = self._record(query_address, key_address, depths, config)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
@@ -529,7 +530,7 @@ def _merged_attention(
             query,
             key,
             value,
-            _per_head(call.query_address, route.heads),
+            route.query_address,
             call.query,
             _per_head(call.keys.records.address, route.heads, dim=2),
             call.keys.records,
@@ -568,6 +569,7 @@ def _bridged(
         call.query,
         call.keys.layout,
         arity=config.arity,
+        num_levels=config.depth,
         depths=depths,
         local_window=config.local_window,
         num_sink_tokens=config.num_sink_tokens,
@@ -616,11 +618,15 @@ def _with_auxiliary_loss(out: Tensor, call: TopologyCall, far_pairs: Tensor) -> 
 
 @dataclass(frozen=True)
 class RouteHeads:
-    """Number of route heads, and int32 `[heads]`: the balls of each at its visible depth."""
+    """Number of route heads, int32 `[heads]`: the balls of each at its visible depth, and its query addresses.
+
+    query_address: `[B, heads, T]`; below the leaves one that no key has, see `topo_adapter.tree.role_balls`.
+    """
 
     heads: int
     balls: Tensor
     max_balls: int
+    query_address: Tensor
 
 
 def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
@@ -630,17 +636,22 @@ def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
     shared = [depths[r * group] for r in range(routed)]
     if any(depths[h] != shared[h // group] for h in range(len(depths))):
         shared = depths
-    sizes, device = tuple(call.config.arity**d for d in shared), call.query_address.device
+    arity, levels, device = call.config.arity, call.config.depth, call.query_address.device
     # every step of training may have a map of its own: not to be kept
     make = call.host.on_device if call.merged else sent
-    return RouteHeads(len(shared), make(sizes, device), max(sizes))
+    query_address = _per_head(call.query_address, len(shared))
+    if max(shared) > levels:
+        least = make(tuple(arity**levels if d > levels else 0 for d in shared), device)
+        query_address = torch.maximum(query_address, least[:, None])
+    sizes = tuple(num_balls(arity, levels, d) for d in shared)
+    return RouteHeads(len(shared), make(sizes, device), max(sizes), query_address)
 
 
 def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
     """The plan of a call, for each of its route heads."""
     route = _route_heads(call, depths)
     return make_plan(
-        _per_head(call.query_address, route.heads),
+        route.query_address,
         _per_head(call.keys.address, route.heads),
         route.balls,
         route.max_balls,

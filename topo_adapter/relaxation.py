@@ -15,7 +15,7 @@ from .backend import kernels_serve, sent
 from .layout import SequenceLayout, causal_pairs
 from .plan import Plan, make_plan
 from .router import Routes
-from .tree import ball
+from .tree import num_balls, role_balls
 from .visibility import always_visible
 
 #: A hidden key's logit may exceed the visible ones without limit: the derivative of the output in its mask, at 0, is
@@ -74,15 +74,28 @@ def _levels_taken(depths: tuple[int, ...], arity: int, device: torch.device) -> 
     return taken[:, None, :, None], (torch.arange(arity, device=device) == 0).float()
 
 
+def above_the_leaves(query_probs: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Queries and depths in `0..L` with the inner products of `depths` in `0..L + 1`: below the leaves a query is in no
+    ball, so its probabilities `[B, H, T, L, p]` become 0, and then any depth will do, the cheapest."""
+    levels = query_probs.shape[-2]
+    if max(depths) <= levels:
+        return query_probs, list(depths)
+    inside = sent([depth <= levels for depth in depths], query_probs.device).bool()
+    query_probs = torch.where(inside[:, None, None, None], query_probs, 0.0)
+    return query_probs, [depth if depth <= levels else 1 for depth in depths]
+
+
 def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
     """`S_ij(D_h) = <P_q(i), P_k(j)>`: the probability that query and key share their first `D_h` digits.
 
     Args:
-        query_probs: `[B, H, T, L, p]`; key_probs: `[B, H, S, L, p]`; depths: `D_h` for each of the `H` heads.
+        query_probs: `[B, H, T, L, p]`; key_probs: `[B, H, S, L, p]`; depths: `D_h` for each of the `H` heads, in
+            `0..L + 1`.
 
     Returns:
         `[B, H, T, S]`, differentiable. One matrix product per distinct depth; no `T x S x L` tensor.
     """
+    query_probs, depths = above_the_leaves(query_probs, depths)
     rows: list[Tensor | None] = [None] * len(depths)
     for depth in set(depths):
         heads = [h for h, d in enumerate(depths) if d == depth]
@@ -114,6 +127,7 @@ def bridged_attention(
     key: SequenceLayout,
     *,
     arity: int,
+    num_levels: int,
     depths: Sequence[int],
     local_window: int,
     num_sink_tokens: int,
@@ -135,7 +149,7 @@ def bridged_attention(
         routes: probabilities of the same `T = S` tokens, `[B, H, T, L, p]` per role; None = no gradient to
             the router, hard mask only.
         query_address, key_address: int64 `[B, H, T]`, `[B, H, S]`.
-        depths: visible depth of each of the `H` heads. homotopy: `c` in `[0, 1]`.
+        num_levels: `L`. depths: visible depth of each of the `H` heads, in `0..L + 1`. homotopy: `c` in `[0, 1]`.
         plan: of the hard mask; None makes it where it is needed.
         block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed). On a GPU
             the kernels take over where `homotopy` is 1 and the bridge 'full', in `O(S)`.
@@ -145,15 +159,15 @@ def bridged_attention(
         far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
             sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
-    if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
-        if plan is None:
-            sizes = [arity**depth for depth in depths]
-            balls = sent(sizes, q.device)
-            plan = make_plan(query_address, key_address, balls, max(sizes), query, key, local_window, num_sink_tokens)
+    kernels = homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths)
+    if kernels and plan is not None:
         return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
-    depth_of_head = sent(depths, q.device)[:, None]
-    key_ball = ball(key_address, arity, depth_of_head)
-    query_ball = ball(query_address, arity, depth_of_head)
+    query_ball, key_ball = role_balls(query_address, key_address, arity, num_levels, sent(depths, q.device)[:, None])
+    if kernels:
+        sizes = [num_balls(arity, num_levels, depth) for depth in depths]
+        balls = sent(sizes, q.device)
+        plan = make_plan(query_ball, key_ball, balls, max(sizes), query, key, local_window, num_sink_tokens)
+        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice
@@ -215,7 +229,9 @@ def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arit
 
     if routes is None or not _router_learns(routes):
         return True
-    return routes.query.probs.dtype == torch.float32 and arity ** max(depths) <= MAX_LEAVES
+    levels = routes.query.probs.shape[-2]
+    deepest = max(depth for depth in (0, *depths) if depth <= levels)
+    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_LEAVES
 
 
 def _bridged_by_kernels(
@@ -235,11 +251,12 @@ def _bridged_by_kernels(
     from topo_kernels import bridged_topology_attention
 
     with torch.autocast(q.device.type, enabled=False):
+        query_probs, depths = above_the_leaves(routes.query.probs, depths)
         return bridged_topology_attention(
             q,
             k,
             v,
-            levels_at_depths(routes.query.probs, depths),
+            levels_at_depths(query_probs, depths),
             levels_at_depths(routes.key.probs, depths),
             plan.query_order,
             plan.range_start,

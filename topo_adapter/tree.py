@@ -48,6 +48,30 @@ def ball(address: Tensor, arity: int, depth: int | Tensor) -> Tensor:
     return address % arity**depth
 
 
+def role_balls(
+    query_address: Tensor, key_address: Tensor, arity: int, num_levels: int, depth: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The balls of queries and keys at a visible depth in `0..num_levels + 1`: a pair of tokens shares one iff they are
+    equal.
+
+    One level below the leaves, at `num_levels + 1`, no query shares a ball with any key: queries have the ball
+    `arity**num_levels`, which is the number of leaves and no key's.
+
+    Args:
+        query_address, key_address: `[...]`, in `[0, arity**num_levels)`. depth: integer tensor that broadcasts
+            against both.
+    """
+    key_ball = ball(key_address, arity, depth.clamp(max=num_levels))
+    query_ball = ball(query_address, arity, depth.clamp(max=num_levels))
+    return torch.where(depth > num_levels, arity**num_levels, query_ball), key_ball
+
+
+def num_balls(arity: int, num_levels: int, depth: int) -> int:
+    """Addresses modulo this are their balls at `depth`. One level below the leaves that leaves them as they are, and
+    `arity**num_levels`, the ball of `role_balls` that no key has, as well."""
+    return arity**depth if depth <= num_levels else arity**num_levels + 1
+
+
 def valuation(x: Tensor, y: Tensor, arity: int, depth: int) -> Tensor:
     """Number of leading digits that `x` and `y` share, in `0..depth`; `depth` if they are equal."""
     _check(arity, depth)
