@@ -51,4 +51,5 @@ def main(stage: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for stage in sys.argv[2:]:
+        main(stage, Path(sys.argv[1]))

@@ -12,22 +12,31 @@ from torch import Tensor
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-def train(stage: str, processes: int, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
-    """The routers before and after, of each process."""
-    command = [sys.executable, str(WORKER), stage, str(folder)]
-    if processes > 1:
+STAGES = ("local", "kl")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what one process and two have trained; both stages in one start, because imports take longer."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, *command[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder), *STAGES]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def routers(folder: Path, stage: str, processes: int) -> list[dict[str, dict[str, Tensor]]]:
+    """The routers before and after, of each process."""
     return [torch.load(folder / f"{stage}_{processes}_{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("stage", ["local", "kl"])
-def test_two_processes_train_as_one(stage: str, tmp_path: Path) -> None:
-    (alone,) = train(stage, 1, tmp_path)
-    first, second = train(stage, 2, tmp_path)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_train_as_one(stage: str, trained: Path) -> None:
+    (alone,) = routers(trained, stage, 1)
+    first, second = routers(trained, stage, 2)
     moved = 0.0
     for name, right in alone["after"].items():
         assert torch.equal(first["after"][name], second["after"][name]), name
