@@ -50,8 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the longest files must not be the last: the real model's, then those of interpreted kernels
-    items.sort(key=lambda item: (item.get_closest_marker("real") is None, "kernel" not in item.path.name))
+    # The longest files must not be the last: the real model's, then those of interpreted kernels. The other file that
+    # needs real weights comes after them, or two processes unpack the weights at once, over each other's.
+    def rank(item: pytest.Item) -> tuple[bool, ...]:
+        name = item.path.name
+        return name != "test_real_model.py", "kernel" not in name, item.get_closest_marker("real") is None
+
+    items.sort(key=rank)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
