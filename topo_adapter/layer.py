@@ -618,9 +618,10 @@ def _with_auxiliary_loss(out: Tensor, call: TopologyCall, far_pairs: Tensor) -> 
 
 @dataclass(frozen=True)
 class RouteHeads:
-    """Number of route heads, int32 `[heads]`: the balls of each at its visible depth, and its query addresses.
+    """What decides who shares a ball, for each of `heads` routes or query heads.
 
-    query_address: `[B, heads, T]`; below the leaves one that no key has, see `topo_adapter.tree.role_balls`.
+    balls: int32 `[heads]`: addresses modulo that are balls. max_balls: the largest.
+    query_address: integer `[B, heads, T]`, one that no key has where a head has no tree (`topo_adapter.tree.role_balls`).
     """
 
     heads: int

@@ -55,7 +55,7 @@ class DistillConfig(TrainingArguments):
     kl_temperature: float = field(
         default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
-    lowest_density: float = field(default=0.08, metadata={"help": "Lowest density that stage draws, > 0."})
+    lowest_density: float = field(default=0.06, metadata={"help": "Lowest density that stage draws, > 0."})
     highest_density: float = field(default=0.4, metadata={"help": "Highest density that stage draws, <= 1."})
     max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(

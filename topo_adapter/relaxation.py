@@ -159,15 +159,15 @@ def bridged_attention(
         far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
             sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
-    kernels = homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths)
-    if kernels and plan is not None:
+    addresses = query_address, key_address
+    if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
+        if plan is None:
+            both = role_balls(*addresses, arity, num_levels, sent(depths, q.device)[:, None])
+            sizes = [num_balls(arity, num_levels, depth) for depth in depths]
+            balls = sent(sizes, q.device)
+            plan = make_plan(*both, balls, max(sizes), query, key, local_window, num_sink_tokens)
         return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
-    query_ball, key_ball = role_balls(query_address, key_address, arity, num_levels, sent(depths, q.device)[:, None])
-    if kernels:
-        sizes = [num_balls(arity, num_levels, depth) for depth in depths]
-        balls = sent(sizes, q.device)
-        plan = make_plan(query_ball, key_ball, balls, max(sizes), query, key, local_window, num_sink_tokens)
-        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
+    query_ball, key_ball = role_balls(*addresses, arity, num_levels, sent(depths, q.device)[:, None])
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice

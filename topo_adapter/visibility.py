@@ -2,6 +2,7 @@
 
 Query `i` sees key `j` iff `j <= i`, both are real tokens of one document, and the ball of `i` is the
 ball of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document.
+Below the leaves (docs/method.md) no key has the ball of a query.
 Everything else in this library - soft masks, the sorted plan, the kernels - is tested against this.
 """
 
