@@ -25,7 +25,6 @@ from transformers.masking_utils import sdpa_mask
 
 from topo_adapter import RecordedRoutes, TopologyConfigError, UnsupportedModelError
 from topo_adapter.layer import hosts, sliding_window_of
-from topo_adapter.tree import ball, digits_to_address
 
 #: Name of the attention implementation; transformers looks for "flash", "sdpa", "paged", "flex_attention" in names.
 IMPLEMENTATION = "evaluation_baseline"
@@ -306,10 +305,7 @@ class TreeRoutes(Baseline):
                 f"records must be of the rows that run: layer {call.layer} has batch, heads and length "
                 f"{tuple(call.q.shape[:3])}, its record {tuple(record.query_digits.shape[:3])}"
             )
-        query, key = (
-            ball(digits_to_address(digits, self.arity), self.arity, record.visible_depth[:, None])
-            for digits in (record.query_digits, record.key_digits)
-        )
+        query, key = record.balls(self.arity)
         return lambda scores, far, first: query[:, :, first : first + len(far), None] == key[:, :, None]
 
 

@@ -38,7 +38,6 @@ import topo_adapter
 from embedded import smollm2, standard_library, windows
 from topo_adapter import DistillationTrainer, TopologyConfig, initialize_routers, measure_density, record_routes
 from topo_adapter.layout import contiguous_layout
-from topo_adapter.tree import ball, digits_to_address
 from topo_adapter.visibility import always_visible
 
 
@@ -109,9 +108,7 @@ def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Ten
     grid = torch.stack(list(densities.values()))
     layer = list(densities)[int(grid.mean(1).sub(grid.mean()).abs().argmin())]  # a layer of typical density
     record, shown = routes[layer], min(96, len(ids))
-    rows = []
-    for digits in (record.query_digits, record.key_digits):
-        rows.append(ball(digits_to_address(digits, arity), arity, record.visible_depth[:, None])[0].cpu())
+    rows = [balls[0].cpu() for balls in record.balls(arity)]
     balls = torch.stack(rows, 1).flatten(0, 1)[:, -shown:]  # query and key row of each head in turn
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(16, 6.5), width_ratios=[1, 2.4], layout="constrained", dpi=110)

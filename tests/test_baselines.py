@@ -301,7 +301,7 @@ def test_random_balls_at_the_least_density_are_the_window(model: PreTrainedModel
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "one depth": ("llama", {"visible_depth": 2}),
-    "depth per head, a dense head": ("llama", {"visible_depth": {0: [0, 1, 2, 4], 1: 3, 2: 0, 3: [1, 1, 2, 3]}}),
+    "depth per head, a dense head": ("llama", {"visible_depth": {0: [0, 1, 2, 4], 1: 3, 2: 0, 3: [1, 5, 2, 3]}}),
     "arity 3 per KV head": (
         "llama",
         {"arity": 3, "route_per": "kv_head", "visible_depth": {layer: [1, 2] for layer in range(LAYERS)}},
@@ -336,11 +336,12 @@ def test_tree_routes_are_the_adapter(name: str) -> None:
 
 def section_2(record: Any, head: int) -> Tensor:
     """The density of one head, counted pair by pair."""
-    depth, count = int(record.visible_depth[head]), 0
+    depth, levels, count = int(record.visible_depth[head]), record.query_digits.shape[-1], 0
     for b in range(len(IDS)):
         query, key = (x[b, head, :, :depth].tolist() for x in (record.query_digits, record.key_digits))
         for i in range(LENGTH):
-            count += sum(query[i] == key[j] or i - j < WINDOW or j < SINKS for j in range(i + 1))
+            tree = [query[i] == key[j] and depth <= levels for j in range(i + 1)]
+            count += sum(tree[j] or i - j < WINDOW or j < SINKS for j in range(i + 1))
     return torch.tensor(count / (len(IDS) * PAIRS), dtype=torch.float64)
 
 

@@ -38,7 +38,7 @@ from .objective import attach_loss, balance_loss, distillation_loss, gradient_at
 from .plan import Plan, make_plan
 from .relaxation import bridged_attention
 from .router import RoleDigits, Routes, TopologyRouter
-from .tree import address_to_digits, num_balls
+from .tree import address_to_digits, digits_to_address, num_balls, role_balls
 
 #: Name of the child module and of the attention implementation. It must contain none of the substrings
 #: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
@@ -66,6 +66,11 @@ class RecordedRoutes:
     query_digits: Tensor
     key_digits: Tensor
     visible_depth: Tensor
+
+    def balls(self, arity: int) -> tuple[Tensor, Tensor]:
+        """Query and key balls at the visible depths, int64 `[B, H, T]`: the tree shows a query the keys of its ball."""
+        query, key = (digits_to_address(digits, arity) for digits in (self.query_digits, self.key_digits))
+        return role_balls(query, key, arity, self.query_digits.shape[-1], self.visible_depth[:, None])
 
 
 @dataclass(frozen=True)
@@ -621,7 +626,7 @@ class RouteHeads:
     """What decides who shares a ball, for each of `heads` routes or query heads.
 
     balls: int32 `[heads]`: addresses modulo that are balls. max_balls: the largest.
-    query_address: integer `[B, heads, T]`, one that no key has where a head has no tree (`topo_adapter.tree.role_balls`).
+    query_address: integer `[B, heads, T]`, without a tree one that no key has (`topo_adapter.tree.role_balls`).
     """
 
     heads: int

@@ -9,7 +9,6 @@ from .errors import UnsupportedModelError
 from .layer import RecordedRoutes, evaluating, hosts
 from .layout import SequenceLayout, layout_from_padding
 from .plan import build_plan
-from .tree import digits_to_address, role_balls
 
 
 @torch.no_grad()
@@ -66,8 +65,7 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
             continue
         _, config, _ = active
         record = records[host.geometry.layer]
-        query, key = (digits_to_address(x, config.arity) for x in (record.query_digits, record.key_digits))
-        query_ball, key_ball = role_balls(query, key, config.arity, config.depth, record.visible_depth[:, None])
+        query_ball, key_ball = record.balls(config.arity)
         tokens = SequenceLayout(layout.document.to(query_ball.device), layout.position.to(query_ball.device))
         plan = build_plan(query_ball, key_ball, tokens, tokens, config.local_window, config.num_sink_tokens)
         densities[host.geometry.layer] = (plan.visible_count() / plan.causal_count()).cpu()
