@@ -30,7 +30,7 @@ def model_on_gpu(dtype: torch.dtype, **settings: Any) -> Any:
         max_position_embeddings=4096,
     )
     base = LlamaForCausalLM(config).to("cuda", dtype)
-    settings = {"depth": 4, "visible_depth": {0: 0, 1: 2, 2: [0, 1, 3, 4]}, "local_window": 32, **settings}
+    settings = {"depth": 4, "visible_depth": {0: 0, 1: [2, 2, 3, 3], 2: [0, 1, 5, 4]}, "local_window": 32, **settings}
     model = get_peft_model(base, TopologyConfig(**settings)).eval()
     initialize_routers(model, torch.randint(0, 512, (1, 512), device="cuda"))
     model.peft_config["default"].homotopy = 1.0
