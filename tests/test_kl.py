@@ -524,7 +524,7 @@ class TestDraw:
         )
         ((_, depths, calibration),) = trainer.seen
         for layer, heads in calibration["density"].items():
-            assert [head[d] for head, d in zip(heads, depths[layer], strict=True)] == [head[3] for head in heads]
+            assert [head[d] for head, d in zip(heads, depths[layer], strict=True)] == [head[-1] for head in heads]
         with pytest.raises(TopologyConfigError, match="target_density"):
             choose_depths(calibration, 1e-3)
 
