@@ -761,6 +761,13 @@ def test_merged_forward_grows_with_the_length(length: int, deeper: int) -> None:
     assert torch.equal(logits_of(model, ids), logits_of(adapted(visible_depth=start), ids))  # merged only
 
 
+def test_heads_without_a_tree_and_dense_ones_do_not_grow() -> None:
+    model, ids = growing(visible_depth={0: [0, DEPTH + 1, 2, DEPTH], 1: DEPTH + 1}), tokens(2, 80)
+    grown = {0: [0, DEPTH + 1, 4, DEPTH], 1: DEPTH + 1}
+    assert torch.equal(logits_of(model, ids), logits_of(fixed(grown), ids))
+    assert record_routes(model, ids)[0].visible_depth.tolist() == grown[0]
+
+
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 @pytest.mark.parametrize(("prompt", "depth"), [(36, 2), (40, 3)])
 def test_decoding_keeps_the_depth_of_its_prompt(prompt: int, depth: int, cache: Any) -> None:
@@ -867,6 +874,22 @@ def test_report_on_the_calibration_text(route_per: str) -> None:
         assert report[layer]["ratio"] == pytest.approx(report[layer]["density"] / report[layer]["calibrated"])
     assert report[0]["ratio"] == pytest.approx(1.0, rel=1e-3)
     assert report[1]["ratio"] == pytest.approx(1.0, rel=0.1)  # its input has changed
+
+
+def test_report_of_a_table_without_the_level_below_the_leaves() -> None:
+    """Of the first adapters: what a head without a tree sees is known, window and sinks."""
+    model, ids = calibrated(tokens(4, LENGTH)), tokens(4, LENGTH)
+    config = model.peft_config["default"]
+    for part in (config.calibration["density"], config.calibration["loss"]):
+        for layer, heads in part.items():
+            part[layer] = [values[:-1] for values in heads]
+    config.visible_depth = {0: [DEPTH + 1, 1, DEPTH + 1, DEPTH], 1: DEPTH + 1}
+    model.merge_adapter()
+    with recording_density(model):
+        logits_of(model, ids)
+    report = density_report(model)
+    assert [values["ratio"] for values in report.values()] == pytest.approx([1.0, 1.0], rel=1e-3)
+    assert report[1]["density"] == pytest.approx(counted(model, ids)[1], abs=1e-9)
 
 
 @pytest.mark.parametrize("length", [20, 100])

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-
-
 STAGES = ("local", "kl")
 
 

@@ -19,7 +19,9 @@ from helpers import (
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
+from topo_adapter import relaxation
 from topo_adapter.relaxation import (
+    above_the_leaves,
     leaf_distribution,
     leaf_distributions,
     levels_at_depths,
@@ -102,6 +104,26 @@ def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
     shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, problem.depths)
     assert torch.equal(shared.bool(), query[..., :, None] == key[..., None, :])
     assert torch.equal(shared, shared.round())
+
+
+def test_below_the_leaves_a_query_is_in_no_ball_and_costs_one_level() -> None:
+    probs = make_problem().routes.query.probs
+    found, depths = above_the_leaves(probs, (5, 2, 0, 5))
+    assert depths == [1, 2, 0, 1]
+    assert torch.equal(found[:, 1:3], probs[:, 1:3]) and not found[:, [0, 3]].any()
+    assert above_the_leaves(probs, (4, 2, 0, 1))[0] is probs
+
+
+@pytest.mark.parametrize(("arity", "depths", "served"), [(2, (2, 2), True), (300, (0, 2), False), (300, (0, 0), True)])
+def test_the_bridge_kernel_is_asked_for_as_many_leaves_as_it_is_given(
+    arity: int, depths: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without a tree costs one level, and 300 leaves are more than the kernel has."""
+    monkeypatch.setattr(relaxation, "kernels_serve", lambda *_: True)
+    problem = make_problem(arity=arity, depth=1, depths=depths, heads=2, kv_heads=2, dim=16, dtype=torch.float32)
+    differentiable, _ = leaves_of(problem)
+    q, k, v = differentiable.q, differentiable.k, differentiable.v
+    assert relaxation._kernels_bridge(q, k, v, differentiable.routes, arity, depths) is served
 
 
 # ---------------------------------------------------------------- the bridge's gradient

@@ -76,13 +76,17 @@ def _levels_taken(depths: tuple[int, ...], arity: int, device: torch.device) -> 
 
 def above_the_leaves(query_probs: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Queries and depths in `0..L` with the inner products of `depths` in `0..L + 1`: below the leaves a query is in no
-    ball, so its probabilities `[B, H, T, L, p]` become 0, and then any depth will do, the cheapest."""
+    ball, so its probabilities `[B, H, T, L, p]` become 0."""
     levels = query_probs.shape[-2]
-    if max(depths) <= levels:
-        return query_probs, list(depths)
-    inside = sent([depth <= levels for depth in depths], query_probs.device).bool()
-    query_probs = torch.where(inside[:, None, None, None], query_probs, 0.0)
-    return query_probs, [depth if depth <= levels else 1 for depth in depths]
+    if max(depths) > levels:
+        inside = sent([depth <= levels for depth in depths], query_probs.device).bool()
+        query_probs = torch.where(inside[:, None, None, None], query_probs, 0.0)
+    return query_probs, _depths_in_the_tree(depths, levels)
+
+
+def _depths_in_the_tree(depths: Sequence[int], levels: int) -> list[int]:
+    """The same, but for heads below the leaves: where queries are 0 any level will do, and one is the cheapest."""
+    return [depth if depth <= levels else 1 for depth in depths]
 
 
 def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int]) -> Tensor:
@@ -229,8 +233,7 @@ def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arit
 
     if routes is None or not _router_learns(routes):
         return True
-    levels = routes.query.probs.shape[-2]
-    deepest = max(depth for depth in (0, *depths) if depth <= levels)
+    deepest = max(_depths_in_the_tree(depths, routes.query.probs.shape[-2]))
     return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_LEAVES
 
 
