@@ -55,7 +55,7 @@ class TopologyArguments:
     depth_per: str = field(default="route", metadata={"help": "'route' or 'query_head': whose depth the dial chooses."})
     local_window: int = field(default=128, metadata={"help": "A query always sees its last W tokens."})
     num_sink_tokens: int = field(default=4, metadata={"help": "First tokens that every query sees."})
-    density_weight: float = field(default=0.02, metadata={"help": "Highest price of density in the end-to-end stage."})
+    density_weight: float = field(default=0.1, metadata={"help": "Highest price of density in the end-to-end stage."})
     balance_weight: float = field(default=0.0, metadata={"help": "Weight of per-level balance in that stage."})
 
 

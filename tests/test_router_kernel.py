@@ -123,6 +123,7 @@ SHAPES = [
     Case(batch=3, length=7),
     Case(batch=70, length=1),
     Case(weights=HALF, length=20),
+    *(Case(weights=BF16, width=w, length=20) for w in (8, 100)),
 ]
 CASES = [
     *(replace(case, dtype=dtype) for case in SHAPES for dtype in (torch.float32, HALF)),
@@ -142,7 +143,13 @@ GPU_CASES = [
         for weights in (torch.float32, BF16)
     ),
     *(replace(_LLAMA, length=n) for n in (20_001, 65_536)),  # large tiles
-    *(replace(_LLAMA, length=3001, width=w, tied=tied) for w in (8, 64, 128) for tied in (False, True)),
+    *(
+        replace(_LLAMA, length=3001, width=w, tied=tied, weights=weights)
+        for w in (8, 64, 128)
+        for tied in (False, True)
+        for weights in (torch.float32, BF16)
+    ),
+    *(replace(_SMOL, length=n, width=w, weights=BF16) for n in (129, 8193, 65_536) for w in (32, 90, 128)),
     *(replace(_LLAMA, length=600, routes=r, depth=4) for r in (1, 5, 8, 100, 128)),
     *(replace(_LLAMA, length=600, arity=p, depth=d) for p, d in ((2, 12), (3, 7), (5, 5), (7, 4), (64, 2))),
     *(replace(_LLAMA, length=n, batch=b) for b, n in ((16, 1), (600, 1), (16, 4), (3, 1000), (200, 7))),

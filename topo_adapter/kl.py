@@ -28,7 +28,7 @@ _CHUNK_LOGITS = 2**25
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
 _STRATA = 8
-_MAX_WEIGHT = 16.0  # of a map that is expected to lose next to nothing
+_MAX_WEIGHT = 4.0  # of a map that is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
 TEMPERATURES = (2.0, 0.5)
@@ -201,14 +201,17 @@ def _nearest_map(config: TopologyConfig, density: float) -> _Map:
 
 
 def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[float, float]) -> float:
-    """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what
-    this step's map is, at most `_MAX_WEIGHT`.
+    """Brings the losses of sparse and dense maps nearer to each other: the square root of what the middle of the range
+    is expected to lose over what this step's map is.
 
-    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's.
+    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's; made fully
+    alike, sparse maps learn too little (docs/log.md).
     """
     middle = math.sqrt(densities[0] * densities[1])
     reference = math.fsum(_nearest_map(config, middle).loss for config in configs)
-    return reference / max(math.fsum(m.loss for m in maps), reference / _MAX_WEIGHT) if reference > 0 else 1.0
+    if reference <= 0:
+        return 1.0
+    return min(math.sqrt(reference / max(math.fsum(m.loss for m in maps), reference * 1e-6)), _MAX_WEIGHT)
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -230,9 +233,10 @@ class KLTrainer(TopologyTrainerMixin):
     homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
     and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. The step's
-    loss is divided by what that calibration expects of its map (over what it expects of the middle of the range), so
-    that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are. The price of density
-    is the config's `density_weight`, or what the dial saves by more density at the step's map, where that is less.
+    loss is divided by the square root of what that calibration expects of its map (over what it expects of the middle
+    of the range), so that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are.
+    The price of density is the config's `density_weight`, or what the dial saves by more density at the step's map,
+    where that is less.
 
     Without `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a
     `visible_depth` map keeps at 0. Any tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss,

@@ -55,7 +55,7 @@ class DistillConfig(TrainingArguments):
     kl_temperature: float = field(
         default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
-    lowest_density: float = field(default=0.06, metadata={"help": "Lowest density that stage draws, > 0."})
+    lowest_density: float = field(default=0.05, metadata={"help": "Lowest density that stage draws, > 0."})
     highest_density: float = field(default=0.4, metadata={"help": "Highest density that stage draws, <= 1."})
     max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(
@@ -145,7 +145,7 @@ def distill(
         dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
             of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens.
         config: of the adapter that is added; None, needed for a PeftModel, is the default but for `router_dim` 64 and
-            the prices of the second stage: `density_weight` 0.02 and `balance_weight` 0.
+            `balance_weight` 0.
         args: None is the default; see `DistillConfig`.
         processing_class: tokenizer of text rows; None loads the model's own.
         callbacks: go to the trainers of both stages.
@@ -166,7 +166,7 @@ def distill(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = _rows(dataset, model, args, processing_class)
     fresh = not isinstance(model, PeftModel)
-    default = TopologyConfig(task_type="CAUSAL_LM", router_dim=64, density_weight=0.02, balance_weight=0.0)
+    default = TopologyConfig(task_type="CAUSAL_LM", router_dim=64, balance_weight=0.0)
     adapter = get_peft_model(model, config or default) if fresh else model
     training = args.local_steps > 0 or args.kl_steps > 0
     if training and not any(weight.requires_grad for weight in adapter.parameters()):

@@ -4,7 +4,9 @@ Router maths is fp32 whatever the model's dtype, but tensor cores do not multipl
 is exact, so it is the first projection's weights that are split into up to three parts of its dtype, which add up to
 the fp32 weight: every product is exact, and sums are fp32. Parts that are zero everywhere, because the weights were
 rounded to the model's dtype, are not stored. What has fp32 operands runs as three TF32 products (relative error about
-2^-22). The second projection's columns are sorted by level, so that a tile of routes takes its digits level by level.
+2^-22); but where the second projection's weights are bfloat16 numbers, as a rounded router's are, it is the hidden
+layer that is split into three parts, for half the work. The second projection's columns are sorted by level, so that a
+tile of routes takes its digits level by level.
 
 Many tokens: one program takes a tile of them through everything and reads each hidden state once. Few tokens cannot
 fill the GPU that way: one kernel gives each program a slice of the channels, a second one adds the slices in a fixed
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_device, let_next_start, overlap, wait_for_previous
+from .launch import INTERPRETED, check_device, let_next_start, overlap, wait_for_previous
 
 MAX_ROUTER_WIDTH = 128  # of the hidden layer; wider ones do not fit into a program's registers
 _SLICE = 128  # channels of one program of the split kernel
@@ -97,6 +99,12 @@ def _fused_kernel(
     b_acc = _project(p_row, down, 0, C, C, C_PADDED, PARTS, BLOCK_T, BLOCK_W, BLOCK_C)
     o_w = tl.arange(0, BLOCK_W)
     b_h = _gelu(b_acc * tl.load(down_scale + o_w)[None, :])
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.bfloat16
+    if EXACT:
+        b_high = b_h.to(tl.bfloat16)
+        b_rest = b_h - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
 
     for i_r in range(0, ROUTES_PADDED, BLOCK_R):
         o_r = i_r + tl.arange(0, BLOCK_R)
@@ -109,7 +117,11 @@ def _fused_kernel(
                 i_column = i_l * (ARITY - 1) + i_child
                 b_w = tl.load(weight + (i_column * BLOCK_W + o_w[:, None]) * ROUTES_PADDED + o_r[None, :])
                 b_bias = tl.load(bias + i_column * ROUTES_PADDED + o_r)
-                b_logit = tl.dot(b_h, b_w, input_precision="tf32x3") + b_bias[None, :]
+                if EXACT:
+                    b_logit = tl.dot(b_high, b_w, tl.dot(b_middle, b_w, tl.dot(b_low, b_w)))
+                else:
+                    b_logit = tl.dot(b_h, b_w, input_precision="tf32x3")
+                b_logit += b_bias[None, :]
                 b_digit = tl.where(b_logit > b_best, i_child + 1, b_digit)
                 b_best = tl.maximum(b_logit, b_best)
             b_address += b_digit * b_power
@@ -195,7 +207,7 @@ def _digits_kernel(
     b_best = tl.zeros([BLOCK_L, BLOCK_R], dtype=tl.float32)  # child 0 has logit 0
     b_digit = tl.zeros([BLOCK_L, BLOCK_R], dtype=tl.int32)
     for i_child in range(1, ARITY):
-        b_logit = tl.sum(b_h[None, :, None] * b_w, 1) + b_bias
+        b_logit = tl.sum(b_h[None, :, None] * b_w.to(tl.float32), 1) + b_bias
         b_digit = tl.where(b_logit > b_best, i_child, b_digit)
         b_best = tl.maximum(b_logit, b_best)
         m_next = m_l & (i_child < ARITY - 1)
@@ -215,7 +227,8 @@ class PackedRouter(NamedTuple):
 
     down: `[parts, W', C']` in the hidden states' dtype; the sum of the parts times `down_scale` is the weight.
     down_scale: `[W']` float32, powers of two.
-    weight: `[L, p - 1, W', routes']` float32, query routes first, then key routes unless tied.
+    weight: `[L, p - 1, W', routes']`, query routes first, then key routes unless tied; bfloat16 if that is exact and
+        the hidden states have half precision, else float32.
     bias: `[L, p - 1, routes']` float32.
 
     Primed sizes are padded with zeros: W' and routes' to a power of two >= 16 (routes' beyond 64 to a multiple of 64),
@@ -251,6 +264,8 @@ def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
     """
     width, routes = packed.down.shape[1], packed.bias.shape[2]  # padded
     if width > 64:
+        if packed.weight.dtype == torch.bfloat16:
+            return Blocks(64, 32, min(32, routes), 4, 3)
         return Blocks(64, 32, 16, 8, 3)
     if packed.down.dtype == torch.float32:
         return Blocks(64, 32, min(32, routes), 4, 3)
@@ -345,6 +360,10 @@ def pack_router(
         weight[:, :, :W, :routes] = columns[:, :, :W]
         bias = torch.zeros_like(weight[:, :, 0])
         bias[..., :routes] = columns[:, :, W]
+        narrow = weight.bfloat16()
+        # Triton's interpreter computes bfloat16 products wrongly
+        if dtype != torch.float32 and not INTERPRETED and torch.equal(narrow.float(), weight):
+            weight = narrow
     return PackedRouter(down_parts, down_scale, weight, bias, C, num_routes, depth, arity, tied=key_weight is None)
 
 
