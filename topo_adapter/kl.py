@@ -28,7 +28,10 @@ _CHUNK_LOGITS = 2**25
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
 _STRATA = 8
-_MAX_WEIGHT = 4.0  # of a map that is expected to lose next to nothing
+_MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose next to nothing
+#: 0 leaves the losses of sparse and dense maps as they are, 1 makes them alike. With 1 the sparsest maps learn too
+#: little, with 0.5 those at .17 and .20 do (docs/log.md).
+_EVENNESS = 0.75
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
 TEMPERATURES = (2.0, 0.5)
@@ -201,17 +204,17 @@ def _nearest_map(config: TopologyConfig, density: float) -> _Map:
 
 
 def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[float, float]) -> float:
-    """Brings the losses of sparse and dense maps nearer to each other: the square root of what the middle of the range
-    is expected to lose over what this step's map is.
+    """Brings the losses of sparse and dense maps nearer to each other: what the middle of the range is expected to lose
+    over what this step's map is, to the power of `_EVENNESS`.
 
-    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's; made fully
-    alike, sparse maps learn too little (docs/log.md).
+    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's.
     """
     middle = math.sqrt(densities[0] * densities[1])
     reference = math.fsum(_nearest_map(config, middle).loss for config in configs)
     if reference <= 0:
         return 1.0
-    return min(math.sqrt(reference / max(math.fsum(m.loss for m in maps), reference * 1e-6)), _MAX_WEIGHT)
+    expected = math.fsum(m.loss for m in maps)
+    return (reference / max(expected, reference / _MAX_RATIO)) ** _EVENNESS
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -233,8 +236,8 @@ class KLTrainer(TopologyTrainerMixin):
     homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
     and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. The step's
-    loss is divided by the square root of what that calibration expects of its map (over what it expects of the middle
-    of the range), so that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are.
+    loss is divided by what that calibration expects of its map (over what it expects of the middle of the range), to
+    the power of 3/4, so that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are.
     The price of density is the config's `density_weight`, or what the dial saves by more density at the step's map,
     where that is less.
 
