@@ -677,7 +677,7 @@ def test_refused_targets_leave_the_adapter_unmerged(target: float) -> None:
 
 
 def broken(change: Any) -> Any:
-    table: Any = made_up(1, 2, 3, 0)
+    table: Any = made_up(1, 2, 4, 0)  # depths 0..4 of a tree of 3 levels
     return change(table) or table
 
 
@@ -694,9 +694,9 @@ def broken(change: Any) -> Any:
         (lambda t: t["density"].update({"0": t["density"][0]}), "twice"),
         (lambda t: t["density"].update(x=t["density"][0]), "keys"),
         (lambda t: t["loss"].update({1: t["loss"][0]}), "layers and heads"),
-        (lambda t: t["loss"][0][1].extend([9.0, 9.0]), "lists of 5 numbers"),
         (lambda t: t["loss"][0][1].pop() and None, "lists of 5 numbers"),
-        (lambda t: t["loss"][0][1].append(9.0), "one number of depths"),
+        (lambda t: t["loss"][0][1].append(9.0), "lists of 5 numbers"),
+        (lambda t: [row.pop() for part in (t["density"], t["loss"]) for row in part[0]] and None, "lists of 5 numbers"),
         (lambda t: t["loss"][0][1].__setitem__(2, math.nan), "finite"),
         (lambda t: t["loss"][0][1].__setitem__(2, -1.0), "finite"),
         (lambda t: t["density"][0][1].__setitem__(0, 0.9), "must be 1 at depth 0"),
@@ -736,7 +736,7 @@ def fixed(visible_depth: Any) -> PeftModel:
 
 
 def test_growth_by_length() -> None:
-    table = made_up(1, 2, 4, 0)  # 100 tokens
+    table = made_up(1, 2, 5, 0)  # 100 tokens
     config = TopologyConfig(depth=4, visible_depth=2, calibration=table, grow_depth=True)
     assert [config.depth_growth(n) for n in (1, 100, 199, 200, 399, 400, 800)] == [0, 0, 0, 1, 1, 2, 3]
     config = TopologyConfig(arity=3, depth=4, visible_depth=2, calibration=table, grow_depth=True)
@@ -876,13 +876,9 @@ def test_report_on_the_calibration_text(route_per: str) -> None:
     assert report[1]["ratio"] == pytest.approx(1.0, rel=0.1)  # its input has changed
 
 
-def test_report_of_a_table_without_the_level_below_the_leaves() -> None:
-    """Of the first adapters: what a head without a tree sees is known, window and sinks."""
+def test_report_of_heads_without_a_tree() -> None:
     model, ids = calibrated(tokens(4, LENGTH)), tokens(4, LENGTH)
     config = model.peft_config["default"]
-    for part in (config.calibration["density"], config.calibration["loss"]):
-        for layer, heads in part.items():
-            part[layer] = [values[:-1] for values in heads]
     config.visible_depth = {0: [DEPTH + 1, 1, DEPTH + 1, DEPTH], 1: DEPTH + 1}
     model.merge_adapter()
     with recording_density(model):

@@ -80,7 +80,6 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "calibration": (
         None,
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
-        {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 9]}, "loss": {1: [[0.0] * 9]}},
     ),
     "grow_depth": (True, False),
     "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),

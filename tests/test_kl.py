@@ -530,7 +530,7 @@ class TestDraw:
 
     def test_the_sparsest_map_is_the_sparsest(self) -> None:
         table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.1005, 0.1]]}, "loss": {0: [[0.0, 0.1, 9]]}}
-        config = TopologyConfig(depth=2, visible_depth=1, calibration=table)  # type: ignore[arg-type]
+        config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
         assert _nearest_map(config, 0.01)[0] == {0: [2]}
         assert _nearest_map(config, 0.1005)[0] == {0: [1]}
         assert _nearest_map(config, 0.1)[0] == {0: [2]}
@@ -544,14 +544,14 @@ class TestDraw:
             "density": {0: [[1.0, 0.2, 0.1]] * 2, 3: [[1.0, 0.2, 0.1]] * 2},
             "loss": {0: [[0.0, 0.04, 0.09]] * 2, 3: [[0.0, 0.04, 0.09]] * 2},
         }
-        config = TopologyConfig(depth=2, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
+        config = TopologyConfig(depth=1, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
         assert _nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
         assert _nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
         assert _nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
 
-    def test_the_weight_makes_expected_losses_alike(self) -> None:
+    def test_the_weight_makes_expected_losses_more_alike(self) -> None:
         table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.4, 0.1]]}, "loss": {0: [[0.0, 0.02, 0.3]]}}
-        config = TopologyConfig(depth=2, visible_depth=1, calibration=table)  # type: ignore[arg-type]
+        config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
         ends, middle = (0.1, 1.0), _nearest_map(config, math.sqrt(0.1))
         assert middle.depths == {0: [2]} and middle.loss == 0.3
         assert _weight([config], [_nearest_map(config, 0.2)], ends) == 1

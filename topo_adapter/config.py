@@ -40,7 +40,7 @@ class Calibration(TypedDict):
     density: layer index -> `[H][depths]`, realised visible pairs / causal pairs at depths `0..L + 1`, in (0, 1].
     loss: layer index -> `[H][depths]`, estimated KL(dense || this head alone at the depth), nats per token.
 
-    Tables of adapters with 4,096 leaves, and those of the first ones, end at depth `L`.
+    Tables of adapters with 4,096 leaves end at depth `L`.
     """
 
     length: int
@@ -254,9 +254,6 @@ class TopologyConfig(PeftConfig):
                 f"calibration['loss'] must be given for the layers and heads of calibration['density'], {shape}, got "
                 f"{ {layer: len(heads) for layer, heads in loss.items()} }"
             )
-        depths = {len(values) for part in (density, loss) for heads in part.values() for values in heads}
-        if len(depths) > 1:
-            raise TopologyConfigError(f"calibration must have one number of depths throughout, got {sorted(depths)}")
         for layer, heads in density.items():
             for head, values in enumerate(heads):
                 name = f"calibration['density'][{layer}][{head}]"
@@ -280,10 +277,10 @@ class TopologyConfig(PeftConfig):
                     f"{entry} must be a list of heads, a multiple of heads_per_route, got {heads!r}"
                 )
             for values in heads:
-                counts = self.depth + 1, self.sparsest_depth + 1
-                if not isinstance(values, (list, tuple)) or len(values) not in counts:
+                if not isinstance(values, (list, tuple)) or len(values) != self.sparsest_depth + 1:
                     raise TopologyConfigError(
-                        f"{entry} must be lists of {counts[1]} numbers, depths 0..{self.sparsest_depth}, got {values!r}"
+                        f"{entry} must be lists of {self.sparsest_depth + 1} numbers, depths 0..{self.sparsest_depth}, "
+                        f"got {values!r}"
                     )
                 for value in values:
                     self._check_float(entry, value, 0.0, float("inf"))
