@@ -117,7 +117,6 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
     chosen: dict[str, Any] = {
         "depth": 8,
         "local_window": arguments.local_window,
-        "density_weight": 0.1,
         "balance_weight": 0.0,
     }
     config = TopologyConfig(**{**chosen, **variant.topology}, task_type="CAUSAL_LM")
