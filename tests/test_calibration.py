@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -49,6 +50,7 @@ from topo_adapter.layer import hosts
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
 LENGTH = 40
+beside_dense = functools.partial(calibrate, around=())
 
 
 def adapted(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PeftModel:
@@ -82,7 +84,7 @@ def digits_at(model: PeftModel, homotopy: float, ids: Tensor) -> dict[int, Any]:
 
 def test_density_of_the_table_is_section_2_counted_pair_by_pair() -> None:
     model, ids = adapted(), tokens(3, LENGTH)
-    table = calibrate(model, ids)
+    table = beside_dense(model, ids)
     records = digits_at(model, 0.0, ids)
     assert table["density"].keys() == records.keys() and len(records) == 2
     for layer, record in records.items():
@@ -98,7 +100,7 @@ def test_density_of_the_table_is_section_2_counted_pair_by_pair() -> None:
 
 def test_table_is_well_formed_and_stored_in_the_config() -> None:
     model = adapted()
-    table = calibrate(model, tokens(2, LENGTH))
+    table = beside_dense(model, tokens(2, LENGTH))
     assert model.peft_config["default"].calibration == table
     assert table["length"] == LENGTH and table["heads_per_route"] == 1
     for layer in table["density"]:
@@ -176,7 +178,7 @@ def test_spans_share_what_their_positions_change_together(monkeypatch: pytest.Mo
     found = {}
     for span in (1, 128, 130):
         monkeypatch.setattr(calibration, "_SPAN", span)
-        found[span] = torch.tensor(calibrate(model, ids)["loss"][0])
+        found[span] = torch.tensor(beside_dense(model, ids)["loss"][0])
     assert not torch.allclose(found[1], found[128], rtol=0.02)
     assert not torch.equal(found[128], found[130])
 
@@ -192,7 +194,7 @@ def test_loss_has_the_expectation_that_the_docstring_states(span: int, monkeypat
     monkeypatch.setattr(calibration, "_SPAN", span)
     model, base = probed()
     ids = tokens(2, length)
-    table = calibrate(model, ids, draws=draws, seed=3)
+    table = beside_dense(model, ids, draws=draws, seed=3)
     records = [digits_at(model, 0.0, row) for row in ids.split(1)]
     position = torch.arange(length) // span
     each = small * (position == position.unique()[:, None]).double()  # 24, 5 and 1 spans
@@ -213,7 +215,7 @@ def test_loss_ranks_heads_and_depths_as_single_head_ablation_does() -> None:
     """The whole change, all positions at once: no longer second order, so ranks and a factor of 3."""
     model, base = probed()
     ids = tokens(2, 24)
-    table = calibrate(model, ids, draws=50)
+    table = beside_dense(model, ids, draws=50)
     records = [digits_at(model, 0.0, row) for row in ids.split(1)]
     whole = torch.ones(1, 24, dtype=torch.float64)
     estimated, true = [], []
@@ -233,7 +235,7 @@ def test_loss_ranks_heads_and_depths_as_single_head_ablation_does() -> None:
 
 def test_loss_does_not_depend_on_how_many_logits_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = adapted(torch.float64), tokens(2, 24)
-    whole = calibrate(model, ids)
+    whole = beside_dense(model, ids)
     monkeypatch.setattr(calibration, "_LOGITS_AT_ONCE", 5 * VOCAB)  # 5 chunks, the last of 4 tokens
     drawn = []
     multinomial = torch.multinomial
@@ -243,7 +245,7 @@ def test_loss_does_not_depend_on_how_many_logits_are_alive(monkeypatch: pytest.M
         return multinomial(probs, *args, **kwargs)
 
     monkeypatch.setattr(torch, "multinomial", counted)
-    parts = calibrate(model, ids)
+    parts = beside_dense(model, ids)
     assert drawn == [5, 5, 5, 5, 4] * 2
     for layer in range(2):
         assert torch.allclose(torch.tensor(parts["loss"][layer]), torch.tensor(whole["loss"][layer]), rtol=2e-3)
@@ -252,8 +254,8 @@ def test_loss_does_not_depend_on_how_many_logits_are_alive(monkeypatch: pytest.M
 def test_loss_averages_over_sequences_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = adapted(torch.float64), tokens(3, 24)
     monkeypatch.setattr(calibration, "_SPAN", 1)  # most samples per draw
-    once = calibrate(model, ids, draws=30)
-    more = calibrate(model, ids.repeat(2, 1), draws=15, seed=9)
+    once = beside_dense(model, ids, draws=30)
+    more = beside_dense(model, ids.repeat(2, 1), draws=15, seed=9)
     for layer in range(2):
         a, b = (torch.tensor(table["loss"][layer]) for table in (once, more))
         assert torch.allclose(a, b, rtol=0.4) and not torch.equal(a, b)
@@ -263,11 +265,11 @@ def test_loss_averages_over_sequences_and_draws(monkeypatch: pytest.MonkeyPatch)
 def test_seed_decides_the_draws_and_the_global_generator_is_not_used() -> None:
     model, ids = adapted(), tokens(2, LENGTH)
     before = torch.get_rng_state()
-    first = calibrate(model, ids, seed=5)
+    first = beside_dense(model, ids, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    assert calibrate(model, ids, seed=5) == first
-    assert calibrate(model, ids, seed=6)["loss"] != first["loss"]
+    assert beside_dense(model, ids, seed=5) == first
+    assert beside_dense(model, ids, seed=6)["loss"] != first["loss"]
 
 
 # ---------------------------------------------------------------- the model afterwards
@@ -337,8 +339,8 @@ def test_works_without_gradients_around_it(mode: Any) -> None:
 
 def test_bfloat16() -> None:
     ids = tokens(4, LENGTH)
-    exact = calibrate(adapted(), ids, draws=15)
-    table = calibrate(adapted(torch.bfloat16), ids, draws=15)
+    exact = beside_dense(adapted(), ids, draws=15)
+    table = beside_dense(adapted(torch.bfloat16), ids, draws=15)
     for layer in range(2):
         density = torch.tensor([t["density"][layer] for t in (table, exact)])
         loss = torch.tensor([t["loss"][layer] for t in (table, exact)])
@@ -349,7 +351,7 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "phi3"])
 def test_families(family: str) -> None:
     model = routed(tiny(family))
-    table = calibrate(model, tokens(1, LENGTH))
+    table = beside_dense(model, tokens(1, LENGTH))
     assert list(table["density"]) == list(table["loss"]) == ROUTED[family]
     assert all(value > 0 for heads in table["loss"].values() for head in heads for value in head[1:])
 
@@ -363,7 +365,7 @@ def test_layers_without_a_router_are_left_out() -> None:
 
 
 def test_shared_routes_share_a_density() -> None:
-    table = calibrate(adapted(route_per="kv_head"), tokens(2, LENGTH))
+    table = beside_dense(adapted(route_per="kv_head"), tokens(2, LENGTH))
     assert table["heads_per_route"] == HEADS // KV_HEADS
     for heads in table["density"].values():
         assert heads[0] == heads[1] and heads[2] == heads[3] and heads[0] != heads[2]
@@ -373,7 +375,7 @@ def test_shared_routes_share_a_density() -> None:
 
 def test_heads_of_a_route_may_have_depths_of_their_own() -> None:
     shared, own = (adapted(route_per="kv_head", depth_per=per) for per in ("route", "query_head"))
-    tables = [calibrate(model, tokens(2, LENGTH)) for model in (shared, own)]
+    tables = [beside_dense(model, tokens(2, LENGTH)) for model in (shared, own)]
     assert (tables[0]["density"], tables[0]["loss"]) == (tables[1]["density"], tables[1]["loss"])
     assert tables[1]["heads_per_route"] == 1
     losses = [expected_loss(table, choose_depths(table, 0.6)) for table in tables]

@@ -17,6 +17,16 @@ so that it averages over many samples of a sequence, and leaves out the cross te
 spans. They matter where a head's changes at many positions push the same later predictions in one direction: with
 spans of one token such heads were underrated by half, with whole sequences the few samples scatter by half
 (docs/log.md).
+
+Around a map. Losses of single heads beside the dense model do not add up where many heads are sparse at once: of two
+that carry the same, either can be spared, but not both. So they are measured beside sparse maps too. There KL(dense ||
+map) has a gradient `k_i` in `o_i`, its second order in the logits is again the Fisher matrix, of the model as it is at
+the map, and with `Delta_i(d)` the change of a head from its output at the map,
+
+    KL(dense || head moved to d) - KL(dense || map) = sum_i k_i . Delta_i(d) + second order as above + O(Delta^3).
+
+The table is the mean over the dense model and the maps of `AROUND`: what a head costs on the way from dense to sparse
+(an Aumann-Shapley value, the integral taken at a few points). Each map is chosen from the mean of what is known so far.
 """
 
 from __future__ import annotations
@@ -24,10 +34,12 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -36,47 +48,60 @@ from torch import Tensor, nn
 from .attention import hard_attention
 from .config import Calibration, TopologyConfig
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
-from .layer import TopologyCall, TopologyHost, evaluating, hosts, plan_of
+from .layer import AttentionObserver, TopologyCall, TopologyHost, evaluating, hosts, plan_of
 from .plan import Plan
 
 _SPAN = 128  # tokens
+#: Shares of the far pairs, beyond window and sinks, that the maps reveal around which losses are measured.
+AROUND = (0.16, 0.08, 0.04)
 #: Logits alive at once while labels are drawn, in entries (64 MiB each for the logits, their softmax and gradient).
 _LOGITS_AT_ONCE = 2**24
+
+#: Draws labels `[N]` from probabilities `[N, V]`.
+Draw = Callable[[Tensor], Tensor]
 
 #: `density_report` warns above this ratio of realised to calibrated density.
 WARN_RATIO = 1.5
 
 
-def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int = 0) -> Calibration:
+def calibrate(
+    model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int = 0, around: Sequence[float] = AROUND
+) -> Calibration:
     """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
 
     One forward of the dense model per sequence, one backward per sequence and draw, and the hard attention of each
-    layer at every depth per backward; no tensor of `O(T^2)`. The model runs in evaluation mode whatever its state
-    (homotopy, frozen or trainable) and is left as it was: modes, gradients and hooks.
+    layer at every depth per backward; around each map another forward, and a backward more. No tensor of `O(T^2)`.
+    The model runs in evaluation mode whatever its state (homotopy, frozen or trainable) and is left as it was: modes,
+    gradients and hooks.
 
     Args:
         model: a PeftModel with one active, unmerged topology adapter.
         sequences: int64 `[B, T]` token ids, unpadded, of the kind of text that the model will read, and `T` about as
-            long: the table holds at this length (`grow_depth` starts from it). Evaluation texts do not belong here.
+            long: the table holds at this length. Evaluation texts do not belong here.
         draws: label draws per sequence, >= 1. More sequences serve better than more draws.
         seed: of the label draws.
+        around: shares in (0, 1] of the far pairs (beyond window and sinks) that are visible in the maps around which
+            losses are measured, beside the dense model; a share below that of the sparsest map stands for that map.
 
     Returns:
-        The table, rounded to 4 significant digits; `loss` is the estimate of this module's docstring.
+        The table, rounded to 4 significant digits; `loss` is the estimate of this module's docstring, the mean over
+        the dense model and the maps, at least 0 and 0 at depth 0.
 
     Raises:
         UnsupportedModelError: no active adapter, no language-model head, weights that pass no gradient, or a gradient
             that is not finite. MergeError: the adapter is merged.
-        TopologyConfigError: `sequences` is not int64 `[B, T]`, is padded, or fits window and sinks; `draws` below 1.
+        TopologyConfigError: `sequences` is not int64 `[B, T]`, is padded, or fits window and sinks; `draws` below 1;
+            `around` out of range.
     """
     layers, config = _unmerged_layers(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_sequences(sequences, config, base)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise TopologyConfigError(f"draws must be an integer >= 1, got {draws!r}")
+    if not all(0 < share <= 1 for share in around):
+        raise TopologyConfigError(f"around must be shares of the far pairs in (0, 1], got {around!r}")
     _check_differentiable(base)
 
-    sums: dict[int, Tensor] = {}
     generators: dict[torch.device, torch.Generator] = {}
 
     def draw(probs: Tensor) -> Tensor:
@@ -84,31 +109,17 @@ def calibrate(model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int 
             generators[probs.device] = torch.Generator(probs.device).manual_seed(seed)
         return torch.multinomial(probs, 1, generator=generators[probs.device])[:, 0]
 
-    try:
-        for layer in layers:
-            layer.observer = _observer_of(layer.geometry.layer, config.sparsest_depth, sums)
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            for row in sequences.clone().split(1):  # tensors made in inference mode cannot be saved for backward
-                _backward(base, row, draws, draw)
-    finally:
-        for layer in layers:
-            layer.observer = None
-
-    shared = 1 if config.depth_per == "query_head" else math.gcd(*(_heads_per_route(layer) for layer in layers))
-    table = Calibration(
-        length=sequences.shape[1],
-        heads_per_route=shared,
-        density={},
-        loss={},
-    )
-    for layer in layers:
-        index = layer.geometry.layer
-        density, loss = (sums[index] / (sequences.shape[0] * draws)).transpose(1, 2).tolist()
-        if not all(math.isfinite(value) for head in loss for value in head):
-            raise _not_finite(f"gradients in layer {index}")
-        table["density"][index], table["loss"][index] = _rounded(density), _rounded(loss)
-    config.calibration = table
-    return table
+    # tensors made in inference mode cannot be saved for backward
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        rows = sequences.clone().split(1)
+        tables = [_measured(base, layers, config, rows, draws, draw, {})]
+        for share in around:
+            known = _mean(tables)
+            near = _near_share(known["length"], config.local_window, config.num_sink_tokens)
+            depths = choose_depths(known, reachable(known, near + (1 - near) * share))
+            tables.append(_measured(base, layers, config, rows, draws, draw, depths))
+    config.calibration = _mean(tables)
+    return config.calibration
 
 
 def choose_depths(calibration: Calibration, target_density: float) -> dict[int, list[int]]:
@@ -171,6 +182,12 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     per_head = iter([depth for depth in depths for _ in range(shared)])
     found = {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
     return found, rate
+
+
+def reachable(calibration: Calibration, density: float) -> float:
+    """`density`, or that of the sparsest map where it is more."""
+    sparsest = [head[-1] for heads in calibration["density"].values() for head in heads]
+    return max(density, math.fsum(sparsest) / len(sparsest))
 
 
 def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:
@@ -320,8 +337,105 @@ def _not_finite(what: str) -> UnsupportedModelError:
     )
 
 
-def _backward(base: Any, row: Tensor, draws: int, draw: Any) -> None:
-    """Gradients of `sum_t -log p(y_t)` for labels drawn from the model, down to the embeddings; observers see them.
+@dataclass
+class _Pass:
+    """What one pass over the sequences adds up, float64 `[2, depth + 1, H]` of each layer: density and loss, the latter
+    the first order of KL or its second, as the backward pass is that runs."""
+
+    depth: int
+    first_order: bool = False
+    first: dict[int, Tensor] = field(default_factory=dict)
+    second: dict[int, Tensor] = field(default_factory=dict)
+
+    def observer(self, layer: int) -> AttentionObserver:
+        def observe(
+            call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
+        ) -> None:
+            if not out.requires_grad:  # of the dense reference, or the first of reentrant checkpointing's two forwards
+                return
+            q, k, v, own = (x.detach() for x in (query, key, value, out))
+
+            @torch.no_grad()
+            def add(gradient: Tensor) -> None:
+                rows = _density_and_loss(call, q, k, v, own, gradient, self.depth, scores, self.first_order)
+                sums = self.first if self.first_order else self.second
+                sums[layer] = sums[layer] + rows if layer in sums else rows
+
+            out.register_hook(add)
+
+        return observe
+
+
+def _measured(
+    base: Any,
+    layers: list[TopologyHost],
+    config: TopologyConfig,
+    rows: Sequence[Tensor],
+    draws: int,
+    draw: Draw,
+    depths: dict[int, list[int]],
+) -> Calibration:
+    """The table around one depth map; an empty one is the dense model."""
+    found = _Pass(config.sparsest_depth)
+    before = config.visible_depth, config.homotopy
+    try:
+        for layer in layers:
+            layer.observer = found.observer(layer.geometry.layer)
+        config.homotopy = 1.0
+        for row in rows:
+            config.visible_depth = 0
+            reference = _final_states(base, row) if depths else None
+            config.visible_depth = dict(depths)
+            _backward(base, row, draws, draw, found, reference)
+    finally:
+        config.visible_depth, config.homotopy = before
+        for layer in layers:
+            layer.observer = None
+
+    shared = 1 if config.depth_per == "query_head" else math.gcd(*(_heads_per_route(layer) for layer in layers))
+    table = Calibration(length=rows[0].shape[1], heads_per_route=shared, density={}, loss={})
+    for layer in layers:
+        index = layer.geometry.layer
+        density, loss = found.second[index] / (len(rows) * draws)
+        if depths:
+            loss = loss + found.first[index][1] / len(rows)
+        if not torch.isfinite(loss).all():
+            raise _not_finite(f"gradients in layer {index}")
+        table["density"][index] = density.T.tolist()
+        table["loss"][index] = (loss - loss[0]).clamp(min=0).T.tolist()
+    return table
+
+
+def _mean(tables: Sequence[Calibration]) -> Calibration:
+    """Rounded to 4 digits."""
+
+    def mean(name: Literal["density", "loss"]) -> dict[int, list[list[float]]]:
+        return {
+            layer: [
+                [float(f"{statistics.fmean(values):.4g}") for values in zip(*heads, strict=True)]
+                for heads in zip(*(table[name][layer] for table in tables), strict=True)
+            ]
+            for layer in tables[0][name]
+        }
+
+    return Calibration(
+        length=tables[0]["length"],
+        heads_per_route=tables[0]["heads_per_route"],
+        density=mean("density"),
+        loss=mean("loss"),
+    )
+
+
+@torch.no_grad()
+def _final_states(base: Any, row: Tensor) -> Tensor:
+    """The last hidden states `[1, T, hidden]`."""
+    row = row.to(base.get_input_embeddings().weight.device)
+    return base.get_decoder()(input_ids=row, use_cache=False, return_dict=True).last_hidden_state
+
+
+def _backward(base: Any, row: Tensor, draws: int, draw: Draw, found: _Pass, reference: Tensor | None) -> None:
+    """Gradients of `sum_t -log p(y_t)` for labels drawn from the model, down to the embeddings, and of the KL to the
+    `reference` states' predictions, if there are any; observers see them.
 
     Nothing is accumulated in any `.grad`. Logits exist for a few tokens at a time.
     """
@@ -339,32 +453,44 @@ def _backward(base: Any, row: Tensor, draws: int, draw: Any) -> None:
     finally:
         handle.remove()
     hidden = outputs.last_hidden_state
-    gradients = _head_gradients(base, decoder, outputs, row, draws, draw)
+    gradients = _head_gradients(base, decoder, outputs, row, draws, draw, reference)
     for number, gradient in enumerate(gradients, start=1):
-        torch.autograd.grad(hidden, start, gradient, retain_graph=number < draws)
+        found.first_order = number > draws
+        torch.autograd.grad(hidden, start, gradient, retain_graph=number < len(gradients))
 
 
-def _head_gradients(base: Any, decoder: nn.Module, outputs: Any, row: Tensor, draws: int, draw: Any) -> list[Tensor]:
-    """Gradients in the last hidden states `[1, T, hidden]`, one for each draw of the labels.
+def _head_gradients(
+    base: Any, decoder: nn.Module, outputs: Any, row: Tensor, draws: int, draw: Draw, reference: Tensor | None
+) -> list[Tensor]:
+    """Gradients in the last hidden states `[1, T, hidden]`: one for each draw of the labels, then that of the KL.
 
     The model's own forward makes the logits, whatever it does after the head (soft caps, scales): its decoder is made
     to return a chunk of the hidden states it has computed.
     """
     hidden = outputs.last_hidden_state.detach()
     chunk = max(1, _LOGITS_AT_ONCE // base.get_output_embeddings().weight.shape[0])
-    gradients: list[list[Tensor]] = [[] for _ in range(draws)]
+
+    def logits_of(states: Tensor, ids: Tensor) -> Tensor:
+        with _returning(decoder, type(outputs)(**{**outputs, "last_hidden_state": states})):
+            logits = base(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    gradients: list[list[Tensor]] = [[] for _ in range(draws if reference is None else draws + 1)]
     for first in range(0, hidden.shape[1], chunk):
         rows = slice(first, first + chunk)
         states = hidden[:, rows].requires_grad_()
-        with _returning(decoder, type(outputs)(**{**outputs, "last_hidden_state": states})):
-            logits = base(input_ids=row[:, rows], use_cache=False, return_dict=True).logits[0]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits_of(states, row[:, rows])
         if not torch.isfinite(logits).all():  # on a GPU a draw from NaN would end the process
             raise _not_finite("logits")
         probs = logits.detach().softmax(-1)
         for number in range(draws):
             loss = nn.functional.cross_entropy(logits, draw(probs), reduction="sum")
-            gradients[number] += torch.autograd.grad(loss, states, retain_graph=number + 1 < draws)
+            gradients[number] += torch.autograd.grad(loss, states, retain_graph=number + 1 < len(gradients))
+        if reference is not None:
+            with torch.no_grad():
+                dense = logits_of(reference[:, rows], row[:, rows]).log_softmax(-1)
+            loss = nn.functional.kl_div(logits.log_softmax(-1), dense, log_target=True, reduction="sum")
+            gradients[-1] += torch.autograd.grad(loss, states)
     return [torch.cat(chunks, 1) for chunks in gradients]
 
 
@@ -382,58 +508,41 @@ def _returning(decoder: nn.Module, outputs: Any) -> Iterator[None]:
             decoder.__dict__["forward"] = own
 
 
-def _observer_of(layer: int, depth: int, sums: dict[int, Tensor]) -> Any:
-    """Adds a layer's density and loss, float64 `[2, depth + 1, H]`, to `sums` in each backward pass."""
-
-    def observe(
-        call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
-    ) -> None:
-        if not out.requires_grad:  # the first of the two forwards of reentrant gradient checkpointing
-            return
-        q, k, v, dense = (x.detach() for x in (query, key, value, out))
-
-        @torch.no_grad()
-        def add(gradient: Tensor) -> None:
-            rows = _density_and_loss(call, q, k, v, dense, gradient, depth, scores)
-            sums[layer] = rows if layer not in sums else sums[layer] + rows
-
-        out.register_hook(add)
-
-    return observe
-
-
 def _density_and_loss(
     call: TopologyCall,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    dense: Tensor,
+    own: Tensor,
     gradient: Tensor,
     depth: int,
     scores: dict[str, Any],
+    first_order: bool,
 ) -> Tensor:
     """float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; dense, gradient: `[B, T, H, D]`.
+        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output at the depths of `call`, gradient: in it,
+        `[B, T, H, D]`.
     """
     heads = query.shape[1]
-    exact = torch.promote_types(dense.dtype, torch.float32)
-    ones = torch.ones(heads, dtype=torch.float64, device=query.device)
-    densities, losses = [ones], [torch.zeros_like(ones)]
-    for d in range(1, depth + 1):
+    exact = torch.promote_types(own.dtype, torch.float32)
+    densities, losses = [], []
+    for d in range(depth + 1):
         plan = plan_of(call, [d] * heads)
-        density = plan.visible_count() / plan.causal_count()
+        density = (plan.visible_count() / plan.causal_count()).double()
         densities.append(density.repeat_interleave(heads // density.numel()))
-        change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - dense.to(exact)
-        first_order = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
-        spans = torch.stack([span.sum(1) for span in first_order.split(_SPAN, 1)])
-        losses.append(spans.square().sum((0, 1)) / (2 * first_order.shape[0] * first_order.shape[1]))
+        if d == 0 and not any(call.depths):
+            losses.append(torch.zeros_like(densities[0]))
+            continue
+        change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - own.to(exact)
+        moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
+        if first_order:
+            losses.append(moved.mean((0, 1)))
+        else:
+            spans = torch.stack([span.sum(1) for span in moved.split(_SPAN, 1)])
+            losses.append(spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1]))
     return torch.stack([torch.stack(densities), torch.stack(losses)])
-
-
-def _rounded(table: list[list[float]]) -> list[list[float]]:
-    return [[float(f"{value:.4g}") for value in values] for values in table]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -469,7 +578,7 @@ def _count_density(call: TopologyCall, plan: Plan) -> None:
     assert calibration is not None  # recording_density has looked
     density = calibration["density"][call.host.geometry.layer]
     length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
-    near = _local_pairs(length, window, sinks) / _local_pairs(length, length, 0)
+    near = _near_share(length, window, sinks)
     revealed = sum(values[d] for values, d in zip(density, call.depths, strict=True)) / len(density)
     share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
     visible, causal = plan.visible_count().mean(), plan.causal_count()
@@ -477,6 +586,11 @@ def _count_density(call: TopologyCall, plan: Plan) -> None:
     counts = torch.stack([visible, local + (causal - local) * share, causal])
     host = call.host
     host.density_counts = counts if host.density_counts is None else host.density_counts + counts
+
+
+def _near_share(length: int, window: int, sinks: int) -> float:
+    """Share of the causal pairs of one document that window and sinks make visible."""
+    return _local_pairs(length, window, sinks) / _local_pairs(length, length, 0)
 
 
 def _local_pairs(length: int, window: int, sinks: int) -> int:

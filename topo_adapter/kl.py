@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .calibration import allot, calibrate, expected_loss
+from .calibration import allot, calibrate, expected_loss, reachable
 from .config import TopologyConfig, VisibleDepth
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
@@ -29,9 +29,6 @@ _CHUNK_LOGITS = 2**25
 _CHECKED = 4
 _STRATA = 8
 _MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose next to nothing
-#: 0 leaves the losses of sparse and dense maps as they are, 1 makes them alike. With 1 the sparsest maps learn too
-#: little, with 0.5 those at .17 and .20 do (docs/log.md).
-_EVENNESS = 0.75
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
 TEMPERATURES = (2.0, 0.5)
@@ -196,16 +193,14 @@ def _nearest_map(config: TopologyConfig, density: float) -> _Map:
     routers.
     """
     assert config.calibration is not None  # of calibrate
-    layers = config.calibration["density"]
-    sparsest = [head[-1] for heads in layers.values() for head in heads]
-    depths, rate = allot(config.calibration, max(density, math.fsum(sparsest) / len(sparsest)))
-    price = min(config.density_weight, rate * len(sparsest) / len(layers))
+    depths, rate = allot(config.calibration, reachable(config.calibration, density))
+    price = min(config.density_weight, rate * sum(map(len, depths.values())) / len(depths))
     return _Map(dict(depths), price, expected_loss(config.calibration, depths))
 
 
 def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[float, float]) -> float:
-    """Brings the losses of sparse and dense maps nearer to each other: what the middle of the range is expected to lose
-    over what this step's map is, to the power of `_EVENNESS`.
+    """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what this
+    step's map is.
 
     The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's.
     """
@@ -214,7 +209,7 @@ def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[fl
     if reference <= 0:
         return 1.0
     expected = math.fsum(m.loss for m in maps)
-    return (reference / max(expected, reference / _MAX_RATIO)) ** _EVENNESS
+    return reference / max(expected, reference / _MAX_RATIO)
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -236,8 +231,8 @@ class KLTrainer(TopologyTrainerMixin):
     homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
     and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change. The step's
-    loss is divided by what that calibration expects of its map (over what it expects of the middle of the range), to
-    the power of 3/4, so that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are.
+    loss is divided by what that calibration expects of its map (over what it expects of the middle of the range), so
+    that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as they are.
     The price of density is the config's `density_weight`, or what the dial saves by more density at the step's map,
     where that is less.
 
@@ -268,7 +263,7 @@ class KLTrainer(TopologyTrainerMixin):
         depths: tuple[int, int] | None = None,
         densities: tuple[float, float] | None = None,
         calibration_rows: Tensor | None = None,
-        calibration_steps: int = 200,
+        calibration_steps: int = 500,
         kl_weight: float = 1.0,
         lm_weight: float = 0.0,
         **kwargs: Any,

@@ -101,12 +101,15 @@ class TopologyCall:
 
 
 class AttentionObserver(Protocol):
-    """Turns a forward into one of calibration: the base runs, and each layer shows its attention to the observer."""
+    """Turns a forward into one of calibration: each layer attends at its visible depths and shows that to the observer.
+
+    Layers whose heads all have depth 0 run the base.
+    """
 
     def __call__(
         self, call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
     ) -> None:
-        """query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; out `[B, T, H, D]`, the base's attention output."""
+        """query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; out `[B, T, H, D]`, the attention's output."""
 
 
 class TopologyHost(nn.Module):
@@ -499,7 +502,10 @@ def topology_attention_forward(
     if topology.merged:
         return _merged_attention(topology, query, key, value, depths, scores).transpose(1, 2), None
     if host.observer is not None:
-        out, weights = base(module, query, key, value, attention_mask, **kwargs)
+        if any(depths):
+            out, weights = _bridged(topology, query, key, value, depths, scores, None)[0], None
+        else:
+            out, weights = base(module, query, key, value, attention_mask, **kwargs)
         host.observer(topology, query, key, value, out, scores)
         return out, weights
 

@@ -66,10 +66,10 @@ class DistillConfig(TrainingArguments):
         },
     )
     calibration_rows: int = field(
-        default=8,
+        default=16,
         metadata={
-            "help": "Rows that the density dial is calibrated on, during and after training, >= 1. They are the first "
-            "of the data set and not trained on, unless they are more than a tenth of it."
+            "help": "Rows that the density dial is calibrated on after training, and half of them during it, >= 1. "
+            "They are the first of the data set and not trained on, unless they are more than a tenth of it."
         },
     )
 
@@ -198,7 +198,7 @@ def distill(
             train_dataset=rows,
             callbacks=[TopologyCallback((args.kl_temperature, args.kl_temperature / 4), (1.0, 1.0)), *callbacks],
             densities=(args.lowest_density, args.highest_density),
-            calibration_rows=calibration_rows,
+            calibration_rows=calibration_rows[: max(1, len(calibration_rows) // 2)],
             kl_weight=args.kl_weight,
             lm_weight=args.lm_weight,
         )
