@@ -18,7 +18,16 @@ import topo_kernels.bridge
 import topo_kernels.decode
 import topo_kernels.leaves
 import topo_kernels.plan
-from topo_adapter import TopologyConfig, attention, initialize_routers, objective, plan, relaxation, router
+from topo_adapter import (
+    TopologyConfig,
+    attention,
+    initialize_routers,
+    objective,
+    plan,
+    record_routes,
+    relaxation,
+    router,
+)
 from topo_adapter.attention import hard_attention
 from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
@@ -152,10 +161,45 @@ def test_decoding_compiles_to_one_graph(kernels: None) -> None:
 def test_a_changed_router_is_packed_anew(kernels: None) -> None:
     module = merged_model().base_model.model.model.layers[0].self_attn.topo_adapter.topo_routers["default"]
     hidden = torch.randn(1, LENGTH, 64, device=DEVICE)
-    query, key = module.addresses(hidden)
+    query, key = module.addresses(hidden, merged=True)
     module.query.weight.neg_()
-    changed, same = module.addresses(hidden)
+    changed, same = module.addresses(hidden, merged=True)
     assert torch.equal(key, same) and not torch.equal(query, changed)
+
+
+def fused_step(model: Any) -> None:
+    """A large step of what transformers trains with by default; it does not raise the weights' version."""
+    weights = [weight for name, weight in model.named_parameters() if "topo_" in name]
+    for weight in weights:
+        weight.requires_grad_().grad = torch.randn_like(weight)
+    torch.optim.AdamW(weights, lr=0.5, fused=True).step()
+    for weight in weights:
+        weight.grad = None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_trained_router_is_packed_anew(merged: bool, kernels: None) -> None:
+    model, ids = merged_model(), tokens()
+
+    def routes() -> list[Tensor]:
+        if merged:
+            model.merge_adapter()
+        try:
+            return [record.query_digits for record in record_routes(model, ids).values()]
+        finally:
+            model.unmerge_adapter()
+
+    model.unmerge_adapter()
+    before = routes()
+    versions = [weight._version for weight in model.parameters()]
+    fused_step(model)
+    assert versions == [weight._version for weight in model.parameters()]  # or the test would prove nothing
+    found = routes()
+    with mock.patch("topo_adapter.router.kernels_serve", return_value=False):
+        expected = routes()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(found, before, strict=True))
 
 
 # ---------------------------------------------------------------- plans

@@ -504,5 +504,5 @@ class TestScript:
         path = REPOSITORY / "recipes" / "distill.yaml"
         text, training, model, topology = self.parse(script, ["--config", str(path)])
         assert model.model_name_or_path == "embedded" and text.text_files is None
-        assert (training.lowest_density, training.highest_density, training.kl_steps) == (0.05, 0.4, 1800)
+        assert (training.lowest_density, training.highest_density, training.kl_steps) == (0.05, 0.4, 1400)
         assert TopologyConfig(**vars(topology)).depth == 8

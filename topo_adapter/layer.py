@@ -179,7 +179,7 @@ class TopologyHost(nn.Module):
                 chosen = router.route(states, config.temperature, training and config.gumbel_noise)
             query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
         else:
-            query_address, key_address = router.addresses(hidden_states)
+            query_address, key_address = router.addresses(hidden_states, merged)
 
         cache = kwargs.get("past_key_values")
         if training and cache is not None and cache.get_seq_length(self.geometry.layer) > 0:
@@ -311,6 +311,10 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         names = check_adapters_to_merge(self, self.check_merge(adapter_names, safe_merge))
         if self.merged_adapters and names:
             raise MergeError(f"adapter {self.merged_adapters[0]!r} is merged already; call unmerge_adapter first")
+        for name in names:
+            router = self.topo_routers[name]
+            assert isinstance(router, TopologyRouter)  # narrows the type
+            router.forget_packing()
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

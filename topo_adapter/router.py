@@ -149,11 +149,12 @@ class TopologyRouter(nn.Module):
             parameter.data = parameter.data.to(dtype if fits else torch.bfloat16)
 
     @torch.no_grad()
-    def addresses(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def addresses(self, hidden_states: Tensor, merged: bool = False) -> tuple[Tensor, Tensor]:
         """The hard choice alone, without probabilities: one fused pass on a GPU.
 
         Args:
             hidden_states: `[B, T, hidden_size]`, any float dtype.
+            merged: the weights are those of the last `forget_packing`, or have changed in a way that autograd counts.
 
         Returns:
             query and key addresses, int32 `[B, H, T]`; the same tensor if tied.
@@ -163,9 +164,15 @@ class TopologyRouter(nn.Module):
             from topo_kernels import MAX_ROUTER_WIDTH, route_addresses
 
             if self.down.out_features <= MAX_ROUTER_WIDTH:
+                if not merged:  # fused optimizers change weights without counting it in their version
+                    self.forget_packing()
                 return route_addresses(hidden_states, self._packed(hidden_states.dtype))
         query, key = (digits_to_address(logits.argmax(-1), self.arity).int() for logits in self(hidden_states))
         return query, query if self.key is None else key
+
+    def forget_packing(self) -> None:
+        """Lay the weights out anew for the kernels when they are next needed."""
+        self._packing = None
 
     def _packed(self, dtype: torch.dtype) -> PackedRouter:
         """The weights as the kernels read them, laid out anew when they have changed."""
