@@ -1,4 +1,4 @@
-"""The density dial: calibration table, Fisher loss, depth maps, merging at a density, growth and the report."""
+"""The density dial: calibration table, Fisher loss, depth maps, merging at a density and the report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from peft_helpers import (
     weights_of,
 )
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache
 
 from topo_adapter import (
     Calibration,
@@ -787,126 +787,6 @@ def test_table_of_another_model_is_refused() -> None:
     assert routed(tiny(num_hidden_layers=2), calibration=table).peft_config["default"].calibration == table
 
 
-# ---------------------------------------------------------------- growing with the length
-
-CALIBRATED = 20  # tokens
-
-
-def growing(**settings: Any) -> PeftModel:
-    """Merged; grows at 40 and 80 tokens."""
-    model = calibrated(tokens(1, CALIBRATED), grow_depth=True, **settings)
-    model.merge_adapter()
-    return model
-
-
-def fixed(visible_depth: Any) -> PeftModel:
-    model = adapted(visible_depth=visible_depth)
-    model.merge_adapter()
-    return model
-
-
-def test_growth_by_length() -> None:
-    table = made_up(1, 2, 5, 0)  # 100 tokens
-    config = TopologyConfig(depth=4, visible_depth=2, calibration=table, grow_depth=True)
-    assert [config.depth_growth(n) for n in (1, 100, 199, 200, 399, 400, 800)] == [0, 0, 0, 1, 1, 2, 3]
-    config = TopologyConfig(arity=3, depth=4, visible_depth=2, calibration=table, grow_depth=True)
-    assert [config.depth_growth(n) for n in (200, 299, 300, 899, 900)] == [0, 0, 1, 1, 2]
-    assert TopologyConfig(depth=4, visible_depth=2, calibration=table).depth_growth(10**6) == 0
-    assert TopologyConfig(depth=4, visible_depth=2, grow_depth=True).depth_growth(10**6) == 0
-    with pytest.raises(TopologyConfigError, match="grow_depth"):
-        TopologyConfig(grow_depth="yes")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("length", "deeper"), [(CALIBRATED - 1, 0), (39, 0), (40, 1), (79, 1), (80, 2)])
-def test_merged_forward_grows_with_the_length(length: int, deeper: int) -> None:
-    start = {0: [0, 1, 2, 3], 1: 2}
-    shifted = {0: [0, 1 + deeper, 2 + deeper, min(3 + deeper, DEPTH)], 1: 2 + deeper}
-    model, ids = growing(visible_depth=start), tokens(2, length)
-    found = logits_of(model, ids)
-    assert torch.equal(found, logits_of(fixed(shifted), ids))
-    if deeper:
-        assert not torch.allclose(found, logits_of(fixed(start), ids), atol=1e-2)
-        assert record_routes(model, ids)[0].visible_depth.tolist() == shifted[0]
-    model.unmerge_adapter()
-    assert torch.equal(logits_of(model, ids), logits_of(adapted(visible_depth=start), ids))  # merged only
-
-
-def test_heads_without_a_tree_and_dense_ones_do_not_grow() -> None:
-    model, ids = growing(visible_depth={0: [0, DEPTH + 1, 2, DEPTH], 1: DEPTH + 1}), tokens(2, 80)
-    grown = {0: [0, DEPTH + 1, 4, DEPTH], 1: DEPTH + 1}
-    assert torch.equal(logits_of(model, ids), logits_of(fixed(grown), ids))
-    assert record_routes(model, ids)[0].visible_depth.tolist() == grown[0]
-
-
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
-@pytest.mark.parametrize(("prompt", "depth"), [(36, 2), (40, 3)])
-def test_decoding_keeps_the_depth_of_its_prompt(prompt: int, depth: int, cache: Any) -> None:
-    """Token by token across the 40 and 80 tokens at which a prompt would grow, against one explicit forward."""
-    model, length = growing(), 84
-    ids = tokens(2, length)
-    kv = cache(config=model.config) if cache is DynamicCache else cache(config=model.config, max_cache_len=96)
-    parts = [logits_of(model, ids[:, :prompt], past_key_values=kv, use_cache=True)]
-    for t in range(prompt, length):
-        parts.append(logits_of(model, ids[:, t : t + 1], past_key_values=kv, use_cache=True))
-    found = torch.cat(parts, 1)
-    assert torch.allclose(found, logits_of(fixed(depth), ids), atol=1e-4)
-    for other in (depth - 1, depth + 1):
-        assert not torch.allclose(found[:, prompt:], logits_of(fixed(other), ids)[:, prompt:], atol=1e-2)
-
-
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
-def test_each_filling_of_a_cache_decides_anew(cache: Any) -> None:
-    model = growing()
-    kv = cache(config=model.config) if cache is DynamicCache else cache(config=model.config, max_cache_len=64)
-    for length, depth in ((40, 3), (30, 2), (41, 3)):
-        if cache is DynamicCache:
-            kv.crop(-kv.get_seq_length())
-        else:
-            kv.reset()
-        ids = tokens(1, length + 1)
-        first = logits_of(model, ids[:, :length], past_key_values=kv, use_cache=True)
-        last = logits_of(model, ids[:, length:], past_key_values=kv, use_cache=True)
-        assert torch.allclose(torch.cat([first, last], 1), logits_of(fixed(depth), ids), atol=1e-4)
-
-
-def test_generate_keeps_the_depth_of_its_prompt() -> None:
-    for prompt, depth in ((38, 2), (40, 3)):
-        ids = tokens(1, prompt)
-        settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        found = growing().generate(input_ids=ids, **settings)
-        assert torch.equal(found, fixed(depth).generate(input_ids=ids, **settings))
-
-
-def test_padding_counts_to_the_length() -> None:
-    model, ids = growing(), tokens(1, 36)
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], 1)
-    mask = (torch.arange(40) >= 4)[None].long()
-    found = logits_of(model, padded, attention_mask=mask)[:, 4:]
-    assert torch.allclose(found, logits_of(fixed(3), padded, attention_mask=mask)[:, 4:], atol=1e-5)
-    assert not torch.allclose(found, logits_of(model, ids), atol=1e-2)
-
-
-def test_growth_survives_saving(tmp_path: Path) -> None:
-    model, ids = growing(), tokens(1, 40)
-    expected = logits_of(model, ids)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(tiny(num_hidden_layers=2), str(tmp_path / "adapter")).eval()
-    assert loaded.peft_config["default"].grow_depth is True
-    loaded.merge_adapter()
-    assert torch.equal(logits_of(loaded, ids), expected)
-    save_merged(loaded.merge_and_unload(), tmp_path / "merged")
-    assert torch.equal(logits_of(load_merged(tmp_path / "merged").eval(), ids), expected)
-
-
-def test_growth_without_calibration_is_refused() -> None:
-    model = adapted(grow_depth=True)
-    with pytest.raises(MergeError, match="grow_depth needs the calibrated length"):
-        model.merge_adapter()
-    assert not any(host.merged for host in hosts(model))
-    calibrate(model, tokens(1, CALIBRATED))
-    model.merge_adapter()
-
-
 # ---------------------------------------------------------------- the report
 
 
@@ -994,15 +874,6 @@ def test_recording_adds_up_over_forwards_chunks_and_padding() -> None:
     for report in (in_chunks, density_report(model)):
         for layer, values in report.items():
             assert values == pytest.approx(whole[layer], rel=1e-6)
-
-
-def test_recording_of_a_grown_forward() -> None:
-    model, ids = growing(), tokens(4, 40)
-    with recording_density(model):
-        logits_of(model, ids)
-    values = density_report(model)[0]
-    assert values["density"] == pytest.approx(counted(model, ids)[0], abs=1e-9)
-    assert values["ratio"] == pytest.approx(1.0, rel=0.15)
 
 
 def test_collapsed_routes_are_warned_of() -> None:

@@ -55,7 +55,6 @@ BAD: dict[str, tuple[Any, ...]] = {
     "balance_weight": (-0.01, *NUMBERS),
     "density_weight": (-0.01, *NUMBERS),
     "calibration": (True, {}, [], {"length": 4}, {"length": 0, "heads_per_route": 1, "density": {}, "loss": {}}),
-    "grow_depth": (0, 1, None, "no"),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
     "layers_to_transform": (-1, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
 }
@@ -81,7 +80,6 @@ GOOD: dict[str, tuple[Any, ...]] = {
         None,
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
     ),
-    "grow_depth": (True, False),
     "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),
     "layers_to_transform": (None, 0, [], [0, 3]),
 }

@@ -339,13 +339,16 @@ def _not_finite(what: str) -> UnsupportedModelError:
 
 @dataclass
 class _Pass:
-    """What one pass over the sequences adds up, float64 `[2, depth + 1, H]` of each layer: density and loss, the latter
-    the first order of KL or its second, as the backward pass is that runs."""
+    """What one pass over the sequences adds up, for each layer: see `_density_and_loss`.
+
+    draws, backwards: backward passes per sequence over drawn labels, and all of them; the last may be KL's own.
+    """
 
     depth: int
-    first_order: bool = False
-    first: dict[int, Tensor] = field(default_factory=dict)
-    second: dict[int, Tensor] = field(default_factory=dict)
+    draws: int
+    backwards: int
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, list[Tensor]] = field(default_factory=dict)  # of a layer, until all passes have been
 
     def observer(self, layer: int) -> AttentionObserver:
         def observe(
@@ -357,9 +360,12 @@ class _Pass:
 
             @torch.no_grad()
             def add(gradient: Tensor) -> None:
-                rows = _density_and_loss(call, q, k, v, own, gradient, self.depth, scores, self.first_order)
-                sums = self.first if self.first_order else self.second
-                sums[layer] = sums[layer] + rows if layer in sums else rows
+                gradients = self.gradients.setdefault(layer, [])
+                gradients.append(gradient)
+                if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
+                    rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.depth, scores)
+                    self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
+                    gradients.clear()
 
             out.register_hook(add)
 
@@ -376,7 +382,7 @@ def _measured(
     depths: dict[int, list[int]],
 ) -> Calibration:
     """The table around one depth map; an empty one is the dense model."""
-    found = _Pass(config.sparsest_depth)
+    found = _Pass(config.sparsest_depth, draws, draws + 1 if depths else draws)
     before = config.visible_depth, config.homotopy
     try:
         for layer in layers:
@@ -386,7 +392,7 @@ def _measured(
             config.visible_depth = 0
             reference = _final_states(base, row) if depths else None
             config.visible_depth = dict(depths)
-            _backward(base, row, draws, draw, found, reference)
+            _backward(base, row, draws, draw, reference)
     finally:
         config.visible_depth, config.homotopy = before
         for layer in layers:
@@ -396,9 +402,8 @@ def _measured(
     table = Calibration(length=rows[0].shape[1], heads_per_route=shared, density={}, loss={})
     for layer in layers:
         index = layer.geometry.layer
-        density, loss = found.second[index] / (len(rows) * draws)
-        if depths:
-            loss = loss + found.first[index][1] / len(rows)
+        density, first, second = found.sums[index] / len(rows)
+        loss = first + second
         if not torch.isfinite(loss).all():
             raise _not_finite(f"gradients in layer {index}")
         table["density"][index] = density.T.tolist()
@@ -433,7 +438,7 @@ def _final_states(base: Any, row: Tensor) -> Tensor:
     return base.get_decoder()(input_ids=row, use_cache=False, return_dict=True).last_hidden_state
 
 
-def _backward(base: Any, row: Tensor, draws: int, draw: Draw, found: _Pass, reference: Tensor | None) -> None:
+def _backward(base: Any, row: Tensor, draws: int, draw: Draw, reference: Tensor | None) -> None:
     """Gradients of `sum_t -log p(y_t)` for labels drawn from the model, down to the embeddings, and of the KL to the
     `reference` states' predictions, if there are any; observers see them.
 
@@ -455,7 +460,6 @@ def _backward(base: Any, row: Tensor, draws: int, draw: Draw, found: _Pass, refe
     hidden = outputs.last_hidden_state
     gradients = _head_gradients(base, decoder, outputs, row, draws, draw, reference)
     for number, gradient in enumerate(gradients, start=1):
-        found.first_order = number > draws
         torch.autograd.grad(hidden, start, gradient, retain_graph=number < len(gradients))
 
 
@@ -514,35 +518,36 @@ def _density_and_loss(
     key: Tensor,
     value: Tensor,
     own: Tensor,
-    gradient: Tensor,
+    gradients: list[Tensor],
+    draws: int,
     depth: int,
     scores: dict[str, Any],
-    first_order: bool,
 ) -> Tensor:
-    """float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
+    """float64 `[3, depth + 1, H]`: density, first and second order; one depth's change is alive at a time.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output at the depths of `call`, gradient: in it,
-        `[B, T, H, D]`.
+        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output at the depths of `call`, `[B, T, H, D]`.
+        gradients: in `own`, for `draws` draws of the labels and, unless `call` is dense, of the KL.
     """
     heads = query.shape[1]
     exact = torch.promote_types(own.dtype, torch.float32)
-    densities, losses = [], []
+    rows = []
     for d in range(depth + 1):
         plan = plan_of(call, [d] * heads)
         density = (plan.visible_count() / plan.causal_count()).double()
-        densities.append(density.repeat_interleave(heads // density.numel()))
-        if d == 0 and not any(call.depths):
-            losses.append(torch.zeros_like(densities[0]))
-            continue
-        change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - own.to(exact)
-        moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
-        if first_order:
-            losses.append(moved.mean((0, 1)))
-        else:
-            spans = torch.stack([span.sum(1) for span in moved.split(_SPAN, 1)])
-            losses.append(spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1]))
-    return torch.stack([torch.stack(densities), torch.stack(losses)])
+        density = density.repeat_interleave(heads // density.numel())
+        first, second = torch.zeros_like(density), torch.zeros_like(density)
+        if d or any(call.depths):
+            change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - own.to(exact)
+            for number, gradient in enumerate(gradients):
+                moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
+                if number == draws:
+                    first += moved.mean((0, 1))
+                    continue
+                spans = torch.stack([span.sum(1) for span in moved.split(_SPAN, 1)])
+                second += spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1] * draws)
+        rows.append(torch.stack([density, first, second]))
+    return torch.stack(rows, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------

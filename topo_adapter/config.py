@@ -138,14 +138,6 @@ class TopologyConfig(PeftConfig):
             "merge_adapter(target_density=...) chooses depths from. Stale once the routers are trained further."
         },
     )
-    grow_depth: bool = field(
-        default=False,
-        metadata={
-            "help": "Merged only: heads of depth 1..L go one level deeper per factor `arity` that a sequence is longer "
-            "than the calibrated length, at most to `depth`. What counts is the length of the forward that fills an "
-            "empty cache, padding included, or of a forward without cache; decoding keeps the depth of its prompt."
-        },
-    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
@@ -174,7 +166,6 @@ class TopologyConfig(PeftConfig):
         self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked", "marginal"))
         self._check_bool("tie_query_key", self.tie_query_key)
         self._check_bool("gumbel_noise", self.gumbel_noise)
-        self._check_bool("grow_depth", self.grow_depth)
         self._check_float("homotopy", self.homotopy, 0.0, 1.0)
         self._check_float("temperature", self.temperature, 0.0, float("inf"), open_low=True)
         self._check_float("balance_weight", self.balance_weight, 0.0, float("inf"))
@@ -224,15 +215,6 @@ class TopologyConfig(PeftConfig):
     def sparsest_depth(self) -> int:
         """The largest visible depth: `L + 1`, window and sinks alone; `L` if the kernels have no room for it."""
         return self.depth + 1 if self.arity**self.depth < MAX_LEAVES else self.depth
-
-    def depth_growth(self, length: int) -> int:
-        """Levels that `grow_depth` adds for `length` tokens: `floor(log_p(length / calibrated length))`, at least 0."""
-        if not self.grow_depth or self.calibration is None:
-            return 0
-        levels = 0
-        while self.calibration["length"] * self.arity ** (levels + 1) <= length:
-            levels += 1
-        return levels
 
     def _checked_calibration(self) -> Calibration | None:
         table: Any = self.calibration

@@ -263,7 +263,7 @@ class KLTrainer(TopologyTrainerMixin):
         depths: tuple[int, int] | None = None,
         densities: tuple[float, float] | None = None,
         calibration_rows: Tensor | None = None,
-        calibration_steps: int = 500,
+        calibration_steps: int = 300,
         kl_weight: float = 1.0,
         lm_weight: float = 0.0,
         **kwargs: Any,

@@ -188,9 +188,6 @@ class TopologyHost(nn.Module):
                 "Train on whole sequences, or call model.eval()."
             )
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
-        if merged and config.grow_depth:
-            growth = self._growth(config, hidden_states.shape[1], cache, records)
-            depths = [min(depth + growth, config.depth) if 0 < depth <= config.depth else depth for depth in depths]
         if self.recorder is not None:
             self.recorder[self.geometry.layer] = self._record(query_address, key_address, depths, config)
         query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
@@ -198,20 +195,6 @@ class TopologyHost(nn.Module):
         routes = chosen if differentiable and (records is None or records.empty) else None
         keys = Keys(key_address, query) if records is None else records.append(key_address, query)
         return TopologyCall(self, config, depths, routes, query_address, query, keys, merged, training)
-
-    def _growth(self, config: TopologyConfig, length: int, cache: Any, records: KeyRecords | None) -> int:
-        """Levels added to the depth of every sparse head.
-
-        The forward that fills an empty cache decides for all that follow: if decoding deepened the balls on its way,
-        a token's keys would depend on when it was generated and not only on what section 2 says.
-        """
-        if records is None:
-            return config.depth_growth(length)
-        slot = cache.layers[self.geometry.layer]
-        if records.empty or not hasattr(slot, "topology_growth"):
-            past = records.length if isinstance(records.length, int) else 0
-            slot.topology_growth = config.depth_growth(past + length)
-        return slot.topology_growth
 
     def _record(
         self, query_address: Tensor, key_address: Tensor, depths: list[int], config: TopologyConfig
@@ -295,11 +278,6 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
                 raise MergeError(
                     f"homotopy must be 1 to merge adapter {name!r}, got {config.homotopy}: the topology is not fully "
                     "in force, so the merged model would differ. Finish training, or set config.homotopy = 1."
-                )
-            if config.grow_depth and config.calibration is None:
-                raise MergeError(
-                    f"grow_depth needs the calibrated length of adapter {name!r}, got no calibration; call "
-                    "calibrate(model, sequences) before merging, or set config.grow_depth = False."
                 )
             for key, value in self.topo_routers[name].state_dict().items():
                 if safe_merge and not torch.isfinite(value.float()).all():

@@ -104,7 +104,7 @@ class TopologyModel(BaseTuner):
 
         Raises:
             MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite;
-                `target_density` or `grow_depth` without a calibration, or `target_density` while merged.
+                `target_density` without a calibration or while merged.
             TopologyConfigError: `target_density` out of range, or below what the deepest map reaches.
         """
         # before any layer changes, so that a refusal leaves no half-merged model

@@ -68,7 +68,7 @@ class DistillConfig(TrainingArguments):
     calibration_rows: int = field(
         default=16,
         metadata={
-            "help": "Rows that the density dial is calibrated on after training, and half of them during it, >= 1. "
+            "help": "Rows that the density dial is calibrated on after training, >= 1; during it, a quarter of them. "
             "They are the first of the data set and not trained on, unless they are more than a tenth of it."
         },
     )
@@ -198,7 +198,7 @@ def distill(
             train_dataset=rows,
             callbacks=[TopologyCallback((args.kl_temperature, args.kl_temperature / 4), (1.0, 1.0)), *callbacks],
             densities=(args.lowest_density, args.highest_density),
-            calibration_rows=calibration_rows[: max(1, len(calibration_rows) // 2)],
+            calibration_rows=calibration_rows[: max(1, len(calibration_rows) // 4)],
             kl_weight=args.kl_weight,
             lm_weight=args.lm_weight,
         )
