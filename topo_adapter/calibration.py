@@ -69,10 +69,10 @@ def calibrate(
 ) -> Calibration:
     """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
 
-    One forward of the dense model per sequence, one backward per sequence and draw, and the hard attention of each
-    layer at every depth per backward; around each map another forward, and a backward more. No tensor of `O(T^2)`.
-    The model runs in evaluation mode whatever its state (homotopy, frozen or trainable) and is left as it was: modes,
-    gradients and hooks.
+    Beside the dense model and around each map: one forward per sequence (two around a map), one backward per draw (and
+    one of the KL around a map), and the hard attention of each layer at every depth. No tensor of `O(T^2)`. The model
+    runs in evaluation mode whatever its state (homotopy, frozen or trainable) and is left as it was: modes, gradients,
+    hooks, visible depth.
 
     Args:
         model: a PeftModel with one active, unmerged topology adapter.

@@ -164,7 +164,8 @@ class TopologyRouter(nn.Module):
             from topo_kernels import MAX_ROUTER_WIDTH, route_addresses
 
             if self.down.out_features <= MAX_ROUTER_WIDTH:
-                if not merged:  # fused optimizers change weights without counting it in their version
+                # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
+                if not merged and not graph_is_recorded():
                     self.forget_packing()
                 return route_addresses(hidden_states, self._packed(hidden_states.dtype))
         query, key = (digits_to_address(logits.argmax(-1), self.arity).int() for logits in self(hidden_states))
