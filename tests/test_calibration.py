@@ -289,6 +289,15 @@ def test_loss_around_a_map_is_the_change_of_the_kl_from_there() -> None:
     assert not torch.allclose(torch.tensor(seen), torch.tensor(estimated), rtol=0.5)
 
 
+def test_maps_are_measured_around_by_default() -> None:
+    model, ids = adapted(), tokens(1, LENGTH)
+    table = calibrate(model, ids)
+    assert table == calibrate(model, ids, around=calibration.AROUND) != beside_dense(model, ids)
+    assert len(calibration.AROUND) == 3
+    for heads in table["loss"].values():
+        assert all(losses[0] == 0 and min(losses) >= 0 and max(losses) > 0 for losses in heads)
+
+
 @pytest.mark.parametrize("around", [(0.0,), (0.5, 1.5), (-0.1,)])
 def test_shares_to_measure_around_are_checked(around: tuple[float, ...]) -> None:
     with pytest.raises(TopologyConfigError, match="around must be shares of the far pairs in"):

@@ -402,8 +402,7 @@ def _measured(
     table = Calibration(length=rows[0].shape[1], heads_per_route=shared, density={}, loss={})
     for layer in layers:
         index = layer.geometry.layer
-        density, first, second = found.sums[index] / len(rows)
-        loss = first + second
+        density, loss = found.sums[index] / len(rows)
         if not torch.isfinite(loss).all():
             raise _not_finite(f"gradients in layer {index}")
         table["density"][index] = density.T.tolist()
@@ -523,7 +522,7 @@ def _density_and_loss(
     depth: int,
     scores: dict[str, Any],
 ) -> Tensor:
-    """float64 `[3, depth + 1, H]`: density, first and second order; one depth's change is alive at a time.
+    """Density and loss, float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output at the depths of `call`, `[B, T, H, D]`.
@@ -536,17 +535,17 @@ def _density_and_loss(
         plan = plan_of(call, [d] * heads)
         density = (plan.visible_count() / plan.causal_count()).double()
         density = density.repeat_interleave(heads // density.numel())
-        first, second = torch.zeros_like(density), torch.zeros_like(density)
+        loss = torch.zeros_like(density)
         if d or any(call.depths):
             change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - own.to(exact)
             for number, gradient in enumerate(gradients):
                 moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
                 if number == draws:
-                    first += moved.mean((0, 1))
+                    loss += moved.mean((0, 1))
                     continue
                 spans = torch.stack([span.sum(1) for span in moved.split(_SPAN, 1)])
-                second += spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1] * draws)
-        rows.append(torch.stack([density, first, second]))
+                loss += spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1] * draws)
+        rows.append(torch.stack([density, loss]))
     return torch.stack(rows, 1)
 
 
