@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError, recipe
+from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError, kl, recipe
 from topo_adapter.calibration import calibrate, choose_depths
 from topo_adapter.recipe import DistillConfig, distill, text_windows
 from topo_adapter.training import initialize_routers
@@ -269,6 +269,23 @@ class TestText:
         args = arguments(tmp_path, max_length=16, local_steps=steps, kl_steps=0, calibration_rows=5)
         distill(base(), ["w5 w6 w7 w8 " * 100], config(), args, processing_class=tokenizer())
         assert asked == [steps + 5] and measured[0].shape == (5, 16)
+
+    @pytest.mark.parametrize(("count", "during"), [(8, 2), (1, 1)])
+    def test_training_calibrates_on_a_quarter_of_the_rows(
+        self, tmp_path: Path, count: int, during: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured = []
+
+        def note(model: PeftModel, sequences: Tensor, **kwargs: Any) -> Any:
+            measured.append(sequences)
+            return calibrate(model, sequences, **kwargs)
+
+        monkeypatch.setattr(recipe, "calibrate", note)
+        monkeypatch.setattr(kl, "calibrate", note)
+        data = rows(9)
+        distill(base(), data, config(), arguments(tmp_path, local_steps=0, kl_steps=1, calibration_rows=count))
+        assert [len(sequences) for sequences in measured] == [during, count]
+        assert torch.equal(measured[0], measured[1][:during])
 
 
 class TestResume:
