@@ -56,6 +56,7 @@ class Case:
     one_hot: bool = False
     batch: int = 2
     identity: bool = False  # no order is given
+    masked: bool = False  # only visible pairs pass the attention's gradient
 
     @property
     def tree(self) -> tuple[int, int]:
@@ -87,6 +88,10 @@ class Problem:
     @property
     def options(self) -> dict[str, Any]:
         return {"scale": self.case.dim**-0.5, "softcap": self.case.softcap}
+
+    @property
+    def balls(self) -> tuple[Tensor, Tensor] | None:
+        return (self.query_ball.int(), self.key_ball.int()) if self.case.masked else None
 
     def plan(self) -> dict[str, Any]:
         case = self.case
@@ -140,7 +145,7 @@ def run(problem: Problem, tile_size: int | None = None, **changed: Any) -> tuple
     size = tile_size or (None if GPU else 64)
     dout, dpairs = changed.pop("dout", problem.dout), changed.pop("dpairs", problem.dpairs)
     arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs")}
-    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP} | changed
+    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls} | changed
     probs = [arguments[name].detach().requires_grad_() for name in ("query_probs", "key_probs")]
     arguments |= dict(zip(("query_probs", "key_probs"), probs, strict=True))
     with ExitStack() as stack:
@@ -173,7 +178,7 @@ def definition(problem: Problem) -> dict[str, Tensor]:
         local_window=case.window,
         num_sink_tokens=case.sinks,
         homotopy=1.0,
-        bridge="full",
+        bridge="masked" if case.masked else "full",
         **problem.options,
     )
     upstream = problem.dout.double(), problem.dpairs.double()
@@ -203,7 +208,8 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
         lse = seen.logsumexp(-1, keepdim=True).masked_fill(~visible.any(-1, keepdim=True), 0.0)
         out = ((seen - lse).exp().to(case.dtype).float() @ v).to(case.dtype).float()
         gap = (scores - lse).clamp(max=MAX_GAP)
-        ds = gap.exp() * (dout @ v.transpose(1, 2) - (out * dout).sum(-1, keepdim=True)) + problem.dpairs[h]
+        ds = gap.exp() * (dout @ v.transpose(1, 2) - (out * dout).sum(-1, keepdim=True))
+        ds = (ds.masked_fill(~visible, 0.0) if case.masked else ds) + problem.dpairs[h]
         ds = ds.masked_fill(~far[:, 0], 0.0).to(bfloat).float()
         query, key = (t[:, h].detach().to(bfloat).float() for t in leaves)
         found["query_probs"].append(ds @ key)
@@ -247,6 +253,9 @@ CASES = [
     *(Case(softcap=cap, length=70, dtype=dtype, batch=1) for cap in (0.5, 30.0) for dtype in (torch.float32, HALF)),
     *(Case(length=70, one_hot=True, layout=layout) for layout in ("plain", "packed")),
     *(Case(length=70, sharp=12.0, dtype=dtype, window=4, sinks=1, batch=1) for dtype in (torch.float32, HALF)),
+    *(Case(length=n, masked=True, identity=True, leaves=4, batch=1) for n in (1, 70, 129)),
+    *(Case(length=90, masked=True, layout=layout, heads=4, kv_heads=2, leaves=3) for layout in LAYOUTS),
+    *(Case(length=70, masked=True, sharp=12.0, dtype=HALF, leaves=81, window=4, layout=x) for x in ("plain", "packed")),
 ]
 _MODEL = Case(heads=9, kv_heads=3, dim=64, leaves=64, window=128, batch=1, dtype=torch.bfloat16, identity=True)
 GPU_CASES = [
@@ -264,6 +273,12 @@ GPU_CASES = [
     *(replace(_MODEL, length=1025, sharp=12.0, window=4, dtype=t) for t in (torch.bfloat16, HALF, torch.float32)),
     *(replace(_MODEL, length=1025, one_hot=True, dtype=t) for t in (torch.bfloat16, torch.float32)),
     *(replace(_MODEL, length=1025, heads=8, kv_heads=n) for n in (1, 8)),
+    *(replace(_MODEL, length=n, masked=True, leaves=m) for n in (129, 1025, 4097) for m in (4, 64, 256)),
+    *(
+        replace(_MODEL, length=1500, layout=layout, identity=False, batch=3, heads=3, dtype=dtype, masked=True)
+        for layout in LAYOUTS
+        for dtype in (torch.bfloat16, HALF, torch.float32)
+    ),
 ]
 
 
@@ -322,7 +337,9 @@ def test_attention_is_the_hard_one(case: Case) -> None:
         assert float((found - exact[name]).abs().max()) < tolerance * float(exact[name].abs().max())
 
 
-@pytest.mark.parametrize("wrong", ["window", "sinks", "order", "query probs", "key probs", "ball", "gap", "price"])
+@pytest.mark.parametrize(
+    "wrong", ["window", "sinks", "order", "query probs", "key probs", "ball", "gap", "price", "balls"]
+)
 def test_wrong_input_is_noticed(wrong: str) -> None:
     problem = make(Case(length=130, batch=1, sharp=12.0 if wrong == "gap" else 1.0))
     changed: dict[str, Any] = {}
@@ -336,6 +353,8 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         key_ball = problem.key_ball.clone()
         key_ball[0, 1, 40] = problem.query_ball[0, 1, 100]
         changed = {k: v for k, v in replace(problem, key_ball=key_ball).plan().items() if k != "local_order"}
+    elif wrong == "balls":
+        changed["balls"] = problem.query_ball.int(), problem.key_ball.int()
     elif wrong == "price":
         changed["dpairs"] = problem.dpairs + 0.01
     elif wrong == "gap":
@@ -358,6 +377,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         Case(layout="middle_padding", length=130, dtype=HALF, dim=40),
         Case(layout="packed", length=131, leaves=9),
         Case(length=131, leaves=9, identity=True),
+        Case(layout="middle_padding", length=70, leaves=4, masked=True),
     ],
     ids=str,
 )
@@ -373,6 +393,8 @@ def test_nothing_outside_is_read(case: Case) -> None:
     for name in ("local_start", "local_end"):  # padding: any range, if it is empty
         plan[name] = plan[name].masked_fill(~problem.layout.real, case.length)
     dirty |= {name: guarded(t) if isinstance(t, Tensor) else t for name, t in plan.items()}
+    if problem.balls is not None:
+        dirty["balls"] = tuple(guarded(ball) for ball in problem.balls)
     with nan_in_new_memory():
         found = run(problem, **dirty)
     for got, right in zip(found, clean, strict=True):
@@ -418,19 +440,23 @@ def test_memory_is_linear() -> None:
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
         ("max_gap", lambda _: 61.0, "max_gap must be from 0 to 60"),
         ("max_gap", lambda _: -1.0, "max_gap must be from 0 to 60"),
+        ("balls", lambda both: (both[0].long(), both[1]), r"balls of queries must be int32 \[2, 2, 20\]"),
+        ("balls", lambda both: (both[0], both[1][:, :1]), r"balls of keys must be int32 \[2, 2, 20\].*2, 1, 20"),
     ],
 )
 def test_refuses(argument: str, change, message: str) -> None:
-    problem = make(Case(length=20))
+    problem = make(Case(length=20, masked=True))
     arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs")}
-    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP}
+    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls}
     with pytest.raises(ValueError, match=message):
         bridged_topology_attention(**(arguments | {argument: change(arguments[argument])}))
 
 
-def test_operators() -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_operators(masked: bool) -> None:
     """Fake implementations and autograd registration."""
-    problem = make(Case(length=20))
+    problem = make(Case(length=20, masked=masked))
+    balls = problem.balls or (None, None)
     plan = problem.plan()
     tree = [plan[name] for name in ("query_order", "range_start", "range_end", "key_order")]
     local = [plan[name] for name in ("local_order", "document_start", "local_start", "local_end")]
@@ -438,10 +464,11 @@ def test_operators() -> None:
     probs = [t.detach().clone().requires_grad_() for t in (problem.query_probs, problem.key_probs)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     with tile(64):
-        arguments = (*qkv, *probs, *tree, *local, 4, 1.0, None, 10.0)
+        arguments = (*qkv, *probs, *balls, *tree, *local, 4, 1.0, None, 10.0)
         torch.library.opcheck(bridge._bridged_attention, arguments, test_utils=tests)
         statistics = problem.q, problem.q[..., 0].float().contiguous(), problem.dout, problem.dpairs
-        arguments = (*(t.detach() for t in qkv), *statistics, *(t.detach() for t in probs), *local, 4, 1.0, None, 10.0)
+        fixed = [t.detach() for t in probs]
+        arguments = (*(t.detach() for t in qkv), *statistics, *fixed, *balls, *local, 4, 1.0, None, 10.0)
         torch.library.opcheck(bridge._bridge_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -543,8 +570,9 @@ LIBRARY: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("reach", ["full", "masked"])
 @pytest.mark.parametrize("settings", LIBRARY, ids=str)
-def test_bridged_attention_on_kernels(settings: dict[str, Any]) -> None:
+def test_bridged_attention_on_kernels(settings: dict[str, Any], reach: str) -> None:
     settings = {"dtype": torch.float32, "dim": 16, "length": 33, **settings}
     softcap, tied = settings.pop("softcap", None), settings.pop("tied", False)
     problem = make_problem(settings.pop("layout", "plain"), **settings)
@@ -552,15 +580,13 @@ def test_bridged_attention_on_kernels(settings: dict[str, Any]) -> None:
         problem = replace(problem, routes=Routes(problem.routes.query, problem.routes.query))
     problem = on_device(problem)
     with kernels(planning=GPU or problem.query.plain) as bridge:
-        found = differentiated(problem, softcap)
+        found = differentiated(problem, softcap, reach)
     assert bridge.call_count == 1
-    exact = differentiated(widened(problem), softcap)
-    masked = differentiated(widened(problem), softcap, "masked")
-    if tied:
-        exact, masked = (differentiated(widened_tied(problem), softcap, b) for b in ("full", "masked"))
+    wide = widened_tied(problem) if tied else widened(problem)
+    exact, other = (differentiated(wide, softcap, b) for b in (reach, "masked" if reach == "full" else "full"))
     for got, right in zip(found, exact, strict=True):
         assert float((got - right).abs().max()) < 1e-5 * float(right.abs().max())
-    assert float((masked[-1] - exact[-1]).abs().max()) > 1e-2 * float(exact[-1].abs().max()), "another bridge must show"
+    assert float((other[-1] - exact[-1]).abs().max()) > 1e-2 * float(exact[-1].abs().max()), "another bridge must show"
 
 
 def widened_tied(problem: helpers.Problem) -> helpers.Problem:
@@ -591,7 +617,6 @@ def problem_on_cpu(problem: helpers.Problem) -> helpers.Problem:
     ("homotopy", "bridge", "settings"),
     [
         (0.5, "full", {}),
-        (1.0, "masked", {}),
         (1.0, "marginal", {}),
         (1.0, "full", {"dim": 8}),
         (1.0, "full", {"depth": 9, "depths": (1, 9, 2, 0)}),  # more leaves than a tile holds
@@ -606,7 +631,8 @@ def test_the_torch_path_serves_the_rest(homotopy: float, bridge: str, settings: 
     assert kernel.call_count == 0 and query.grad is not None and query.grad.any()
 
 
-def test_a_model_trains_on_kernels() -> None:
+@pytest.mark.parametrize("reach", ["full", "masked"])
+def test_a_model_trains_on_kernels(reach: str) -> None:
     """The router has the gradient of the torch path."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -620,7 +646,7 @@ def test_a_model_trains_on_kernels() -> None:
     )
     topology = TopologyConfig(
         depth=3, visible_depth=2, local_window=4, num_sink_tokens=2, gumbel_noise=False, density_weight=0.3,
-        balance_weight=0.0, route_per="kv_head",
+        balance_weight=0.0, route_per="kv_head", gradient_bridge=reach,
     )  # fmt: skip
     model = get_peft_model(LlamaForCausalLM(config).to(DEVICE), topology)
     ids = torch.randint(97, (2, 28), generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -156,22 +156,25 @@ def bridged_attention(
         num_levels: `L`. depths: visible depth of each of the `H` heads, in `0..L + 1`. homotopy: `c` in `[0, 1]`.
         plan: of the hard mask; None makes it where it is needed.
         block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed). On a GPU
-            the kernels take over where `homotopy` is 1 and the bridge 'full', in `O(S)`.
+            the kernels take over where `homotopy` is 1 and the bridge not 'marginal', in `O(S)`.
 
     Returns:
         out: `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
         far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
             sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
-    addresses = query_address, key_address
-    if homotopy == 1 and bridge == "full" and _kernels_bridge(q, k, v, routes, arity, depths):
+
+    def balls() -> tuple[Tensor, Tensor]:
+        return role_balls(query_address, key_address, arity, num_levels, sent(depths, q.device)[:, None])
+
+    if homotopy == 1 and bridge != "marginal" and _kernels_bridge(q, k, v, routes, arity, depths):
         if plan is None:
-            both = role_balls(*addresses, arity, num_levels, sent(depths, q.device)[:, None])
             sizes = [num_balls(arity, num_levels, depth) for depth in depths]
-            balls = sent(sizes, q.device)
-            plan = make_plan(*both, balls, max(sizes), query, key, local_window, num_sink_tokens)
-        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap)
-    query_ball, key_ball = role_balls(*addresses, arity, num_levels, sent(depths, q.device)[:, None])
+            counts = sent(sizes, q.device)
+            plan = make_plan(*balls(), counts, max(sizes), query, key, local_window, num_sink_tokens)
+        reach = balls() if bridge == "masked" else None
+        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap, reach)
+    query_ball, key_ball = balls()
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice
@@ -246,8 +249,10 @@ def _bridged_by_kernels(
     depths: Sequence[int],
     scale: float,
     softcap: float | None,
+    balls: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """`bridged_attention` at homotopy 1 with the full bridge: the hard attention, and its router's gradient."""
+    """`bridged_attention` at homotopy 1: the hard attention, and its router's gradient, which the balls of queries and
+    keys restrict to visible pairs."""
     if routes is None or not _router_learns(routes) or max(depths) == 0:
         far_pairs = plan.far_count().float()
         return hard_attention(q, k, v, plan, scale, softcap), far_pairs.repeat_interleave(len(depths) // len(far_pairs))
@@ -273,4 +278,5 @@ def _bridged_by_kernels(
             scale=scale,
             softcap=softcap,
             max_gap=_MAX_GAP,
+            balls=None if balls is None else (balls[0].int(), balls[1].int()),
         )

@@ -11,6 +11,9 @@ Far keys of a query are a range of local ranks, and so are, seen from a key, the
 serves both: a program holds a block of rows, queries or keys, and walks over the columns, keys or queries. Leaves exist
 in the backward pass alone. Memory is `O(N)`, sums run in a fixed order, there are no atomics.
 
+With the balls of queries and keys, only pairs of one ball, the visible ones, pass that derivative on (the paper's
+masked bridge).
+
 The number of far pairs that are visible is a second output. Its derivative by any `S_ij` is 1, so a price on it costs
 nothing: its gradient is added to `dS_ij`.
 """
@@ -39,6 +42,7 @@ def _far_run(
     b_acc,  # [BLOCK_R, BLOCK_V] fp32
     b_first,  # [BLOCK_R] int32, ranks of columns
     b_last,  # [BLOCK_R] int32
+    b_ball,  # [BLOCK_R] int32; unused without HAS_BALLS
     lo,
     hi,
     p_order,
@@ -47,6 +51,7 @@ def _far_run(
     p_leaves,
     p_lse,
     p_delta,
+    p_ball,
     stride_uc,
     stride_wc,
     price,
@@ -61,6 +66,7 @@ def _far_run(
     BY_QUERY: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_BALLS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the columns of ranks `[lo, hi)`: without MASKED they are whole tiles, and far from every row."""
@@ -89,7 +95,11 @@ def _far_run(
         else:
             b_gap = b_s - tl.load(p_lse + o_col, mask=m_c, other=0.0)[None, :]
             b_t -= tl.load(p_delta + o_col, mask=m_c, other=0.0)[None, :]
-        b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t + price
+        b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t
+        if HAS_BALLS:
+            b_other = tl.load(p_ball + o_col, mask=m_c, other=0)
+            b_ds = tl.where(b_ball[:, None] == b_other[None, :], b_ds, 0.0)
+        b_ds += price
         if MASKED:
             m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
             b_ds = tl.where(m_far, b_ds, 0.0)
@@ -107,6 +117,8 @@ def _far_kernel(
     lse,  # [B, H, R or C] fp32, base 2, of the queries
     delta,  # [B, H, R or C] fp32, <out, dout>
     prices,  # [H] fp32, gradient of the number of visible far pairs
+    row_ball,  # [B, H, R] int32, unused without HAS_BALLS
+    column_ball,  # [B, H, C]
     row_order,  # [B, R], unused without HAS_ORDER
     column_order,  # [B, C], unused without HAS_ORDER
     first,  # [B, R], by rank of the row, ranks of columns
@@ -140,6 +152,7 @@ def _far_kernel(
     BY_QUERY: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_BALLS: tl.constexpr,
 ):
     n_r = tl.cdiv(R, BLOCK_R)
     i_r = tl.program_id(0) % n_r
@@ -178,6 +191,9 @@ def _far_kernel(
     if BY_QUERY:
         b_lse = tl.load(p_lse + o_row, mask=m_some, other=0.0)
         b_delta = tl.load(p_delta + o_row, mask=m_some, other=0.0)
+    b_ball = tl.zeros([BLOCK_R], dtype=tl.int32)
+    if HAS_BALLS:
+        b_ball = tl.load(row_ball + i_bh * R + o_row, mask=m_some, other=0)
     b_acc = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
     price = tl.load(prices + i_h)
 
@@ -208,6 +224,7 @@ def _far_kernel(
             b_acc,
             b_first,
             b_last,
+            b_ball,
             begin,
             stop,
             column_order + i_b * C,
@@ -216,6 +233,7 @@ def _far_kernel(
             leaves + i_bh * C * V,
             p_lse,
             p_delta,
+            column_ball + i_bh * C,
             stride_uc,
             stride_wc,
             price,
@@ -230,6 +248,7 @@ def _far_kernel(
             BY_QUERY,
             HAS_ORDER,
             HAS_CAP,
+            HAS_BALLS,
             i_part != 1,
         )
     b_acc = tl.where(m_some[:, None], b_acc, 0.0)
@@ -317,6 +336,8 @@ def _bridge_gradients(
     dpairs: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
+    query_ball: Tensor | None,
+    key_ball: Tensor | None,
     local_order: Tensor | None,
     document_start: Tensor,
     local_start: Tensor,
@@ -347,13 +368,13 @@ def _bridge_gradients(
     dquery = torch.empty(B, H, T, V, dtype=torch.float32, device=q.device)
     dkey = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
     tiles = choose_bridge_tiles(D, V, q.dtype, _shared_memory(q.device))
-    queries, keys = (q, dout, query_order), (k, v, key_order)
+    queries, keys = (q, dout, query_order, query_ball), (k, v, key_order, key_ball)
     for by_query, rows, columns, leaves, ranges, gradient, blocks in (
         (True, queries, keys, key_leaves, (start, end), dquery, tiles.query),
         (False, keys, queries, query_leaves, (first, last), dkey, tiles.key),
     ):
-        x, y, row_order = rows
-        u, w, column_order = columns
+        x, y, row_order, row_ball = rows
+        u, w, column_order, column_ball = columns
         block_r, block_c = (blocks.m, blocks.n) if by_query else (blocks.n, blocks.m)
         with torch.cuda.device_of(q):
             _far_kernel[(B * H * triton.cdiv(x.shape[2], block_r),)](
@@ -365,6 +386,8 @@ def _bridge_gradients(
                 lse,
                 delta,
                 dpairs,
+                ranges[0] if row_ball is None else row_ball,
+                ranges[0] if column_ball is None else column_ball,
                 ranges[0] if row_order is None else row_order,
                 ranges[0] if column_order is None else column_order,
                 *ranges,
@@ -380,6 +403,7 @@ def _bridge_gradients(
                 BLOCK_C=block_c,
                 BY_QUERY=by_query,
                 HAS_ORDER=local_order is not None,
+                HAS_BALLS=query_ball is not None,
                 num_warps=blocks.num_warps,
                 num_stages=blocks.num_stages,
                 **stride_arguments(x=(x, "bhr"), y=(y, "bhr"), u=(u, "bhc"), w=(w, "bhc")),
@@ -405,6 +429,8 @@ def _bridged_attention(
     v: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
+    query_ball: Tensor | None,
+    key_ball: Tensor | None,
     query_order: Tensor,
     range_start: Tensor,
     range_end: Tensor,
@@ -440,16 +466,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any, dpairs: Tensor) -> tuple[Any, ...]:
-    out, lse, q, k, v, query_probs, key_probs, *plan = ctx.saved_tensors
+    out, lse, q, k, v, query_probs, key_probs, query_ball, key_ball, *plan = ctx.saved_tensors
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
     of_attention: tuple[Tensor | None, ...] = (None, None, None)
     of_probs: tuple[Tensor | None, ...] = (None, None)
     if any(ctx.needs_input_grad[:3]):
         of_attention = attention_backward(q, k, v, out, lse, dout, *plan, *ctx.options)
     if any(ctx.needs_input_grad[3:5]):
-        probs = query_probs, key_probs
-        of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *probs, *plan[4:], *ctx.options, ctx.max_gap)
-    return *of_attention, *of_probs, *[None] * (len(plan) + 4)
+        tree = query_probs, key_probs, query_ball, key_ball
+        of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *tree, *plan[4:], *ctx.options, ctx.max_gap)
+    return *of_attention, *of_probs, *[None] * (len(plan) + 6)
 
 
 _bridged_attention.register_autograd(_gradients, setup_context=_save)
@@ -474,6 +500,7 @@ def bridged_topology_attention(
     scale: float,
     softcap: float | None = None,
     max_gap: float,
+    balls: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`topology_attention` with gradients for level probabilities too, from hidden pairs as from visible ones.
 
@@ -490,6 +517,8 @@ def bridged_topology_attention(
             and that `local_end` rises along the queries.
         max_gap: a far key's score counts in the gradient as at most the log-sum-exp of the query's visible scores plus
             `max_gap`: a hidden key that the dense model attends to would otherwise have an unbounded weight.
+        balls: None, or int32 `[B, H, T]` of the queries and `[B, H, S]` of the keys: the gradient of `out` then reaches
+            the probabilities of pairs of one ball only. That of `far_pairs` stays.
 
     Returns:
         out: `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
@@ -519,11 +548,19 @@ def bridged_topology_attention(
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
     if not 0 <= max_gap <= 60:
         raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
+    for name, ball, probs in zip(("queries", "keys"), balls or (), (query_probs, key_probs), strict=False):
+        if ball.shape != probs.shape[:3] or ball.dtype != torch.int32 or ball.device != q.device:
+            raise ValueError(
+                f"balls of {name} must be int32 {list(probs.shape[:3])} on {q.device}, got {ball.dtype} "
+                f"{list(ball.shape)} on {ball.device}."
+            )
     check_device("bridged_topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros(q.shape[1], device=q.device)
     options = num_sink_tokens, scale, softcap, max_gap
-    out, _, pairs = _bridged_attention(q, k, v, query_probs, key_probs, *plan.values(), *options)
+    query_ball, key_ball = (None, None) if balls is None else (ball.contiguous() for ball in balls)
+    tree = query_probs, key_probs, query_ball, key_ball
+    out, _, pairs = _bridged_attention(q, k, v, *tree, *plan.values(), *options)
     return out.transpose(1, 2), pairs
 
 
