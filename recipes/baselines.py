@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from topo_adapter import RecordedRoutes, TopologyConfigError, UnsupportedModelError
 from topo_adapter.layer import hosts, sliding_window_of
+from topo_adapter.visibility import always_density
 
 #: Name of the attention implementation; transformers looks for "flash", "sdpa", "paged", "flex_attention" in names.
 IMPLEMENTATION = "evaluation_baseline"
@@ -100,11 +101,6 @@ def always_pairs(length: int, window: int, sinks: int) -> Tensor:
     """int64 `[length]`: the number of keys each query sees through window and sinks."""
     position = torch.arange(length)
     return (position + 1).clamp(max=window) + (position + 1 - window).clamp(min=0, max=sinks)
-
-
-def always_density(length: int, window: int, sinks: int) -> float:
-    """Density of window and sinks alone: no baseline can be sparser."""
-    return int(always_pairs(length, window, sinks).sum()) / _causal_pairs(length)
 
 
 def far_pairs_of(length: int, window: int, sinks: int, density: float) -> int:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 import topo_adapter
-from baselines import Window, always_density
+from baselines import Window
 from demo import continuation
 from embedded import smollm2
 from measures import (
@@ -53,6 +53,7 @@ from measures import (
 )
 from texts import EVALUATION, TRAINING, fingerprint, text_windows
 from topo_adapter import Calibration, TopologyConfig, TopologyConfigError, choose_depths
+from topo_adapter.visibility import always_density
 
 DENSE, ADAPTER = "dense", "adapter"
 #: What `adapter_config.json` names as base after training on the embedded model.

@@ -25,12 +25,12 @@ from baselines import (
     RandomBalls,
     Tally,
     TreeRoutes,
-    always_density,
     attending,
     find_threshold,
 )
 from topo_adapter import TopologyConfig, measure_density, record_routes
 from topo_adapter.kl import logits_head, token_losses
+from topo_adapter.visibility import always_density
 
 #: The copy test at 4,096 tokens and more; in shorter windows everything shrinks in proportion.
 PASSAGE, PASSAGE_START, PASSAGE_GAP, FULL_LENGTH = 512, 512, 1500, 4096

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topo_adapter import TopologyConfigError, UnsupportedModelError, measure_density, record_routes
+from topo_adapter.visibility import always_density
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import baselines
@@ -176,7 +177,7 @@ def test_window_and_sinks_alone(model: PreTrainedModel) -> None:
     for length, window, sinks in ((48, 5, 2), (48, 1, 0), (10, 3, 8), (4, 9, 2), (10, 1, 20)):
         causal, near = pairs(length, window, sinks)
         assert baselines.always_pairs(length, window, sinks).tolist() == near.sum(1).tolist()
-        assert baselines.always_density(length, window, sinks) == int(near.sum()) / int(causal.sum())
+        assert always_density(length, window, sinks) == int(near.sum()) / int(causal.sum())
 
 
 @pytest.mark.parametrize("density", [LEAST, 0.4, 0.5, 0.73, 0.99, 1.0])

@@ -45,7 +45,7 @@ from topo_adapter import (
     recording_density,
     save_merged,
 )
-from topo_adapter.calibration import expected_loss
+from topo_adapter.dial import expected_loss
 from topo_adapter.layer import hosts
 
 DEPTH, WINDOW, SINKS = 4, 3, 2

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError, kl
-from topo_adapter.calibration import calibrate, choose_depths, expected_loss
+from topo_adapter.calibration import calibrate
+from topo_adapter.dial import choose_depths, expected_loss
 from topo_adapter.kl import (
     KLTrainer,
     _final_states,

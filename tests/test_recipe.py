@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError, kl, recipe
-from topo_adapter.calibration import calibrate, choose_depths
+from topo_adapter.calibration import calibrate
+from topo_adapter.dial import choose_depths
 from topo_adapter.recipe import DistillConfig, distill, text_windows
 from topo_adapter.training import initialize_routers
 

@@ -4,9 +4,10 @@ from .register import register
 
 register()
 
-from .calibration import calibrate, choose_depths, density_report, recording_density  # noqa: E402
+from .calibration import calibrate  # noqa: E402
 from .checkpoint import load_merged, save_merged  # noqa: E402
 from .config import Calibration, TopologyConfig  # noqa: E402
+from .dial import choose_depths  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterFileError,
     CacheError,
@@ -19,6 +20,7 @@ from .kl import KLTrainer  # noqa: E402
 from .layer import RecordedRoutes, TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
 from .recipe import DistillConfig, distill  # noqa: E402
+from .report import density_report, recording_density  # noqa: E402
 from .router import TopologyRouter  # noqa: E402
 from .routes import measure_density, record_routes  # noqa: E402
 from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402

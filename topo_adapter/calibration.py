@@ -1,4 +1,4 @@
-"""The density dial: what each head loses at each visible depth, the depth map of a budget, and a report at run time.
+"""What each head costs and loses at each visible depth: the table that the density dial (dial.py) chooses from.
 
 Loss of a head (beyond the paper). Let `o_i` be the attention output of one head at token `i`, `Delta_i(d)` its change
 when that head alone sees depth `d`, `z_t` the logits of token `t` and `p_t` the dense model's prediction. KL(dense ||
@@ -33,12 +33,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -47,9 +44,10 @@ from torch import Tensor, nn
 
 from .attention import hard_attention
 from .config import Calibration, TopologyConfig
+from .dial import choose_depths, reachable
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
-from .layer import AttentionObserver, TopologyCall, TopologyHost, evaluating, hosts, plan_of
-from .plan import Plan
+from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating, plan_of
+from .visibility import always_density
 
 _SPAN = 128  # tokens
 #: Shares of the far pairs, beyond window and sinks, that the maps reveal around which losses are measured.
@@ -59,9 +57,6 @@ _LOGITS_AT_ONCE = 2**24
 
 #: Draws labels `[N]` from probabilities `[N, V]`.
 Draw = Callable[[Tensor], Tensor]
-
-#: `density_report` warns above this ratio of realised to calibrated density.
-WARN_RATIO = 1.5
 
 
 def calibrate(
@@ -115,169 +110,19 @@ def calibrate(
         tables = [_measured(base, layers, config, rows, draws, draw, {})]
         for share in around:
             known = _mean(tables)
-            near = _near_share(known["length"], config.local_window, config.num_sink_tokens)
+            near = always_density(known["length"], config.local_window, config.num_sink_tokens)
             depths = choose_depths(known, reachable(known, near + (1 - near) * share))
             tables.append(_measured(base, layers, config, rows, draws, draw, depths))
     config.calibration = _mean(tables)
     return config.calibration
 
 
-def choose_depths(calibration: Calibration, target_density: float) -> dict[int, list[int]]:
-    """The depth map of least estimated loss whose mean density over all routed heads is at most `target_density`.
-
-    Losses of heads are taken as additive. Each head offers the lower convex hull of (density, loss) over its depths;
-    starting from every head at its sparsest, the hull segments of all heads are taken in the order of loss saved per
-    density, up to the first that exceeds the budget. The order does not depend on the target, so maps are nested:
-    for `t1 <= t2` every head's depth under `t2` is at most its depth under `t1`, hence no pair that is visible at
-    `t1` is hidden at `t2`, and the estimated loss at `t2` is at most that at `t1`. At the densities where a segment
-    ends the map is optimal among all maps; between them it falls short of the budget by less than one segment.
-    Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route, unless
-    the config has `depth_per="query_head"`.
-
-    Args:
-        calibration: of `calibrate`. target_density: in (0, 1], at the calibrated length.
-
-    Returns:
-        Layer index -> depth of each query head, a `visible_depth`.
-
-    Raises:
-        TopologyConfigError: `target_density` is out of range or below what the sparsest map reaches.
-    """
-    return allot(calibration, target_density)[0]
-
-
-def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, list[int]], float]:
-    """`choose_depths`, and the loss that a little more density would save there: nats per token for each unit of the
-    density of one head, 0 where nothing is left to save."""
-    number = isinstance(target_density, numbers.Real) and not isinstance(target_density, bool)
-    if not number or not 0 < target_density <= 1:
-        raise TopologyConfigError(f"target_density must be a number in (0, 1], got {target_density!r}")
-    shared = calibration["heads_per_route"]
-    hulls: list[list[_Choice]] = []
-    for layer, heads in sorted(calibration["density"].items()):
-        for first in range(0, len(heads), shared):
-            members = slice(first, first + shared)
-            densities = [sum(values) for values in zip(*heads[members], strict=True)]
-            losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
-            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
-    total = shared * len(hulls)
-    density = sum(hull[0][0] for hull in hulls)
-    budget = target_density * total + 1e-9 * total  # rounding must not refuse a density that a map reaches
-    if density > budget:
-        raise TopologyConfigError(
-            f"target_density must be at least {math.ceil(1e4 * density / total) / 1e4:g} at {calibration['length']} "
-            f"tokens, what this adapter's sparsest heads reach, got {target_density}; window and sinks are always "
-            "visible: lower local_window."
-        )
-    depths = [hull[0][2] for hull in hulls]
-    # a hull's slopes fall strictly, so a route's own segments keep their order
-    segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
-    rate = 0.0
-    for loss, route, cheap, dear in sorted(segments):
-        density += dear[0] - cheap[0]
-        if density > budget:
-            rate = -loss
-            break
-        depths[route] = dear[2]
-    per_head = iter([depth for depth in depths for _ in range(shared)])
-    found = {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
-    return found, rate
-
-
-def reachable(calibration: Calibration, density: float) -> float:
-    """`density`, or that of the sparsest map where it is more."""
-    sparsest = [head[-1] for heads in calibration["density"].values() for head in heads]
-    return max(density, math.fsum(sparsest) / len(sparsest))
-
-
-def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:
-    """The estimated loss of a depth map, nats per token: the sum over its heads."""
-    rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
-    return math.fsum(losses[depth] for losses, depth in rows)
-
-
-@contextlib.contextmanager
-def recording_density(model: nn.Module) -> Iterator[None]:
-    """While active, the layers of a merged model count what their queries see, for `density_report`.
-
-    A few small kernels per layer and forward, and nothing waits for them. Forwards of up to 16 new tokens over a
-    cache scan it and make no plan to count: decoding is not recorded.
-
-    Args:
-        model: with a merged and calibrated topology adapter, or a merged model.
-
-    Raises:
-        UnsupportedModelError: no active adapter. MergeError: not merged, or not calibrated.
-    """
-    layers = _active_layers(model)
-    for layer, config, merged in layers:
-        if not merged or config.calibration is None:
-            raise MergeError(
-                "recording_density needs a merged adapter with a calibration, got layer "
-                f"{layer.geometry.layer} {'without calibration' if merged else 'unmerged'}; call calibrate, then "
-                "merge_adapter"
-            )
-    try:
-        for layer, _, _ in layers:
-            layer.density_counts = None
-            layer.density_recorder = _count_density
-        yield
-    finally:
-        for layer, _, _ in layers:
-            layer.density_recorder = None
-
-
-def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
-    """Density that the last `recording_density` saw in each layer, beside what calibration leads to expect.
-
-    The expectation takes the share of far pairs (beyond window and sinks) that a map reveals as independent of
-    length, so that texts shorter or longer than the calibrated ones compare fairly. Warns once, naming the layers
-    whose realised density is more than 1.5 times the expected: the text is unlike those of the calibration, and
-    neither its speed nor its quality is what the dial was set to.
-
-    Returns:
-        Layer index -> `density` and `calibrated`, means over the heads in (0, 1], and `ratio`, their quotient.
-
-    Raises:
-        UnsupportedModelError: nothing was recorded.
-    """
-    report = {}
-    for layer in hosts(model):
-        if layer.density_counts is not None:
-            visible, expected, causal = layer.density_counts.tolist()
-            report[layer.geometry.layer] = {
-                "density": visible / causal,
-                "calibrated": expected / causal,
-                "ratio": visible / expected,
-            }
-    if not report:
-        raise UnsupportedModelError(
-            "density_report needs a recorded forward of a merged model, got none; run the text inside `with "
-            "recording_density(model):`"
-        )
-    above = {layer: round(values["ratio"], 2) for layer, values in report.items() if values["ratio"] > WARN_RATIO}
-    if above:
-        warnings.warn(
-            f"density is more than {WARN_RATIO} times what calibration leads to expect in layers (ratio) {above}: "
-            "this text is far outside the calibration; calibrate on such texts, or merge at a lower target_density.",
-            stacklevel=2,
-        )
-    return report
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def _active_layers(model: nn.Module) -> list[tuple[TopologyHost, TopologyConfig, bool]]:
-    found = [(host, active[1], active[2]) for host in hosts(model) if (active := host.in_force()) is not None]
-    if not found:
-        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
-    return found
-
-
 def _unmerged_layers(model: nn.Module) -> tuple[list[TopologyHost], TopologyConfig]:
-    found = _active_layers(model)
+    found = active_layers(model)
     if any(merged for _, _, merged in found):
         raise MergeError("the adapter must be unmerged to calibrate, got a merged one; call unmerge_adapter first")
     return [layer for layer, _, _ in found], found[0][1]
@@ -285,7 +130,7 @@ def _unmerged_layers(model: nn.Module) -> tuple[list[TopologyHost], TopologyConf
 
 def _heads_per_route(layer: TopologyHost) -> int:
     active = layer.in_force()
-    assert active is not None  # of _active_layers
+    assert active is not None  # of active_layers
     return layer.geometry.num_heads // active[0].num_heads
 
 
@@ -547,59 +392,3 @@ def _density_and_loss(
                 loss += spans.square().sum((0, 1)) / (2 * moved.shape[0] * moved.shape[1] * draws)
         rows.append(torch.stack([density, loss]))
     return torch.stack(rows, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Choosing
-
-_Choice = tuple[float, float, int]  # density, loss, depth
-
-
-def _gain(cheap: _Choice, dear: _Choice) -> float:
-    """Loss saved per density."""
-    return (cheap[1] - dear[1]) / (dear[0] - cheap[0])
-
-
-def _lower_hull(choices: list[_Choice]) -> list[_Choice]:
-    """The choices on the lower convex hull, densities rising, losses falling, gains strictly falling."""
-    hull: list[_Choice] = []
-    for choice in sorted(choices):
-        if hull and choice[1] >= hull[-1][1]:
-            continue  # costs density and saves nothing
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reporting
-
-
-def _count_density(call: TopologyCall, plan: Plan) -> None:
-    """Add visible, expected and causal pairs of a mean head, float64 `[3]`; nothing waits for the device."""
-    calibration = call.config.calibration
-    assert calibration is not None  # recording_density has looked
-    density = calibration["density"][call.host.geometry.layer]
-    length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
-    near = _near_share(length, window, sinks)
-    revealed = sum(values[d] for values, d in zip(density, call.depths, strict=True)) / len(density)
-    share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
-    visible, causal = plan.visible_count().mean(), plan.causal_count()
-    local = visible - plan.far_count().mean()
-    counts = torch.stack([visible, local + (causal - local) * share, causal])
-    host = call.host
-    host.density_counts = counts if host.density_counts is None else host.density_counts + counts
-
-
-def _near_share(length: int, window: int, sinks: int) -> float:
-    """Share of the causal pairs of one document that window and sinks make visible."""
-    return _local_pairs(length, window, sinks) / _local_pairs(length, length, 0)
-
-
-def _local_pairs(length: int, window: int, sinks: int) -> int:
-    """Pairs that window and sinks make visible in one document."""
-    full = min(length, window)  # queries whose window reaches the first token
-    far = length - full
-    some = min(far, sinks)
-    return full * (full + 1) // 2 + far * window + some * (some + 1) // 2 + (far - some) * sinks

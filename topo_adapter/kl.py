@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .calibration import allot, calibrate, expected_loss, reachable
+from .calibration import calibrate
 from .config import TopologyConfig, VisibleDepth
+from .dial import allot, expected_loss, reachable
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
 from .training import TopologyCallback, TopologyTrainerMixin, active_configs

@@ -387,6 +387,18 @@ def hosts(model: nn.Module) -> list[TopologyHost]:
     return [module for module in model.modules() if isinstance(module, TopologyHost)]
 
 
+def active_layers(model: nn.Module) -> list[tuple[TopologyHost, TopologyConfig, bool]]:
+    """The hosts whose adapter is in force, its config, and whether it is merged.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    found = [(host, active[1], active[2]) for host in hosts(model) if (active := host.in_force()) is not None]
+    if not found:
+        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Running it
 

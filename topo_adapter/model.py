@@ -11,8 +11,8 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from .calibration import choose_depths
 from .config import TopologyConfig
+from .dial import choose_depths
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 from .layer import CHILD, MergedTopology, TopologyLayer, geometry_of, hosts, install, sliding_window_of, uninstall
 

@@ -18,6 +18,16 @@ def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int
     return causal_pairs(query, key) & ((gap < local_window) | sink)
 
 
+def always_density(length: int, local_window: int, num_sink_tokens: int) -> float:
+    """Share in (0, 1] of the causal pairs of one document of `length` tokens that window and sinks make visible."""
+    reached = min(length, local_window)  # queries whose window reaches the first token
+    far = length - reached
+    some = min(far, num_sink_tokens)  # queries that have fewer sinks than all beyond their window
+    in_window = reached * (reached + 1) // 2 + far * local_window
+    sinks = some * (some + 1) // 2 + (far - some) * num_sink_tokens
+    return (in_window + sinks) / (length * (length + 1) // 2)
+
+
 def visible_pairs(
     query_ball: Tensor,
     key_ball: Tensor,

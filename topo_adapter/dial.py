@@ -1,0 +1,103 @@
+"""The density dial: the depth map of a budget, from the table that `calibrate` measured."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from itertools import pairwise
+
+from .config import Calibration
+from .errors import TopologyConfigError
+
+_Choice = tuple[float, float, int]  # density, loss, depth
+
+
+def choose_depths(calibration: Calibration, target_density: float) -> dict[int, list[int]]:
+    """The depth map of least estimated loss whose mean density over all routed heads is at most `target_density`.
+
+    Losses of heads are taken as additive. Each head offers the lower convex hull of (density, loss) over its depths;
+    starting from every head at its sparsest, the hull segments of all heads are taken in the order of loss saved per
+    density, up to the first that exceeds the budget. The order does not depend on the target, so maps are nested:
+    for `t1 <= t2` every head's depth under `t2` is at most its depth under `t1`, hence no pair that is visible at
+    `t1` is hidden at `t2`, and the estimated loss at `t2` is at most that at `t1`. At the densities where a segment
+    ends the map is optimal among all maps; between them it falls short of the budget by less than one segment.
+    Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route, unless
+    the config has `depth_per="query_head"`.
+
+    Args:
+        calibration: of `calibrate`. target_density: in (0, 1], at the calibrated length.
+
+    Returns:
+        Layer index -> depth of each query head, a `visible_depth`.
+
+    Raises:
+        TopologyConfigError: `target_density` is out of range or below what the sparsest map reaches.
+    """
+    return allot(calibration, target_density)[0]
+
+
+def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, list[int]], float]:
+    """`choose_depths`, and the loss that a little more density would save there: nats per token for each unit of the
+    density of one head, 0 where nothing is left to save."""
+    number = isinstance(target_density, numbers.Real) and not isinstance(target_density, bool)
+    if not number or not 0 < target_density <= 1:
+        raise TopologyConfigError(f"target_density must be a number in (0, 1], got {target_density!r}")
+    shared = calibration["heads_per_route"]
+    hulls: list[list[_Choice]] = []
+    for layer, heads in sorted(calibration["density"].items()):
+        for first in range(0, len(heads), shared):
+            members = slice(first, first + shared)
+            densities = [sum(values) for values in zip(*heads[members], strict=True)]
+            losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
+            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
+    total = shared * len(hulls)
+    density = sum(hull[0][0] for hull in hulls)
+    budget = target_density * total + 1e-9 * total  # rounding must not refuse a density that a map reaches
+    if density > budget:
+        raise TopologyConfigError(
+            f"target_density must be at least {math.ceil(1e4 * density / total) / 1e4:g} at {calibration['length']} "
+            f"tokens, what this adapter's sparsest heads reach, got {target_density}; window and sinks are always "
+            "visible: lower local_window."
+        )
+    depths = [hull[0][2] for hull in hulls]
+    # a hull's slopes fall strictly, so a route's own segments keep their order
+    segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    rate = 0.0
+    for loss, route, cheap, dear in sorted(segments):
+        density += dear[0] - cheap[0]
+        if density > budget:
+            rate = -loss
+            break
+        depths[route] = dear[2]
+    per_head = iter([depth for depth in depths for _ in range(shared)])
+    found = {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
+    return found, rate
+
+
+def reachable(calibration: Calibration, density: float) -> float:
+    """`density`, or that of the sparsest map where it is more."""
+    sparsest = [head[-1] for heads in calibration["density"].values() for head in heads]
+    return max(density, math.fsum(sparsest) / len(sparsest))
+
+
+def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:
+    """The estimated loss of a depth map, nats per token: the sum over its heads."""
+    rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
+    return math.fsum(losses[depth] for losses, depth in rows)
+
+
+def _gain(cheap: _Choice, dear: _Choice) -> float:
+    """Loss saved per density."""
+    return (cheap[1] - dear[1]) / (dear[0] - cheap[0])
+
+
+def _lower_hull(choices: list[_Choice]) -> list[_Choice]:
+    """The choices on the lower convex hull, densities rising, losses falling, gains strictly falling."""
+    hull: list[_Choice] = []
+    for choice in sorted(choices):
+        if hull and choice[1] >= hull[-1][1]:
+            continue  # costs density and saves nothing
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
