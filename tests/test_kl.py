@@ -257,7 +257,7 @@ ONE_STEP = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_sche
 
 def trainer_of(path: Path, model: nn.Module | None = None, **settings: Any) -> KLTrainer:
     """A trainer of a tiny adapter; settings of TrainingArguments and of the trainer are told apart here."""
-    own = {"depths", "densities", "calibration_rows", "calibration_steps", "kl_weight", "lm_weight", "train_dataset"}
+    own = {"depths", "densities", "calibration_rows", "kl_weight", "lm_weight", "train_dataset"}
     own |= {"callbacks", "eval_dataset"}
     given = {name: settings.pop(name) for name in own & settings.keys()}
     model = adapter() if model is None else model
@@ -464,7 +464,7 @@ class Watch(KLTrainer):
 
 
 def watch(path: Path, model: PeftModel, resume: str | None = None, **settings: Any) -> Watch:
-    own = ("depths", "densities", "calibration_rows", "calibration_steps", "callbacks")
+    own = ("depths", "densities", "calibration_rows", "callbacks")
     given = {name: settings.pop(name) for name in own if name in settings}
     trainer = Watch(model=model, args=arguments(path, **settings), train_dataset=rows(16), **given)
     trainer.train(resume_from_checkpoint=resume)
@@ -497,7 +497,6 @@ class TestDraw:
             model,
             densities=(0.5, 0.9),
             calibration_rows=calibration_rows,
-            calibration_steps=4,
             max_steps=8,
             gradient_accumulation_steps=2,
             learning_rate=0.05,
@@ -512,8 +511,9 @@ class TestDraw:
             flat = [(layer, head, d) for layer, heads in depths.items() for head, d in enumerate(heads)]
             assert sum(calibration["density"][layer][head][d] for layer, head, d in flat) / len(flat) <= drawn[step]
         assert len({str(depths) for _, depths, _ in trainer.seen}) > 3
-        tables = [table for _, _, table in trainer.seen]
-        assert tables[0] == tables[7] != tables[8] == tables[15]
+        tables = [table for _, _, table in trainer.seen[::2]]
+        for step, renewed in enumerate([True, True, False, True, False, True, False], start=1):
+            assert (tables[step] != tables[step - 1]) == renewed
         config = model.peft_config["default"]
         assert config.visible_depth == {0: 1} and config.gumbel_noise is True
         model.set_adapter("default")
@@ -620,19 +620,19 @@ class TestCalibration:
         monkeypatch.setattr(kl, "calibrate", note)
         return steps
 
-    settings = {"densities": (0.5, 0.9), "calibration_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    settings = {"densities": (0.5, 0.9), "save_strategy": "steps", "save_steps": 5}
 
-    def test_is_renewed_each_round_and_on_resume(self, tmp_path: Path, calibrated_at: list[int]) -> None:
+    def test_is_renewed_often_at_first_and_on_resume(self, tmp_path: Path, calibrated_at: list[int]) -> None:
         settings = {**self.settings, "calibration_rows": tokens(2, LENGTH, seed=9), "callbacks": [self.callback]}
-        watch(tmp_path, adapter(), max_steps=8, gradient_accumulation_steps=2, **settings)
-        assert calibrated_at == [0, 3, 6]
+        watch(tmp_path, adapter(), max_steps=32, gradient_accumulation_steps=2, **settings)
+        assert calibrated_at == [0, 1, 2, 4, 8, 16, 24]
         calibrated_at.clear()
-        watch(tmp_path, adapter(), str(tmp_path / "checkpoint-4"), max_steps=8, **settings)
-        assert calibrated_at == [4, 6]
+        watch(tmp_path, adapter(), str(tmp_path / "checkpoint-15"), max_steps=32, **settings)
+        assert calibrated_at == [15, 16, 24]
 
-    def test_each_step(self, tmp_path: Path, calibrated_at: list[int]) -> None:
+    def test_few_steps_have_a_calibration_each_at_most(self, tmp_path: Path, calibrated_at: list[int]) -> None:
         settings = {**self.settings, "calibration_rows": tokens(2, LENGTH, seed=9), "callbacks": [self.callback]}
-        watch(tmp_path, adapter(), max_steps=3, **{**settings, "calibration_steps": 1})
+        watch(tmp_path, adapter(), max_steps=3, **settings)
         assert calibrated_at == [0, 1, 2]
 
 
@@ -643,7 +643,7 @@ class TestResume:
         name = "topology/visible_depth"
         if draws == "densities":
             name = "topology/target_density"
-            settings |= {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9), "calibration_steps": 4}
+            settings |= {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9)}
 
         whole = watch(tmp_path, adapter(), **settings)
         resumed = watch(tmp_path, adapter(), str(tmp_path / "checkpoint-4"), **settings)
@@ -794,7 +794,6 @@ class TestRefusals:
             ({"densities": (0.3, 1.2)}, "densities must be"),
             ({"densities": (float("nan"), 0.2)}, "densities must be"),
             ({"densities": (0.1, 0.2)}, "calibration_rows must be given"),
-            ({"densities": (0.1, 0.2), "calibration_rows": tokens(1, 9), "calibration_steps": 0}, "calibration_steps"),
             ({"kl_weight": -1.0}, "kl_weight"),
             ({"lm_weight": float("inf")}, "lm_weight"),
             ({"lm_weight": float("nan")}, "lm_weight"),
