@@ -117,10 +117,6 @@ def calibrate(
     return config.calibration
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def _unmerged_layers(model: nn.Module) -> tuple[list[TopologyHost], TopologyConfig]:
     found = active_layers(model)
     if any(merged for _, _, merged in found):

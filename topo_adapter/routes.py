@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .layer import RecordedRoutes, evaluating, hosts
+from .layer import RecordedRoutes, active_layers, evaluating, hosts
 from .layout import SequenceLayout, layout_from_padding
 from .plan import build_plan
 
@@ -59,11 +59,7 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     layout = layout_from_padding(real)
     densities = {}
-    for host in hosts(model):
-        active = host.in_force()
-        if active is None:
-            continue
-        _, config, _ = active
+    for host, config, _ in active_layers(model):
         record = records[host.geometry.layer]
         query_ball, key_ball = record.balls(config.arity)
         tokens = SequenceLayout(layout.document.to(query_ball.device), layout.position.to(query_ball.device))

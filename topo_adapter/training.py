@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import TopologyConfig
 from .errors import TopologyConfigError, UnsupportedModelError
-from .layer import Distillation, TopologyHost, evaluating, hosts
+from .layer import Distillation, TopologyHost, active_layers, evaluating, hosts
 
 
 def active_configs(model: nn.Module) -> list[TopologyConfig]:
@@ -25,10 +25,7 @@ def active_configs(model: nn.Module) -> list[TopologyConfig]:
     Raises:
         UnsupportedModelError: the model has no active topology adapter.
     """
-    found = {id(active[1]): active[1] for host in hosts(model) if (active := host.in_force()) is not None}
-    if not found:
-        raise UnsupportedModelError("model must have an active, enabled topology adapter; see get_peft_model")
-    return list(found.values())
+    return list({id(config): config for _, config, _ in active_layers(model)}.values())
 
 
 def round_routers(model: nn.Module, dtype: torch.dtype, only_8_bit: bool = False) -> None:
