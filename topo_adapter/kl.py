@@ -29,8 +29,8 @@ _CHUNK_LOGITS = 2**25
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
 _STRATA = 8
-#: Parts of the training after which the calibration is renewed: routers move most at first.
-_RENEWALS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+#: Calibrations in the course of a training, at equal distances; more of them at its start change nothing (docs/log.md).
+_CALIBRATIONS = 5
 _MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
@@ -233,10 +233,10 @@ class KLTrainer(TopologyTrainerMixin):
     The teacher is the same model with its adapter disabled. The student runs the merged model's mask (hard routes,
     homotopy 1); the router's gradient passes by the straight-through bridge, for every causal pair. Each step trains
     what the density dial will run: a density is drawn (`drawn_density`, of the arguments' seed and the global step),
-    and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change: after 1/32,
-    1/16, 1/8, 1/4, 1/2 and 3/4 of the steps. The step's loss is divided by what that calibration expects of its map
-    (over what it expects of the middle of the range), so that sparse maps, which lose more, do not drown the rest; `kl`
-    and `lm` are logged as they are.
+    and `choose_depths` makes the depth map of it, from a calibration that is renewed as the routers change: before each
+    fifth of the steps. The step's loss is divided by what that calibration expects of its map (over what it expects of
+    the middle of the range), so that sparse maps, which lose more, do not drown the rest; `kl` and `lm` are logged as
+    they are.
     The price of density is the config's `density_weight`, or what the dial saves by more density at the step's map,
     where that is less.
 
@@ -299,7 +299,7 @@ class KLTrainer(TopologyTrainerMixin):
             )
         self.depths, self.kl_weight, self.lm_weight = (lowest, highest), kl_weight, lm_weight
         self.densities, self.calibration_rows = densities, calibration_rows
-        self._calibrated: int | None = None  # how many renewals the calibration is after
+        self._calibrated: int | None = None  # the fifth of the training that the calibration is of
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
         self._loss_weight = 1.0
         self._drawn: dict[str, float] = {}
@@ -336,15 +336,15 @@ class KLTrainer(TopologyTrainerMixin):
 
     def _calibrate(self, step: int) -> None:
         """Renew the calibration where it is due, or where a resumed run has none."""
-        renewals = sum(step >= part * self.state.max_steps for part in _RENEWALS)
-        if self._calibrated == renewals:
+        fifth = step * _CALIBRATIONS // self.state.max_steps
+        if self._calibrated == fifth:
             return
         assert self.calibration_rows is not None  # the constructor has looked
         model = self.accelerator.unwrap_model(self.model)
         calibrate(model, self.calibration_rows, seed=self.args.seed)
         for config in active_configs(model):  # atomic additions differ between processes, their maps must not
             (config.calibration,) = broadcast_object_list([config.calibration])
-        self._calibrated = renewals
+        self._calibrated = fifth
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = self._prepare_inputs(inputs)
