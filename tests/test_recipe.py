@@ -15,7 +15,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft_helpers import routed, router_parameters, tiny, tokens
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -61,12 +61,16 @@ def rows(count: int, length: int = LENGTH, seed: int = 0) -> list[dict[str, Tens
     return [{"input_ids": row} for row in tokens(count, length, seed)]
 
 
-def tokenizer(end: bool = True) -> PreTrainedTokenizerFast:
-    """A token per word, the number in it; token 1 ends texts, or nothing does."""
+def tokenizer(end: bool = True, begin: bool = False) -> PreTrainedTokenizerFast:
+    """A token per word, the number in it; token 1 ends texts, or nothing does, and token 0 begins them, or nothing."""
     words = {"<unk>": 0, "<end>": 1, **{f"w{number}": number for number in range(2, 61)}}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **({"eos_token": "<end>"} if end else {}))
+    special = {"eos_token": "<end>"} if end else {}
+    if begin:
+        made.post_processor = processors.TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+        special["bos_token"] = "<unk>"
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special)
 
 
 class Stages(TrainerCallback):
@@ -221,6 +225,15 @@ class TestText:
         assert all(window.dtype == torch.int64 for window in windows)
         without = text_windows(texts, tokenizer(end=False), 3, 10)
         assert [window.tolist() for window in without] == [[2, 3, 4], [5, 6, 7]]
+
+    def test_begin_as_the_tokenizer_begins_a_text(self) -> None:
+        texts = ["w2 w3 w4 w5 w6", "w7", "w8 w9 w10 w11"]
+        windows = text_windows(texts, tokenizer(begin=True), 4, 10)
+        assert [window.tolist() for window in windows] == [[0, 2, 3, 4], [0, 5, 6, 1], [0, 7, 1, 0], [0, 8, 9, 10]]
+        assert torch.equal(torch.stack(text_windows(texts, tokenizer(begin=True), 4, 2)), torch.stack(windows[:2]))
+        named = tokenizer()  # a token of that name that the tokenizer puts nowhere, as SmolLM2's
+        named.bos_token = "<unk>"
+        assert text_windows(texts, named, 3, 1)[0].tolist() == [2, 3, 4]
 
     def test_read_no_more_than_they_need(self) -> None:
         read = []

@@ -293,17 +293,25 @@ def _rows(
 def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Tensor]:
     """Up to `count` windows of `length` tokens, int64, cut from the texts one after the other.
 
-    Each text ends with the tokenizer's end-of-text token, if it has one. Reads no more texts than it needs; a last
-    part shorter than a window is left out.
+    Each text ends with the tokenizer's end-of-text token, if it has one. Each window begins with the token that the
+    tokenizer puts before a text, if it does: models that have always seen one read badly without it (docs/log.md).
+    Reads no more texts than it needs; a last part shorter than a window is left out.
     """
     windows: list[Tensor] = []
     rest: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     for text in texts:
         rest += tokenizer(text, verbose=False).input_ids + end
-        whole = min(len(rest) // length, count - len(windows))
-        windows += torch.tensor(rest[: whole * length]).view(whole, length).unbind()
-        rest = rest[whole * length :]
+        start = 0
+        while len(windows) < count:
+            missing = [] if rest[start : start + 1] == begin else begin
+            stop = start + length - len(missing)
+            if stop > len(rest):
+                break
+            windows.append(torch.tensor(missing + rest[start:stop]))
+            start = stop
+        rest = rest[start:]
         if len(windows) == count:
             break
     return windows
