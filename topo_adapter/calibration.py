@@ -72,7 +72,8 @@ def calibrate(
     Args:
         model: a PeftModel with one active, unmerged topology adapter.
         sequences: int64 `[B, T]` token ids, unpadded, of the kind of text that the model will read, and `T` about as
-            long: the table holds at this length. Evaluation texts do not belong here.
+            long: the table holds at this length. They begin as its texts do (Llama 3, Gemma: with the tokenizer's
+            `<bos>`). Evaluation texts do not belong here.
         draws: label draws per sequence, >= 1. More sequences serve better than more draws.
         seed: of the label draws.
         around: shares in (0, 1] of the far pairs (beyond window and sinks) that are visible in the maps around which

@@ -143,7 +143,8 @@ def distill(
         model: a causal LM, a hub id or local path of one, or a PeftModel with an active topology adapter, which is
             trained on.
         dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
-            of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens.
+            of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens, each of
+            which begins as the tokenizer begins a text; `input_ids` should begin so too.
         config: of the adapter that is added; None, needed for a PeftModel, is the default but for `router_dim` 64 and
             `balance_weight` 0.
         args: None is the default; see `DistillConfig`.
