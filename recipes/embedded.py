@@ -7,6 +7,7 @@ source of Python's own standard library, which is on every machine.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 import sysconfig
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from topo_adapter.recipe import text_windows
 
 #: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
 HELD_OUT_EVERY, SPLIT_SEED = 5, 0
@@ -56,17 +59,11 @@ def standard_library() -> tuple[list[Path], list[Path]]:
 def windows(files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
     """The first `count` windows of `length` tokens, each from one place in the files; int64 `[count, length]`.
 
-    Only files long enough to fill a window are used, one window per file, so that windows differ.
+    Only files long enough to fill a window are used, one window per file and round, so that windows differ.
     """
-    found: list[torch.Tensor] = []
-    rounds = 0
-    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-    tokens = [torch.tensor(tokenizer(text, verbose=False).input_ids) for text in texts]
-    while len(found) < count:
-        fresh = [ids[rounds * length : (rounds + 1) * length] for ids in tokens]
-        fresh = [ids for ids in fresh if len(ids) == length]
-        if not fresh:
-            raise ValueError(f"the text has only {len(found)} windows of {length} tokens, {count} were asked for")
-        found.extend(fresh)
-        rounds += 1
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    rounds = itertools.zip_longest(*(text_windows([text], tokenizer, length, count) for text in texts))
+    found = [ids for window_of_each in rounds for ids in window_of_each if ids is not None]
+    if len(found) < count:
+        raise ValueError(f"the text has only {len(found)} windows of {length} tokens, {count} were asked for")
     return torch.stack(found[:count])

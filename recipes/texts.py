@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from embedded import smollm2, standard_library
+from topo_adapter.recipe import text_beginning
 
 #: Where fetched texts are kept, relative to the working directory.
 FOLDER = ".texts"
@@ -237,7 +238,7 @@ def text_windows(
     generator = random.Random(f"{name} {seed}")
     texts = documents(name, folder)
     generator.shuffle(texts)
-    prefix = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+    prefix = torch.tensor(text_beginning(tokenizer), dtype=torch.long)
     fresh = length - len(prefix)
     if fresh < 1:
         raise ValueError(f"length must be at least {len(prefix) + 1}, got {length}")

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import texts
 from embedded import standard_library
+from embedded import windows as demo_windows
 from texts import (
     EVALUATION,
     TRAINING,
@@ -487,3 +488,15 @@ def test_the_script_lists_every_text(
         "evaluation", "encyclopaedia", "1", "1.12", f"{len(documents('wikitext2')[0].split()):,}",
     ]  # fmt: skip
     assert rows["sympy_docs"][1:4] == ["training", "technical", "2"]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_demo_s_windows_take_turns_among_files(tmp_path: Path, prefix: bool) -> None:
+    files = [tmp_path / f"{name}.py" for name in "abc"]
+    for file, words in zip(files, (range(10, 16), range(20, 21), range(30, 34)), strict=True):
+        file.write_text(" ".join(f"w{n}" for n in words), encoding="utf-8")
+    found = demo_windows(files, tokenizer(prefix), 2 + prefix, 5)
+    assert found[:, int(prefix) :].tolist() == [[10, 11], [30, 31], [12, 13], [32, 33], [14, 15]]
+    assert not prefix or (found[:, 0] == 0).all()
+    with pytest.raises(ValueError, match="only 5 windows of 2 tokens, 6 were asked for"):
+        demo_windows(files, tokenizer(), 2, 6)

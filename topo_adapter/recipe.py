@@ -291,6 +291,11 @@ def _rows(
     return [{"input_ids": window} for window in windows]
 
 
+def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text: its beginning-of-sequence token, or nothing."""
+    return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+
+
 def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Tensor]:
     """Up to `count` windows of `length` tokens, int64, cut from the texts one after the other.
 
@@ -301,7 +306,7 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
     windows: list[Tensor] = []
     rest: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+    begin = text_beginning(tokenizer)
     for text in texts:
         rest += tokenizer(text, verbose=False).input_ids + end
         start = 0
