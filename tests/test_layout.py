@@ -15,6 +15,7 @@ from topo_adapter.layout import (
     causal_pairs,
     contiguous_layout,
     continued_layout,
+    layout_from_cu_seq_lens,
     layout_from_mask,
     layout_from_padding,
     layout_from_position_ids,
@@ -67,6 +68,40 @@ def test_position_ids_that_restart_begin_a_document() -> None:
     assert same_pairs(layout, PACKED)
     assert not same_pairs(layout, contiguous_layout(2, N))
     assert same_pairs(layout_from_position_ids(PACKED_IDS[:1] + 7), SequenceLayout(PACKED.document[:1], PACKED_IDS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "starts"),
+    [
+        ([0, 0, 1, 1, 2, 2], []),  # Self-Extend
+        ([0, 2, 4, 6, 8, 10], []),
+        ([0, 1, 2, 60, 61, 62], []),  # PoSE, a dropped middle
+        ([0, 1, 2, 30, 0, 1], [4]),
+        ([5, 6, 7, 7, 8, 9], []),
+        ([0, 0, 0, 1, 0, 0], [1, 2, 4, 5]),  # documents of one token
+        ([40, 41, 42, 3, 4, 5], [3]),
+        ([1, 1, 0, 1, 2, 3], [2]),
+    ],
+)
+def test_repeated_positions_and_gaps_are_one_text(ids: list[int], starts: list[int]) -> None:
+    document = (torch.arange(N)[:, None] >= torch.tensor(starts, dtype=torch.long)).sum(1)
+    position = torch.tensor([int((document[:t] == document[t]).sum()) for t in range(N)])
+    expected = SequenceLayout(document[None], position[None])
+    assert same_pairs(layout_from_position_ids(torch.tensor([ids])), expected)
+    past = layout_from_position_ids(torch.tensor([[7, 8]]))
+    chunk = continued_layout(past, N, torch.tensor([ids]))
+    joined = causal_pairs(chunk, past.extended(chunk))
+    first_document = document == 0 if ids[0] else torch.zeros(N, dtype=torch.bool)  # 0 begins another one
+    assert torch.equal(joined[0, :, 2:], causal_pairs(expected, expected)[0])
+    assert torch.equal(joined[0, :, 0], first_document)
+
+
+def test_cu_seq_lens_tell_documents() -> None:
+    layout = layout_from_cu_seq_lens(torch.tensor([0, 3, 4, 6], dtype=torch.int32), 1, N)
+    expected = SequenceLayout(torch.tensor([[0, 0, 0, 1, 2, 2]]), torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    assert same_pairs(layout, expected)
+    with pytest.raises(UnsupportedModelError, match="cu_seq_lens_q needs a batch of one row, got 2"):
+        layout_from_cu_seq_lens(torch.tensor([0, 6]), 2, N)
 
 
 def test_causal_pairs_of_fewer_queries() -> None:
@@ -144,7 +179,8 @@ def test_mask_of_padded_rows(llama: LlamaModel, padding: str) -> None:
     layout = layout_from_mask(mask)
     assert same_pairs(layout, layout_from_padding(real))
     assert not same_pairs(layout, contiguous_layout(len(real), N))
-    assert layout_from_mask(mask) is layout, "the layers of a forward share the work"
+    with torch.no_grad():
+        assert layout_from_mask(mask, layer=3) is layout, "the layers of a forward share the work"
 
 
 def test_mask_of_packed_rows(llama: LlamaModel) -> None:
@@ -195,12 +231,51 @@ def test_padding_rows_of_a_mask_may_see_keys() -> None:
     assert same_pairs(layout, layout_from_padding(real))
 
 
-def test_mask_changed_in_place_is_read_again() -> None:
+def change_counted(tensor: Tensor, new: Tensor) -> None:
+    tensor.copy_(new)
+
+
+def change_uncounted(tensor: Tensor, new: Tensor) -> None:
+    tensor.data.copy_(new)  # as numpy, a captured graph or a kernel of one's own does
+
+
+CHANGES = {
+    "no_grad": (torch.no_grad, change_counted),
+    "inference": (torch.inference_mode, change_counted),
+    "uncounted": (torch.no_grad, change_uncounted),
+}
+
+
+@pytest.mark.parametrize("how", list(CHANGES))
+def test_mask_changed_in_place_is_read_again(how: str) -> None:
+    context, change = CHANGES[how]
+    with context():
+        mask = TRIANGLE[None, None].clone()
+        layouts = [layout_from_mask(mask, layer=layer) for layer in (1, 3)]
+        assert same_pairs(layouts[0], contiguous_layout(1, N)) and layouts[0] is layouts[1]
+        real = torch.arange(N)[None] > 0
+        change(mask, TRIANGLE & real)
+        for layer in (1, 3):
+            assert same_pairs(layout_from_mask(mask, layer=layer), layout_from_padding(real))
+
+
+@pytest.mark.parametrize("how", list(CHANGES))
+def test_position_ids_changed_in_place_are_read_again(how: str) -> None:
+    context, change = CHANGES[how]
+    with context():
+        ids = torch.arange(N)[None].clone()
+        assert same_pairs(layout_from_position_ids(ids, layer=1), contiguous_layout(1, N))
+        change(ids, PACKED_IDS[:1])
+        for layer in (1, 3):
+            layout = layout_from_position_ids(ids, layer=layer)
+            assert same_pairs(layout, SequenceLayout(PACKED.document[:1], PACKED_IDS[:1]))
+
+
+def test_recomputed_layers_share_what_was_read() -> None:
+    """Gradient checkpointing runs the layers again from the last to the first."""
     mask = TRIANGLE[None, None].clone()
-    assert same_pairs(layout_from_mask(mask), contiguous_layout(1, N))
-    mask[..., 0] = False
-    real = torch.arange(N)[None] > 0
-    assert same_pairs(layout_from_mask(mask), layout_from_padding(real))
+    first = layout_from_mask(mask, layer=0)
+    assert [layout_from_mask(mask, layer=layer) is first for layer in (1, 2, 2, 1, 0)] == [True] * 5
 
 
 # ---------------------------------------------------------------- masks that cannot be routed
@@ -233,6 +308,18 @@ def test_refuses_masks_that_are_not_causal(name: str, additive: bool) -> None:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     with pytest.raises(UnsupportedModelError, match="must be causal within documents"):
         layout_from_mask(mask)
+
+
+@pytest.mark.parametrize("bias", [-1.0, -1e-6, 1e-6, 2.0, -9999.0, float("nan")])
+@pytest.mark.parametrize("length", [N, 1])
+def test_refuses_biases(bias: float, length: int) -> None:
+    """ALiBi and soft masks: a bias is neither visible nor hidden."""
+    mask = torch.zeros(N, N).masked_fill(~TRIANGLE, -1e4)[None, None]
+    past = contiguous_layout(1, N - length)
+    assert same_pairs(past.extended(layout_from_mask(mask[:, :, -length:], past, N - length)), contiguous_layout(1, N))
+    mask[..., -1, 1] = bias
+    with pytest.raises(UnsupportedModelError, match="biases"):
+        layout_from_mask(mask[:, :, -length:], past, N - length)
 
 
 def test_refuses_one_bad_row_of_a_batch() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     StaticIndexedLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from .backend import graph_is_recorded
@@ -81,6 +85,11 @@ class Keys:
         if layout is not None:
             self.layout = layout
 
+    @property
+    def count(self) -> int:
+        """`S`."""
+        return self.address.shape[-1] if self.records is None else self.records.words.shape[1]
+
     @cached_property
     def address(self) -> Tensor:
         assert self.records is not None
@@ -90,6 +99,32 @@ class Keys:
     def layout(self) -> SequenceLayout:
         assert self.records is not None
         return self.records.layout
+
+
+#: Names under which attention modules are handed their cache; newer ones are found by their type.
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_among(inputs: dict[str, Any]) -> Cache | None:
+    """The key-value cache among what an attention module is called with, whatever its name.
+
+    Raises:
+        CacheError: there are two, or one of a kind that cannot hold key addresses.
+    """
+    found: dict[int, Cache] = {}
+    for name, value in inputs.items():
+        if isinstance(value, EncoderDecoderCache) or (
+            name in _CACHE_NAMES and value is not None and not isinstance(value, Cache)
+        ):
+            raise CacheError(
+                f"{name} must be a DynamicCache or StaticCache for routed layers, got {type(value).__name__}; "
+                "continuous batching's paged cache, encoder-decoder caches and tuples hold no key addresses"
+            )
+        if isinstance(value, Cache):
+            found[id(value)] = value
+    if len(found) > 1:
+        raise CacheError(f"an attention module must be handed one key-value cache, got {len(found)} different ones")
+    return next(iter(found.values()), None)
 
 
 class KeyRecords:
@@ -112,8 +147,6 @@ class KeyRecords:
     length: int | Tensor
 
     def __init__(self, cache: Cache, layer: int, router: TopologyRouter, routed: bool = True) -> None:
-        if not isinstance(cache, Cache):
-            raise CacheError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
         _make_indexed(cache, layer)
         self._cache, self._layer = cache, layer
         self._routes, self._leaves = router.num_heads, router.arity**router.depth
@@ -130,14 +163,14 @@ class KeyRecords:
             recorded = slot.indexer_keys.shape[1] if counter is None else int(counter)
         if recorded != self.length:
             raise CacheError(
-                f"past_key_values holds {self.length} tokens in layer {layer} but key addresses for {recorded}: part "
-                "of it was filled while the topology adapter was disabled or at homotopy 0. "
-                "Start from a fresh cache."
+                f"the key-value cache holds {self.length} tokens in layer {layer} but key addresses for {recorded}: part "
+                "of it was filled while the topology adapter was disabled or at homotopy 0, or its keys were pruned or "
+                "set by hand. Start from a fresh cache."
             )
         # an address means nothing on another router's tree
         if routed and self.length and getattr(slot, "topology_router", None) != id(router):
             raise CacheError(
-                f"past_key_values holds keys in layer {layer} that this adapter's router did not address: they were "
+                f"the key-value cache holds keys in layer {layer} that this adapter's router did not address: they were "
                 "cached by another adapter, or while no head of the layer had a tree. Start from a fresh cache."
             )
         slot.topology_router = id(router) if routed else None
@@ -214,19 +247,30 @@ class _Continued:
 def _make_indexed(cache: Cache, layer: int) -> None:
     while len(cache.layers) <= layer:
         if cache.layer_class_to_replicate is None:
-            raise CacheError(f"past_key_values has {len(cache.layers)} layers, but layer {layer} was asked for")
+            raise CacheError(f"the key-value cache has {len(cache.layers)} layers, but layer {layer} was asked for")
         cache.layers.append(cache.layer_class_to_replicate())
     old = cache.layers[layer]
     if isinstance(old, (DynamicIndexedLayer, StaticIndexedLayer)):
         return
+    # A routed layer attends to everything, also where its config carries a window that hides nothing: a sliding cache
+    # layer that has no token yet, and room for all, becomes a full one.
+    new: DynamicIndexedLayer | StaticIndexedLayer
     if type(old) is DynamicLayer:
         new = DynamicIndexedLayer()
-    elif type(old) is StaticLayer:
+    elif type(old) is DynamicSlidingWindowLayer and old.get_seq_length() == 0:
+        cache.layers[layer] = DynamicIndexedLayer()
+        return
+    elif type(old) is StaticLayer or (type(old) is StaticSlidingWindowLayer and _holds_all(old)):
         new = StaticIndexedLayer(max_cache_len=old.max_cache_len)
     else:
         raise CacheError(
-            f"past_key_values.layers[{layer}] is a {type(old).__name__}, which cannot carry key addresses; use a "
+            f"the key-value cache's layer {layer} is a {type(old).__name__}, which cannot carry key addresses; use a "
             "DynamicCache or StaticCache (no quantised, sliding or hybrid layer) for routed layers."
         )
     new.__dict__.update(old.__dict__)
     cache.layers[layer] = new
+
+
+def _holds_all(layer: StaticSlidingWindowLayer) -> bool:
+    """Whether a static sliding layer is empty and as long as the cache it belongs to."""
+    return layer._is_croppable and not int(layer.get_seq_length())

@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -23,12 +23,14 @@ from transformers.masking_utils import sdpa_mask
 
 from .attention import decode_attention, hard_attention, serves_decode
 from .backend import graph_is_recorded, sent
-from .cache import KeyRecords, Keys
+from .cache import KeyRecords, Keys, cache_among
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
+from .gates import Geometry, acting_arguments, eager_attention_of, refuse_unmodelled
 from .layout import (
     SequenceLayout,
     contiguous_layout,
+    layout_from_cu_seq_lens,
     layout_from_mask,
     layout_from_padding,
     layout_from_position_ids,
@@ -44,16 +46,6 @@ from .tree import address_to_digits, digits_to_address, num_balls, role_balls
 #: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
 CHILD = "topo_adapter"
 IMPLEMENTATION = "topology"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the child needs to know of its attention module."""
-
-    layer: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Distillation:
 class TopologyCall:
     """Everything the attention function needs beside q, k and v.
 
-    depths: visible depth of each query head.
+    depths: visible depth of each query head. mask: what `query` was read from; the attention must be given the same.
     """
 
     host: TopologyHost
@@ -98,6 +90,13 @@ class TopologyCall:
     keys: Keys
     merged: bool
     training: bool
+    mask: Any
+
+    @property
+    def hard(self) -> bool:
+        """Whether the hard topology is all that this forward asks for: merged, or in full force without gradients."""
+        settled = self.config.homotopy == 1 and not self.training and not torch.is_grad_enabled()
+        return self.merged or (settled and self.host.distillation is None)
 
 
 class AttentionObserver(Protocol):
@@ -119,6 +118,10 @@ class TopologyHost(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.base_config: Any = attention.config
+        kind = type(attention)
+        # names of what the module's forward takes by position, after itself
+        self.inputs = tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
+        self.eager_attention, self.acting_arguments = eager_attention_of(kind), acting_arguments(kind)
         # gradient of the auxiliary loss, set by the trainer, and factor on its weights, set by the callback
         self.auxiliary_scale: float | Tensor = 1.0
         self.auxiliary_ramp = 1.0
@@ -136,6 +139,11 @@ class TopologyHost(nn.Module):
         """The active router, its configuration and whether it is merged; None if the base is to run."""
         raise NotImplementedError
 
+    def replaces_attention(self) -> bool:
+        """Whether forwards run the topology in place of the base attention."""
+        active = self.in_force()
+        return active is not None and (active[2] or active[1].homotopy > 0)
+
     def depths(self, config: TopologyConfig) -> list[int]:
         """Visible depth of each query head."""
         return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
@@ -147,8 +155,11 @@ class TopologyHost(nn.Module):
             known = self._constants[values] = torch.tensor(values, dtype=torch.int32, device=device)
         return known
 
-    def prepare(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
+    def prepare(self, hidden_states: Tensor, inputs: dict[str, Any]) -> TopologyCall | None:
         """Route the hidden states `[B, T, hidden_size]` that enter the attention module.
+
+        Args:
+            inputs: everything the module is called with, by name.
 
         Returns None where the base attention is all there is to run.
         """
@@ -159,7 +170,10 @@ class TopologyHost(nn.Module):
         if self.standardising:
             router.standardise(hidden_states)
         distilling, observed = self.distillation is not None, self.observer is not None
-        training = self.training and not merged and not distilling
+        cache = cache_among(inputs)
+        # trainers that sample from their model do so in training mode; no gradient is asked for then
+        sampling = cache is not None and not torch.is_grad_enabled()
+        training = self.training and not merged and not distilling and not sampling
         dense = config.homotopy == 0 and not merged
         if dense and not (training or distilling or observed or self.recorder is not None):
             return None
@@ -181,20 +195,55 @@ class TopologyHost(nn.Module):
         else:
             query_address, key_address = router.addresses(hidden_states, merged)
 
-        cache = kwargs.get("past_key_values")
         if training and cache is not None and cache.get_seq_length(self.geometry.layer) > 0:
             raise UnsupportedModelError(
-                "past_key_values must be empty in training: cached keys have addresses but no gradient. "
-                "Train on whole sequences, or call model.eval()."
+                "the key-value cache must be empty in training: cached keys have addresses but no gradient. "
+                "Train on whole sequences, or generate under torch.no_grad()."
             )
         records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
         if self.recorder is not None:
             self.recorder[self.geometry.layer] = self._record(query_address, key_address, depths, config)
-        query = _layout(hidden_states, kwargs.get("attention_mask"), kwargs.get("position_ids"), records)
+        mask = inputs.get("attention_mask")
+        query = self._layout(hidden_states, mask, inputs, records)
         # cached keys have addresses only: no bridge to them
         routes = chosen if differentiable and (records is None or records.empty) else None
         keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-        return TopologyCall(self, config, depths, routes, query_address, query, keys, merged, training)
+        return TopologyCall(self, config, depths, routes, query_address, query, keys, merged, training, mask)
+
+    def _layout(
+        self, hidden_states: Tensor, mask: Any, inputs: dict[str, Any], records: KeyRecords | None
+    ) -> SequenceLayout:
+        """Documents and positions of the tokens of this forward, from whatever the model passes down."""
+        batch, length = hidden_states.shape[:2]
+        layer = self.geometry.layer
+        past = None if records is None or records.empty else records
+        past_length = 0 if past is None else past.length
+        if mask is None:
+            position_ids = inputs.get("position_ids")
+            if position_ids is not None and position_ids.ndim == 3:
+                # rotary sections of multimodal models have a leading axis; text tokens restart in all of them alike
+                position_ids = position_ids[0]
+            if past is not None:
+                return past.continued_layout(batch, length, position_ids)
+            # flash kernels tell packed documents by these, if they are given; others never look at them
+            if "flash" in self.base_config._attn_implementation and inputs.get("cu_seq_lens_q") is not None:
+                return layout_from_cu_seq_lens(inputs["cu_seq_lens_q"], batch, length)
+            if position_ids is not None:
+                return layout_from_position_ids(position_ids, batch, layer)
+            return contiguous_layout(batch, length, hidden_states.device)
+        if not isinstance(mask, Tensor):
+            raise UnsupportedModelError(
+                f"attention_mask must be a tensor or None, got {type(mask).__name__}; load the model with "
+                "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+            )
+        if mask.ndim == 2:
+            real = mask.bool()[:, : int(past_length) + length]
+            return layout_from_padding(real).last(length)
+        if mask.ndim == 4 and mask.shape[0] == 1 < batch:
+            mask = mask.expand(batch, -1, -1, -1)
+        if mask.ndim == 4 and graph_is_recorded():
+            return layout_from_recorded_mask(mask, past_length)
+        return layout_from_mask(mask, None if past is None else past.layout, int(past_length), layer)
 
     def _record(
         self, query_address: Tensor, key_address: Tensor, depths: list[int], config: TopologyConfig
@@ -318,49 +367,6 @@ class MergedTopology(TopologyHost):
 # Installing the child
 
 
-def geometry_of(attention: Any, name: str) -> Geometry:
-    """Read the geometry of an attention module and check that it can be routed.
-
-    Raises:
-        UnsupportedModelError: the module is not a causal full-attention module that dispatches through
-            transformers' attention interface, or it uses a feature the topology does not model.
-    """
-
-    def refuse(why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {why}")
-
-    config = getattr(attention, "config", None)
-    forward = inspect.unwrap(type(attention).forward)
-    if config is None or not isinstance(getattr(attention, "layer_idx", None), int):
-        raise refuse("it needs the attributes `config` and `layer_idx` of a transformers attention module.")
-    parameters = inspect.signature(forward).parameters.values()
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__ or all(p.kind != p.VAR_KEYWORD for p in parameters):
-        raise refuse("its forward must pass **kwargs to transformers' attention interface.")
-    if not getattr(attention, "is_causal", True):
-        raise refuse("it is not causal.")
-    if sliding_window_of(attention) is not None:
-        raise refuse("it has a sliding window; route full-attention layers only (see layers_to_transform).")
-    if isinstance(getattr(attention, "sinks", None), nn.Parameter):
-        raise refuse("its softmax has learned sink logits, which the topology does not model.")
-    if getattr(attention, "is_kv_shared_layer", False):
-        raise refuse("it reuses the keys of another layer.")
-    projection = next((getattr(attention, n) for n in ("q_proj", "qkv_proj") if hasattr(attention, n)), None)
-    hidden_size = getattr(projection, "in_features", config.hidden_size)
-    heads = config.num_attention_heads
-    return Geometry(attention.layer_idx, hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads)
-
-
-def sliding_window_of(attention: Any) -> int | None:
-    """The sliding window in force in this layer, None for full attention."""
-    types = getattr(attention.config, "layer_types", None)
-    if types is not None:
-        kind = types[attention.layer_idx]
-        return None if kind == "full_attention" else getattr(attention.config, "sliding_window", None) or 1
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)
-
-
 def install(attention: Any, host: TopologyHost) -> None:
     """Make `host` the child of `attention` and route its forwards."""
     setattr(attention, CHILD, host)
@@ -405,40 +411,9 @@ def active_layers(model: nn.Module) -> list[tuple[TopologyHost, TopologyConfig, 
 
 def _route_forward(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     host = getattr(attention, CHILD)
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    call = host.prepare(hidden_states, kwargs)
-    return args, kwargs if call is None else {**kwargs, "topology": call}
-
-
-def _layout(
-    hidden_states: Tensor, mask: Any, position_ids: Tensor | None, records: KeyRecords | None
-) -> SequenceLayout:
-    """Documents and positions of the tokens of this forward, from whatever the model passes down."""
-    batch, length = hidden_states.shape[:2]
-    past = None if records is None or records.empty else records
-    past_length = 0 if past is None else past.length
-    if position_ids is not None and position_ids.ndim == 3:
-        # rotary sections of multimodal models have a leading axis; text tokens restart in all of them alike
-        position_ids = position_ids[0]
-    if mask is None:
-        if past is not None:
-            return past.continued_layout(batch, length, position_ids)
-        if position_ids is not None:
-            return layout_from_position_ids(position_ids, batch)
-        return contiguous_layout(batch, length, hidden_states.device)
-    if not isinstance(mask, Tensor):
-        raise UnsupportedModelError(
-            f"attention_mask must be a tensor or None, got {type(mask).__name__}; load the model with "
-            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
-        )
-    if mask.ndim == 2:
-        real = mask.bool()[:, : int(past_length) + length]
-        return layout_from_padding(real).last(length)
-    if mask.ndim == 4 and mask.shape[0] == 1 < batch:
-        mask = mask.expand(batch, -1, -1, -1)
-    if mask.ndim == 4 and graph_is_recorded():
-        return layout_from_recorded_mask(mask, past_length)
-    return layout_from_mask(mask, None if past is None else past.layout, int(past_length))
+    inputs = {**dict(zip(host.inputs, args, strict=False)), **kwargs}
+    # None is said too: an attention function that hears nothing knows that the module lost its arguments
+    return args, {**kwargs, "topology": host.prepare(inputs[host.inputs[0]], inputs)}
 
 
 @contextlib.contextmanager
@@ -462,8 +437,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def base_attention(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the module would call without a topology."""
     host = getattr(attention, CHILD)
-    eager = inspect.unwrap(type(attention).forward).__globals__["eager_attention_forward"]
-    return AttentionInterface().get_interface(host.base_config._attn_implementation, eager)
+    return AttentionInterface().get_interface(host.base_config._attn_implementation, host.eager_attention)
 
 
 def topology_attention_forward(
@@ -472,7 +446,7 @@ def topology_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    topology: TopologyCall | None = None,
+    topology: TopologyCall | None | Literal["lost"] = "lost",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of a routed module (signature of transformers' attention interface).
@@ -482,19 +456,27 @@ def topology_attention_forward(
         topology: what the pre-hook prepared; None runs the base attention.
 
     Returns:
-        `[B, T, H, D]` and None (attention weights are not materialised).
+        `[B, T, H, D]`, contiguous as the base functions return it, and None (attention weights are not materialised).
+
+    Raises:
+        UnsupportedModelError: the module hands over anything that the topology does not model.
     """
+    if isinstance(topology, str):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} must pass its keyword arguments on to its attention function, got a call without "
+            "the one that the topology added; leave the layer out with layers_to_transform."
+        )
     base = base_attention(module)
     if topology is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     host, config = topology.host, topology.config
-    _refuse_unmodelled(query, host.geometry, kwargs)
+    refuse_unmodelled(module, topology, query, key, attention_mask, kwargs)
     depths = topology.depths
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     scores: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap")}
 
-    if topology.merged:
-        return _merged_attention(topology, query, key, value, depths, scores).transpose(1, 2), None
+    if host.observer is None and topology.hard:
+        return _hard_attention(topology, query, key, value, depths, scores).transpose(1, 2).contiguous(), None
     if host.observer is not None:
         if any(depths):
             out, weights = _bridged(topology, query, key, value, depths, scores, None)[0], None
@@ -524,7 +506,7 @@ def topology_attention_forward(
     return out, weights
 
 
-def _merged_attention(
+def _hard_attention(
     call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
 ) -> Tensor:
     """The hard topology, `[B, H, T, D]`: a few new tokens scan the cache, longer chunks sort it."""
@@ -583,7 +565,7 @@ def _bridged(
         plan=plan,
         **scores,
     )
-    return out.transpose(1, 2), far_pairs
+    return out.transpose(1, 2).contiguous(), far_pairs
 
 
 def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores: dict[str, Any]) -> None:
@@ -678,25 +660,6 @@ def _routes_per_head(routes: Routes, heads: int) -> Routes:
     if routes.key is routes.query:
         return Routes(query, query)
     return Routes(query, RoleDigits(*(_per_head(x, heads) for x in routes.key)))
-
-
-def _refuse_unmodelled(query: Tensor, geometry: Geometry, kwargs: dict[str, Any]) -> None:
-    layer = geometry.layer
-    if query.shape[1] != geometry.num_heads:
-        raise UnsupportedModelError(
-            f"layer {layer} must have {geometry.num_heads} query heads as its config says, got {query.shape[1]}"
-        )
-    if kwargs.get("dropout"):
-        raise UnsupportedModelError(
-            f"attention dropout must be 0 in routed layers, got {kwargs['dropout']} in layer {layer}; set "
-            "model.config.attention_dropout = 0 before loading."
-        )
-    for name in ("sliding_window", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"layer {layer} passes {name!r} to its attention, which the topology does not model; leave the "
-                "layer out with layers_to_transform."
-            )
 
 
 AttentionInterface.register(IMPLEMENTATION, topology_attention_forward)

@@ -4,7 +4,9 @@ Left padding and packing shift nothing: the window, the sinks and causality are 
 `(document, position)`, never on tensor indices. (docs/method.md, section 2.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,36 +62,77 @@ def layout_from_padding(real: Tensor) -> SequenceLayout:
     return SequenceLayout(torch.zeros_like(position), position)
 
 
-_FROM_POSITION_IDS = WeakTensorKeyDictionary()  # all layers of a forward share one object
+_KNOWN = WeakTensorKeyDictionary()  # all layers of a forward are handed one mask, or one tensor of positions
 
 
-def layout_from_position_ids(position_ids: Tensor, batch: int | None = None) -> SequenceLayout:
-    """Packed rows: a document starts wherever `position_ids` does not continue by one.
+def _shared(source: Tensor, layer: int, options: Any, make: Callable[[], SequenceLayout]) -> SequenceLayout:
+    """What `make` reads off `source`, for all layers of one forward.
 
-    Args:
-        position_ids: `[N_rows, N]` with `N_rows` the batch or 1. batch: rows of the layout if not `N_rows`.
+    A tensor may be another one's values by the next forward, also where torch does not count that (in inference mode,
+    through numpy, in a CUDA graph). So what was read is kept only for layers above the last that asked; recomputed
+    layers of a backward pass come in any order, and there the count has to do.
     """
-    batch = position_ids.shape[0] if batch is None else batch
-    version = None if position_ids.is_inference() else position_ids._version
-    known = _FROM_POSITION_IDS.get(position_ids)
-    if known is not None and known[:2] == (version, batch):
-        return known[2]
-    layout = _split_at_restarts(position_ids.expand(batch, -1))
-    _FROM_POSITION_IDS[position_ids] = (version, batch, layout)
+    version = None if source.is_inference() else source._version
+    known = _KNOWN.get(source)
+    if known is not None and known[:2] == (version, options):
+        recomputed = version is not None and torch.is_grad_enabled()
+        if recomputed or known[2] < layer:
+            _KNOWN[source] = (*known[:2], layer, known[3])
+            return known[3]
+    layout = make()
+    _KNOWN[source] = (version, options, layer, layout)
     return layout
 
 
-def _split_at_restarts(position_ids: Tensor) -> SequenceLayout:
+def layout_from_position_ids(position_ids: Tensor, batch: int | None = None, layer: int = 0) -> SequenceLayout:
+    """Packed rows: documents start where `_restarts` says.
+
+    Args:
+        position_ids: `[N_rows, N]` with `N_rows` the batch or 1. batch: rows of the layout if not `N_rows`.
+        layer: index of the layer that asks, see `_shared`.
+    """
+    batch = position_ids.shape[0] if batch is None else batch
+
+    def split() -> SequenceLayout:
+        starts = _restarts(position_ids.expand(batch, -1))
+        # one synchronisation per forward, before there is work to wait for; it spares every layer the general case
+        plain = not bool(starts.any())
+        index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+        first = torch.where(starts, index, 0).cummax(1).values
+        return SequenceLayout(first, index - first, plain)
+
+    return _shared(position_ids, layer, batch, split)
+
+
+def _restarts(position_ids: Tensor) -> Tensor:
+    """bool `[B, N]`: a document starts here; False for the first token.
+
+    Positions that fall start one. So does a 0 after a 0, a document of one token, but only in rows that count up by one
+    from 0 to 0: elsewhere repeated positions and gaps belong to one text (Self-Extend, PoSE, prompts with a part cut
+    out).
+    """
     steps = torch.diff(position_ids, dim=1)
-    starts = torch.cat([torch.zeros_like(position_ids[:, :1], dtype=torch.bool), steps != 1], dim=1)
-    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    first = torch.where(starts, index, 0).cummax(1).values
-    # one synchronisation per forward, before there is work to wait for; it spares every layer the general case
-    plain = bool((steps == 1).all())
-    return SequenceLayout(first, index - first, plain)
+    zero = position_ids[:, 1:] == 0
+    counting = ((steps == 1) | zero).all(1, keepdim=True)
+    starts = torch.zeros_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = (steps < 0) | (zero & counting)
+    return starts
 
 
-_FROM_MASK = WeakTensorKeyDictionary()  # all layers of a forward share one mask object
+def layout_from_cu_seq_lens(cu_seq_lens: Tensor, batch: int, length: int) -> SequenceLayout:
+    """Packed rows, told by where documents start: int `[documents + 1]`, from 0 to `length`.
+
+    Raises:
+        UnsupportedModelError: the batch is not one row.
+    """
+    if batch != 1:
+        raise UnsupportedModelError(f"cu_seq_lens_q needs a batch of one row, got {batch}")
+    index = torch.arange(length, device=cu_seq_lens.device)
+    document = torch.searchsorted(cu_seq_lens.long(), index, right=True) - 1
+    return SequenceLayout(document[None], (index - cu_seq_lens.long()[document])[None])
+
+
+_HIDDEN = -1e4  # additive masks hide with this or less, down to minus infinity
 
 
 def layout_from_recorded_mask(mask: Tensor, past_length: int | Tensor = 0) -> SequenceLayout:
@@ -98,7 +141,7 @@ def layout_from_recorded_mask(mask: Tensor, past_length: int | Tensor = 0) -> Se
     For use while a graph is recorded: nothing waits for the GPU.
 
     Args:
-        mask: `[B, 1, T, S]`; bool with True = visible, or additive float with 0 = visible.
+        mask: `[B, 1, T, S]`; bool with True = visible, or additive float with 0 = visible, else hidden.
         past_length: number of cached tokens.
     """
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -109,28 +152,35 @@ def layout_from_recorded_mask(mask: Tensor, past_length: int | Tensor = 0) -> Se
     return SequenceLayout(first, position)
 
 
-def layout_from_mask(mask: Tensor, past: SequenceLayout | None = None, past_length: int = 0) -> SequenceLayout:
+def layout_from_mask(
+    mask: Tensor, past: SequenceLayout | None = None, past_length: int = 0, layer: int = 0
+) -> SequenceLayout:
     """Read the layout of a forward's tokens off the model's own 4-D mask.
 
     Args:
-        mask: `[B, 1, T, S]`; bool with True = visible, or additive float with 0 = visible. Columns from
-            `past_length + T` on are unfilled cache slots.
-        past: layout of the `past_length` cached tokens.
+        mask: `[B, 1, T, S]`; bool with True = visible, or additive float with 0 = visible and -10,000 or less hidden.
+            Columns from `past_length + T` on are unfilled cache slots.
+        past: layout of the `past_length` cached tokens. layer: index of the layer that asks, see `_shared`.
 
     Raises:
         UnsupportedModelError: the mask is not "causal within documents, padding hidden", so that
-            `(document, position)` cannot express it.
+            `(document, position)` cannot express it, or it holds biases.
     """
-    version = None if mask.is_inference() else mask._version  # a mask changed in place is another mask
-    known = _FROM_MASK.get(mask)
-    if known is not None and known[0] == version:
-        return known[1]
+    return _shared(mask, layer, past_length, lambda: _checked_layout(mask, past, past_length))
+
+
+def _checked_layout(mask: Tensor, past: SequenceLayout | None, past_length: int) -> SequenceLayout:
     length = mask.shape[-2]
     total = past_length + length
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < total:
         raise UnsupportedModelError(
             f"attention_mask must have shape [B, 1, T, S] with S >= {total} (cached and new tokens), got "
             f"{tuple(mask.shape)}; masks that differ between heads cannot be routed. Pass a 2-D padding mask instead."
+        )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask <= _HIDDEN)).all()):
+        raise UnsupportedModelError(
+            "attention_mask must be 0 where a key is visible and -10,000 or less where it is hidden, got other numbers: "
+            "biases (ALiBi, soft masks) cannot be routed. Leave such layers out with layers_to_transform."
         )
     layout = layout_from_recorded_mask(mask, past_length)
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -142,14 +192,14 @@ def layout_from_mask(mask: Tensor, past: SequenceLayout | None = None, past_leng
             "attention_mask must be causal within documents with padding hidden; this one is not (a prefix-LM, "
             "sliding-window, chunked or hand-made mask). Route full-attention layers only, see layers_to_transform."
         )
-    _FROM_MASK[mask] = (version, layout)
     return layout
 
 
 def continued_layout(
     past: SequenceLayout, length: int, position_ids: Tensor | None, past_length: int | Tensor | None = None
 ) -> SequenceLayout:
-    """Layout of `length` unpadded tokens after `past`; `position_ids` that restart begin a new document.
+    """Layout of `length` unpadded tokens after `past`; a new document starts at a first position of 0, and
+    where `_restarts` says.
 
     Args:
         past: of the cached tokens, or of the last of them. past_length: their number if `past` is of the last only.
@@ -159,8 +209,8 @@ def continued_layout(
     index = torch.arange(length, device=past.position.device).expand(batch, length)
     starts = torch.zeros_like(index, dtype=torch.bool)
     if position_ids is not None:
+        starts = _restarts(position_ids.expand(batch, -1))
         starts[:, :1] = position_ids[:, :1] == 0
-        starts[:, 1:] = torch.diff(position_ids, dim=1) != 1
     first = torch.where(starts, index, -1).cummax(1).values  # -1: still in the last cached document
     new = first >= 0
     document = torch.where(new, past_length + first, past.document[:, -1:])

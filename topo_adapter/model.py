@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .config import TopologyConfig
 from .dial import choose_depths
+from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
-from .layer import CHILD, MergedTopology, TopologyLayer, geometry_of, hosts, install, sliding_window_of, uninstall
+from .gates import borrows_keys, execution_device, geometry_of, sliding_window_of, why_not
+from .layer import CHILD, MergedTopology, TopologyLayer, hosts, install, uninstall
 
 
 class TopologyModel(BaseTuner):
@@ -40,6 +42,10 @@ class TopologyModel(BaseTuner):
             peft_config.target_modules = set(peft_config.target_modules)  # type: ignore[assignment]  # PEFT's form
         self._check_targets(peft_config)
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        guard(model)
 
     def _check_targets(self, config: TopologyConfig) -> None:
         """Check every target before the first is touched, so that a refusal leaves the model as it was."""
@@ -90,7 +96,7 @@ class TopologyModel(BaseTuner):
             layer = TopologyLayer(target, geometry_of(target, current_key))
             layer.train(target.training)
             install(target, layer)
-        layer.update_layer(adapter_name, peft_config, next(target.parameters()).device)
+        layer.update_layer(adapter_name, peft_config, execution_device(target))
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, target_density: float | None = None
@@ -161,6 +167,8 @@ class TopologyModel(BaseTuner):
                 host = MergedTopology(module, layer.geometry, router, config)  # type: ignore[arg-type]
                 host.train(module.training)
                 install(module, host)
+        if not hosts(self.model):
+            unguard(self.model)
         # other methods' layers in the same model, LoRA for one, are PEFT's to unload
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -205,24 +213,35 @@ class TopologyModel(BaseTuner):
 def find_full_attention(model: Any) -> list[str]:
     """Names of the full-attention modules of the text decoder, as suffixes where a suffix is enough.
 
+    Layers with a sliding window, linear attention, or the keys of another layer are left as they are.
+
     Raises:
         UnsupportedModelError: there is none.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
-    names = []
+    names, refused = [], {}
     for name, module in model.named_modules():
+        if id(module) not in inside or not _may_attend(module):
+            continue
         causal = getattr(module, "is_causal", False) and isinstance(getattr(module, "layer_idx", None), int)
-        if id(module) in inside and causal and hasattr(module, "config") and sliding_window_of(module) is None:
+        left_alone = hasattr(module, "config") and causal and sliding_window_of(module) is not None
+        if causal and hasattr(module, "config") and not left_alone and not borrows_keys(module):
             names.append(name)
+        else:
+            refused.setdefault(type(module).__name__, why_not(module))
     if not names:
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in refused.items() if reason) or "it has none"
         raise UnsupportedModelError(
-            f"target_modules: found no full-attention module in {type(model).__name__}; name the modules yourself, or "
-            "the model has only sliding-window or linear attention, which the topology cannot make sparser."
+            f"target_modules: found no full-attention module that can be routed in {type(model).__name__} ({reasons})"
         )
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
     return sorted(suffixes) if sorted(matched) == sorted(names) else names
+
+
+def _may_attend(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower() or hasattr(module, "is_causal")
 
 
 class _RouterTensors(dict):
@@ -258,6 +277,8 @@ def _discard(model: Any, adapter_name: str) -> None:
             child.delete_adapter(adapter_name)
             if not child.topo_routers:
                 uninstall(module)
+    if not hosts(model):
+        unguard(model.get_base_model() if hasattr(model, "get_base_model") else model)
     model.peft_config.pop(adapter_name, None)
 
 
@@ -269,6 +290,10 @@ def _layers_to_transform(config: PeftConfig) -> set[int] | None:
 
 
 def _check_model(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model must be a decoder, got the encoder-decoder {type(model).__name__}: its caches hold no key addresses"
+        )
     if any(isinstance(host, MergedTopology) for host in hosts(model)):
         raise UnsupportedModelError(
             "the model carries a merged topology already; load the base model afresh to add another adapter"

@@ -1,0 +1,55 @@
+"""What a model with a topology refuses where it is called, because its layers could not say it or would say it late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+from .gates import refused_attentions
+from .layer import hosts
+
+#: The method through which all of transformers' continuous batching goes (`generate_batch` among it).
+_BATCHING = "init_continuous_batching"
+
+
+def guard(model: nn.Module) -> None:
+    """Make a model refuse continuous batching, and attention weights while a topology is in force. Idempotent."""
+    for module in _callable_parts(model):
+        if _refuse_attentions not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
+    if hasattr(model, _BATCHING):
+        # its own loop would swallow the error of a layer and return empty answers
+        setattr(model, _BATCHING, _refuse_continuous_batching)
+
+
+def unguard(model: nn.Module) -> None:
+    """Undo `guard`."""
+    for module in _callable_parts(model):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _refuse_attentions:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    model.__dict__.pop(_BATCHING, None)
+
+
+def _callable_parts(model: Any) -> list[nn.Module]:
+    """The model and, if it is another module, its text decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return [model] if decoder is None or decoder is model else [model, decoder]
+
+
+def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(model, "config", None), "output_attentions", False)
+    if asked and any(host.replaces_attention() for host in hosts(model)):
+        raise refused_attentions()
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        "continuous batching (generate_batch) keeps keys in a paged cache, which holds no key addresses; call generate(), "
+        "or unload() the adapter first"
+    )

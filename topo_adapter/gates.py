@@ -1,0 +1,223 @@
+"""What can be routed: attention modules when an adapter is attached, and what they are handed when they run.
+
+Everything that transformers can hand an attention module is either modelled or refused here; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .backend import graph_is_recorded
+from .errors import CacheError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .layer import TopologyCall
+
+#: What the topology computes with or checks, of the arguments of transformers' attention functions.
+_MODELLED = {
+    *("module", "query", "key", "value", "query_states", "key_states", "value_states", "attention_mask"),
+    *("scaling", "dropout", "softcap", "sliding_window", "is_causal", "output_attentions", "kwargs"),
+}
+#: Acts on attention in some model; an eager function that names another such argument is noticed by its signature.
+_NOT_MODELLED = {
+    *("position_bias", "attention_bias", "s_aux", "sinks", "indices", "block_indices"),
+    *("head_mask", "layer_head_mask"),
+}
+#: Arguments of an attention module's forward by which a model that runs its layers several times says which run it is.
+_LOOPS = {"layer_idx", "loop_layer_idx", "cycle_offset", "cache_offset"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the child needs to know of its attention module."""
+
+    layer: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+
+
+def geometry_of(attention: Any, name: str) -> Geometry:
+    """Read the geometry of an attention module and check that it can be routed.
+
+    Raises:
+        UnsupportedModelError: the module is not a causal full-attention module that dispatches through
+            transformers' attention interface, or it uses a feature the topology does not model.
+    """
+    reason = why_not(attention)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {reason}"
+        )
+    config = attention.config
+    projection = next((getattr(attention, n) for n in ("q_proj", "qkv_proj") if hasattr(attention, n)), None)
+    hidden_size = getattr(projection, "in_features", config.hidden_size)
+    heads = config.num_attention_heads
+    groups = getattr(attention, "num_key_value_groups", None)
+    # the module's own number first: a config may have one number for each kind of layer
+    kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
+    return Geometry(attention.layer_idx, hidden_size, heads, kv_heads)
+
+
+def why_not(attention: Any) -> str | None:
+    """Why a module cannot be routed, in words; None if it can."""
+    forward = inspect.unwrap(type(attention).forward)
+    if getattr(attention, "config", None) is None or not isinstance(getattr(attention, "layer_idx", None), int):
+        return "it needs the attributes `config` and `layer_idx` of a transformers attention module."
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names or not takes_any:
+        return "its forward must pass **kwargs to transformers' attention interface."
+    if loops := _LOOPS & parameters.keys():
+        return f"its model runs it several times in a forward (its forward takes {', '.join(sorted(loops))})."
+    if not getattr(attention, "is_causal", True):
+        return "it is not causal."
+    if borrows_keys(attention):
+        return "it reuses the keys of another layer."
+    if sliding_window_of(attention) is not None:
+        return "it has a sliding window; route full-attention layers only (see layers_to_transform)."
+    if isinstance(getattr(attention, "sinks", None), nn.Parameter):
+        return "its softmax has learned sink logits, which the topology does not model."
+    return None
+
+
+def borrows_keys(attention: Any) -> bool:
+    """Whether a module attends to the keys of an earlier layer (Gemma 3n, Gemma 4)."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
+def sliding_window_of(attention: Any) -> int | None:
+    """The sliding window in force in this layer, None for full attention.
+
+    A window that is not shorter than the positions the model knows hides nothing, nor does one that the model's code
+    never reads.
+    """
+    config = attention.config
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is not None:
+        kind = types[attention.layer_idx]
+        if kind == "full_attention":
+            return None
+        if kind != "sliding_attention":  # chunked attention and others
+            return window or 1
+        window = window or 1
+    elif hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    elif not _reads_a_window(inspect.unwrap(type(attention).forward)):
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if window is not None and positions is not None and window >= positions else window
+
+
+def _reads_a_window(forward: Callable[..., Any]) -> bool:
+    """Whether an attention module, or the masks of the model it is written beside, follow `config.sliding_window`."""
+    return (
+        "create_sliding_window_causal_mask" in forward.__globals__
+        or "sliding_window" in forward.__code__.co_names
+        or "sliding_window" in forward.__code__.co_consts
+    )
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes; the weights of one that accelerate offloads are elsewhere until then."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
+
+
+def eager_attention_of(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The eager attention function of the model that a kind of attention module belongs to."""
+    return inspect.unwrap(kind.forward).__globals__.get("eager_attention_forward")
+
+
+def acting_arguments(kind: type[nn.Module]) -> list[str]:
+    """Arguments by which a module's own attention functions act on attention, but for those that the topology models."""
+    functions = [function for function in (eager_attention_of(kind), sdpa_attention_forward) if function is not None]
+    named = {name for function in functions for name in inspect.signature(function).parameters}
+    return sorted((named | _NOT_MODELLED) - _MODELLED)
+
+
+def refuse_unmodelled(
+    module: nn.Module, call: TopologyCall, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> None:
+    """Check everything that reaches a routed module's attention against what was prepared for it.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, H_kv, S, D]`. mask, kwargs: what else the attention function was called with.
+
+    Raises:
+        UnsupportedModelError, CacheError: it is something that the topology does not model, or not what the hook saw.
+    """
+    geometry = call.host.geometry
+    layer = geometry.layer
+    if query.shape[1] != geometry.num_heads:
+        raise UnsupportedModelError(
+            f"layer {layer} must have {geometry.num_heads} query heads as its config says, got {query.shape[1]}"
+        )
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(
+            f"attention dropout must be 0 in routed layers, got {kwargs['dropout']} in layer {layer}; set "
+            "model.config.attention_dropout = 0 before loading."
+        )
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModelError(
+            f"attention must be causal in routed layers, got is_causal=False in layer {layer}; disable the adapter for "
+            "bidirectional use, or leave the layer out with layers_to_transform."
+        )
+    window = kwargs.get("sliding_window")
+    if window is not None and window < key.shape[2]:
+        raise UnsupportedModelError(
+            f"layer {layer} passes a sliding_window of {window} tokens to its attention of {key.shape[2]} keys, which "
+            "the topology does not model; leave the layer out with layers_to_transform, or read shorter texts."
+        )
+    for name in call.host.acting_arguments:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"layer {layer} passes {name!r} to its attention, which the topology does not model; leave the "
+                "layer out with layers_to_transform."
+            )
+    if kwargs.get("output_attentions"):
+        raise refused_attentions()
+    if (query.shape[2], key.shape[2]) != (call.query.position.shape[1], call.keys.count):
+        raise CacheError(
+            f"layer {layer} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the topology has addresses "
+            f"for {call.query.position.shape[1]} and {call.keys.count}: {type(module).__name__} got its cache under a "
+            "name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, or use_cache=False."
+        )
+    if not _same_mask(mask, call.mask):
+        raise UnsupportedModelError(
+            f"layer {layer} must attend with the attention_mask it is given, but {type(module).__name__} changes it; "
+            "the topology would not see what it hides. Leave the layer out with layers_to_transform."
+        )
+
+
+def refused_attentions() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "output_attentions must be False with a topology in force, got True: routed layers make no attention weights. "
+        "record_routes says what each query sees; disable_adapter() gives the dense model's weights."
+    )
+
+
+def _same_mask(mask: Any, read: Any) -> bool:
+    """Whether a mask is the one that was read, or a view of its first columns."""
+    if mask is read:
+        return True
+    if not (isinstance(mask, Tensor) and isinstance(read, Tensor)) or mask.dtype != read.dtype:
+        return False
+    if graph_is_recorded():  # addresses are not known then
+        return mask.shape[:-1] == read.shape[:-1]
+    same_place = mask.data_ptr() == read.data_ptr() and mask.stride() == read.stride()
+    return same_place and mask.shape[:-1] == read.shape[:-1] and mask.shape[-1] <= read.shape[-1]
