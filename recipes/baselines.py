@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topo_adapter import RecordedRoutes, TopologyConfigError, UnsupportedModelError
-from topo_adapter.gates import sliding_window_of
+from topo_adapter.gates import FULL, layer_kind
 from topo_adapter.layer import hosts
 from topo_adapter.visibility import always_density
 
@@ -382,7 +382,7 @@ def baseline_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface; `[B, H, T, D]` and `[B, H_kv, T, D]` in, `[B, T, H, D]` out."""
-    sliding = sliding_window_of(module) is not None
+    sliding = layer_kind(module) != FULL
     layer: int = module.layer_idx
     # "is not": an attention sink is a tensor, which compares element by element
     unmodelled = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]

@@ -842,7 +842,7 @@ def refuses(base: PreTrainedModel, error: type[Exception], match: str, **setting
 def test_refuses_a_model_with_sliding_layers_only() -> None:
     config = tiny("mistral").config.to_dict()
     base = AutoModelForCausalLM.from_config(MistralConfig(**{**config, "sliding_window": 4})).eval()
-    refuses(base, UnsupportedModelError, "sliding-window")
+    refuses(base, UnsupportedModelError, "MistralAttention: it has a sliding window")
     refuses(base, UnsupportedModelError, "sliding window", target_modules=["self_attn"])
 
 
@@ -961,8 +961,16 @@ def test_refuses_one_adapter_per_sample() -> None:
 def test_refuses_cached_tokens_in_training(homotopy: float, new: int) -> None:
     model = routed(tiny(), homotopy=homotopy).train()
     cache = model(input_ids=IDS[:, :10], use_cache=True).past_key_values
-    with pytest.raises(UnsupportedModelError, match="past_key_values"):
+    with pytest.raises(UnsupportedModelError, match="key-value cache must be empty in training"):
         model(input_ids=IDS[:, 10 : 10 + new], past_key_values=cache)
+
+
+@pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
+def test_samples_in_training_mode_as_in_evaluation_mode(homotopy: float) -> None:
+    """Trainers that sample (GRPO) leave the model in training mode; generate() asks for no gradient."""
+    model = routed(tiny(), homotopy=homotopy)
+    expected = model.generate(input_ids=IDS[:, :10], max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.train().generate(input_ids=IDS[:, :10], max_new_tokens=8, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("merged", [False, True])

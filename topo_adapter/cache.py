@@ -138,6 +138,7 @@ class KeyRecords:
 
     Args:
         routed: whether the router makes the new tokens' addresses; False where no head has a tree and nobody asks.
+        window: sliding window that the model's config carries and the module does not follow, or None.
 
     Raises:
         CacheError: the cache layer's type cannot hold records, or it holds tokens without records because
@@ -146,8 +147,10 @@ class KeyRecords:
 
     length: int | Tensor
 
-    def __init__(self, cache: Cache, layer: int, router: TopologyRouter, routed: bool = True) -> None:
-        _make_indexed(cache, layer)
+    def __init__(
+        self, cache: Cache, layer: int, router: TopologyRouter, routed: bool = True, window: int | None = None
+    ) -> None:
+        _make_indexed(cache, layer, window)
         self._cache, self._layer = cache, layer
         self._routes, self._leaves = router.num_heads, router.arity**router.depth
         slot = cache.layers[layer]
@@ -163,15 +166,15 @@ class KeyRecords:
             recorded = slot.indexer_keys.shape[1] if counter is None else int(counter)
         if recorded != self.length:
             raise CacheError(
-                f"the key-value cache holds {self.length} tokens in layer {layer} but key addresses for {recorded}: part "
-                "of it was filled while the topology adapter was disabled or at homotopy 0, or its keys were pruned or "
-                "set by hand. Start from a fresh cache."
+                f"the key-value cache holds {self.length} tokens in layer {layer} but key addresses for {recorded}: "
+                "part of it was filled while the topology adapter was disabled or at homotopy 0, or its keys were "
+                "pruned or set by hand. Start from a fresh cache."
             )
         # an address means nothing on another router's tree
         if routed and self.length and getattr(slot, "topology_router", None) != id(router):
             raise CacheError(
-                f"the key-value cache holds keys in layer {layer} that this adapter's router did not address: they were "
-                "cached by another adapter, or while no head of the layer had a tree. Start from a fresh cache."
+                f"the key-value cache holds keys in layer {layer} that this adapter's router did not address: they "
+                "were cached by another adapter, or while no head of the layer had a tree. Start from a fresh cache."
             )
         slot.topology_router = id(router) if routed else None
 
@@ -244,7 +247,7 @@ class _Continued:
         )
 
 
-def _make_indexed(cache: Cache, layer: int) -> None:
+def _make_indexed(cache: Cache, layer: int, window: int | None) -> None:
     while len(cache.layers) <= layer:
         if cache.layer_class_to_replicate is None:
             raise CacheError(f"the key-value cache has {len(cache.layers)} layers, but layer {layer} was asked for")
@@ -252,12 +255,12 @@ def _make_indexed(cache: Cache, layer: int) -> None:
     old = cache.layers[layer]
     if isinstance(old, (DynamicIndexedLayer, StaticIndexedLayer)):
         return
-    # A routed layer attends to everything, also where its config carries a window that hides nothing: a sliding cache
-    # layer that has no token yet, and room for all, becomes a full one.
+    # A window in the config makes sliding cache layers, also where it hides nothing from the module: before they have
+    # dropped a token they become full ones.
     new: DynamicIndexedLayer | StaticIndexedLayer
     if type(old) is DynamicLayer:
         new = DynamicIndexedLayer()
-    elif type(old) is DynamicSlidingWindowLayer and old.get_seq_length() == 0:
+    elif type(old) is DynamicSlidingWindowLayer and old.sliding_window == window and not old.get_seq_length():
         cache.layers[layer] = DynamicIndexedLayer()
         return
     elif type(old) is StaticLayer or (type(old) is StaticSlidingWindowLayer and _holds_all(old)):

@@ -50,6 +50,6 @@ def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModelError(
-        "continuous batching (generate_batch) keeps keys in a paged cache, which holds no key addresses; call generate(), "
-        "or unload() the adapter first"
+        "continuous batching (generate_batch) keeps keys in a paged cache, which holds no key addresses; call "
+        "generate(), or unload() the adapter first"
     )

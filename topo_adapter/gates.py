@@ -20,6 +20,8 @@ from .errors import CacheError, UnsupportedModelError
 if TYPE_CHECKING:
     from .layer import TopologyCall
 
+#: The kind of layer that is routed.
+FULL = "full_attention"
 #: What the topology computes with or checks, of the arguments of transformers' attention functions.
 _MODELLED = {
     *("module", "query", "key", "value", "query_states", "key_states", "value_states", "attention_mask"),
@@ -30,6 +32,17 @@ _NOT_MODELLED = {
     *("position_bias", "attention_bias", "s_aux", "sinks", "indices", "block_indices"),
     *("head_mask", "layer_head_mask"),
 }
+#: Arguments of an attention module's forward that make its keys another sequence's, or act on its scores.
+_NOT_OWN_KEYS = (
+    *(
+        "key_value_states",
+        "key_hidden_states",
+        "value_hidden_states",
+        "encoder_hidden_states",
+        "cross_attention_states",
+    ),
+    *("encoder_attention_mask", "relative_distance", "prev_topk_indices", *sorted(_NOT_MODELLED)),
+)
 #: Arguments of an attention module's forward by which a model that runs its layers several times says which run it is.
 _LOOPS = {"layer_idx", "loop_layer_idx", "cycle_offset", "cache_offset"}
 
@@ -53,9 +66,7 @@ def geometry_of(attention: Any, name: str) -> Geometry:
     """
     reason = why_not(attention)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {reason}"
-        )
+        raise UnsupportedModelError(f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {reason}")
     config = attention.config
     projection = next((getattr(attention, n) for n in ("q_proj", "qkv_proj") if hasattr(attention, n)), None)
     hidden_size = getattr(projection, "in_features", config.hidden_size)
@@ -81,8 +92,9 @@ def why_not(attention: Any) -> str | None:
         return "it is not causal."
     if borrows_keys(attention):
         return "it reuses the keys of another layer."
-    if sliding_window_of(attention) is not None:
-        return "it has a sliding window; route full-attention layers only (see layers_to_transform)."
+    if (kind := layer_kind(attention)) != FULL:
+        what = "it has a sliding window" if kind == "sliding_attention" else f"it is of the layer type {kind!r}"
+        return f"{what}; route full-attention layers only (see layers_to_transform)."
     if isinstance(getattr(attention, "sinks", None), nn.Parameter):
         return "its softmax has learned sink logits, which the topology does not model."
     return None
@@ -93,28 +105,27 @@ def borrows_keys(attention: Any) -> bool:
     return bool(getattr(attention, "is_kv_shared_layer", False))
 
 
-def sliding_window_of(attention: Any) -> int | None:
-    """The sliding window in force in this layer, None for full attention.
+def layer_kind(attention: Any) -> str:
+    """What a causal attention module attends to, in transformers' words: 'full_attention', 'sliding_attention', ...
 
     A window that is not shorter than the positions the model knows hides nothing, nor does one that the model's code
-    never reads.
+    never reads: both are full attention.
     """
     config = attention.config
     types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
     if types is not None:
-        kind = types[attention.layer_idx]
-        if kind == "full_attention":
-            return None
-        if kind != "sliding_attention":  # chunked attention and others
-            return window or 1
-        window = window or 1
+        kind, window = types[attention.layer_idx], getattr(config, "sliding_window", None) or 1
+        if kind != "sliding_attention":
+            return kind
     elif hasattr(attention, "sliding_window"):
         window = attention.sliding_window
-    elif not _reads_a_window(inspect.unwrap(type(attention).forward)):
-        return None
+    else:
+        window = getattr(config, "sliding_window", None)
+        if not _reads_a_window(inspect.unwrap(type(attention).forward)):
+            return FULL
     positions = getattr(config, "max_position_embeddings", None)
-    return None if window is not None and positions is not None and window >= positions else window
+    hides_nothing = window is None or (positions is not None and window >= positions)
+    return FULL if hides_nothing else "sliding_attention"
 
 
 def _reads_a_window(forward: Callable[..., Any]) -> bool:
@@ -143,10 +154,24 @@ def eager_attention_of(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Ten
 
 
 def acting_arguments(kind: type[nn.Module]) -> list[str]:
-    """Arguments by which a module's own attention functions act on attention, but for those that the topology models."""
+    """Arguments by which a module's attention functions act on attention, but for those that the topology models."""
     functions = [function for function in (eager_attention_of(kind), sdpa_attention_forward) if function is not None]
     named = {name for function in functions for name in inspect.signature(function).parameters}
     return sorted((named | _NOT_MODELLED) - _MODELLED)
+
+
+def refuse_inputs(layer: int, inputs: dict[str, Any]) -> None:
+    """Check what a routed module is called with, by name.
+
+    Raises:
+        UnsupportedModelError: it is to attend to something else than its own hidden states.
+    """
+    for name in _NOT_OWN_KEYS:
+        if inputs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"layer {layer} is called with {name!r}, which the topology does not model; leave the layer out with "
+                "layers_to_transform."
+            )
 
 
 def refuse_unmodelled(
@@ -193,9 +218,10 @@ def refuse_unmodelled(
         raise refused_attentions()
     if (query.shape[2], key.shape[2]) != (call.query.position.shape[1], call.keys.count):
         raise CacheError(
-            f"layer {layer} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the topology has addresses "
-            f"for {call.query.position.shape[1]} and {call.keys.count}: {type(module).__name__} got its cache under a "
-            "name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, or use_cache=False."
+            f"layer {layer} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the topology has "
+            f"addresses for {call.query.position.shape[1]} and {call.keys.count}: {type(module).__name__} got its "
+            "cache under a name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, or "
+            "use_cache=False."
         )
     if not _same_mask(mask, call.mask):
         raise UnsupportedModelError(

@@ -26,7 +26,7 @@ from .backend import graph_is_recorded, sent
 from .cache import KeyRecords, Keys, cache_among
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
-from .gates import Geometry, acting_arguments, eager_attention_of, refuse_unmodelled
+from .gates import Geometry, acting_arguments, eager_attention_of, refuse_inputs, refuse_unmodelled
 from .layout import (
     SequenceLayout,
     contiguous_layout,
@@ -169,6 +169,7 @@ class TopologyHost(nn.Module):
         router, config, merged = active
         if self.standardising:
             router.standardise(hidden_states)
+        refuse_inputs(self.geometry.layer, inputs)
         distilling, observed = self.distillation is not None, self.observer is not None
         cache = cache_among(inputs)
         # trainers that sample from their model do so in training mode; no gradient is asked for then
@@ -200,7 +201,10 @@ class TopologyHost(nn.Module):
                 "the key-value cache must be empty in training: cached keys have addresses but no gradient. "
                 "Train on whole sequences, or generate under torch.no_grad()."
             )
-        records = None if cache is None or dense else KeyRecords(cache, self.geometry.layer, router, routed)
+        records = None
+        if cache is not None and not dense:
+            window = getattr(self.base_config, "sliding_window", None)
+            records = KeyRecords(cache, self.geometry.layer, router, routed, window)
         if self.recorder is not None:
             self.recorder[self.geometry.layer] = self._record(query_address, key_address, depths, config)
         mask = inputs.get("attention_mask")
@@ -446,7 +450,7 @@ def topology_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    topology: TopologyCall | None | Literal["lost"] = "lost",
+    topology: TopologyCall | Literal["lost"] | None = "lost",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of a routed module (signature of transformers' attention interface).

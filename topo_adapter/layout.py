@@ -179,7 +179,7 @@ def _checked_layout(mask: Tensor, past: SequenceLayout | None, past_length: int)
         )
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask <= _HIDDEN)).all()):
         raise UnsupportedModelError(
-            "attention_mask must be 0 where a key is visible and -10,000 or less where it is hidden, got other numbers: "
+            "attention_mask must be 0 where a key is visible and -10,000 or less where it is hidden, got others: "
             "biases (ALiBi, soft masks) cannot be routed. Leave such layers out with layers_to_transform."
         )
     layout = layout_from_recorded_mask(mask, past_length)

@@ -15,7 +15,7 @@ from .config import TopologyConfig
 from .dial import choose_depths
 from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
-from .gates import borrows_keys, execution_device, geometry_of, sliding_window_of, why_not
+from .gates import FULL, borrows_keys, execution_device, geometry_of, layer_kind, why_not
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts, install, uninstall
 
 
@@ -220,20 +220,23 @@ def find_full_attention(model: Any) -> list[str]:
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
-    names, refused = [], {}
+    names: list[str] = []
+    refused: dict[str, str | None] = {}
     for name, module in model.named_modules():
         if id(module) not in inside or not _may_attend(module):
             continue
         causal = getattr(module, "is_causal", False) and isinstance(getattr(module, "layer_idx", None), int)
-        left_alone = hasattr(module, "config") and causal and sliding_window_of(module) is not None
-        if causal and hasattr(module, "config") and not left_alone and not borrows_keys(module):
+        if causal and hasattr(module, "config") and layer_kind(module) == FULL and not borrows_keys(module):
             names.append(name)
         else:
             refused.setdefault(type(module).__name__, why_not(module))
     if not names:
-        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in refused.items() if reason) or "it has none"
+        reasons = "; ".join(
+            f"{kind}: {reason or 'it does not say that it is causal.'}" for kind, reason in refused.items()
+        )
         raise UnsupportedModelError(
-            f"target_modules: found no full-attention module that can be routed in {type(model).__name__} ({reasons})"
+            f"target_modules: found no full-attention module that can be routed in {type(model).__name__}. "
+            + (reasons or "It has no attention module.")
         )
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]

@@ -60,13 +60,13 @@ class LayerInputs(NamedTuple):
         """Router, plan and attention of the layer, as in a forward of the merged model."""
         call = self.host.prepare(self.hidden_states, self.kwargs)
         assert call is not None  # it was merged when its inputs were taken
-        return layer_module._merged_attention(call, self.query, self.key, self.value, call.depths, self.scores)
+        return layer_module._hard_attention(call, self.query, self.key, self.value, call.depths, self.scores)
 
 
 @torch.no_grad()
 def layer_inputs(model: Any, rows: Tensor) -> list[LayerInputs]:
     """Inputs of every routed layer of a merged model, from one forward without a cache."""
-    prepare, attention = TopologyHost.prepare, layer_module._merged_attention
+    prepare, attention = TopologyHost.prepare, layer_module._hard_attention
     entered: dict[TopologyHost, tuple[Tensor, dict[str, Any]]] = {}
     found: list[LayerInputs] = []
 
@@ -82,7 +82,7 @@ def layer_inputs(model: Any, rows: Tensor) -> list[LayerInputs]:
 
     with (
         mock.patch.object(TopologyHost, "prepare", remember),
-        mock.patch.object(layer_module, "_merged_attention", record),
+        mock.patch.object(layer_module, "_hard_attention", record),
     ):
         model(input_ids=rows, use_cache=False, logits_to_keep=1)
     return found
