@@ -453,6 +453,16 @@ SERVED: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "a window as long as the positions": ("phi3", {"sliding_window": 256}, [0, 1, 2, 3]),
     "a window beyond the positions": ("mistral", {"sliding_window": 512}, [0, 1, 2, 3]),
     "a window that the model ignores": ("llama", {"sliding_window": 6}, [0, 1, 2, 3]),
+    "sliding layers alone, with a window beyond the positions": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 256, "layer_types": [SLIDING] * 4},
+        [0, 1, 2, 3],
+    ),
+    "sliding layers beside full ones": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 256, "layer_types": MIXED},
+        [1, 3],
+    ),
     "layers with the keys of others": ("gemma3n_text", {**GEMMA3N, "num_kv_shared_layers": 2}, [1]),
     "gemma4": ("gemma4_text", GEMMA4, [1, 3]),
     "gemma4, layers with the keys of others": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}, [1]),

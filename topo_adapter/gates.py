@@ -5,7 +5,9 @@ Everything that transformers can hand an attention module is either modelled or 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from .errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .layer import TopologyCall
+
+_log = logging.getLogger("topo_adapter")
 
 #: The kind of layer that is routed.
 FULL = "full_attention"
@@ -57,6 +61,61 @@ class Geometry:
     num_kv_heads: int
 
 
+def find_full_attention(model: Any) -> list[str]:
+    """Names of the full-attention modules of the text decoder, as suffixes where a suffix is enough.
+
+    Layers with a sliding window, linear attention, or the keys of another layer are left as they are. In a model that
+    mixes kinds of layers its own word for them stands, also where a window hides nothing.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    names: list[str] = []
+    borrowing: list[int] = []
+    windows: list[int] = []  # of layers whose window hides nothing
+    refused: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if id(module) not in inside or not _may_attend(module):
+            continue
+        causal = getattr(module, "is_causal", False) and isinstance(getattr(module, "layer_idx", None), int)
+        full = causal and hasattr(module, "config") and layer_kind(module) == FULL
+        if full and borrows_keys(module):
+            borrowing.append(module.layer_idx)
+        elif full and _mixes_kinds(module) and module.config.layer_types[module.layer_idx] != FULL:
+            windows.append(module.layer_idx)
+        elif full:
+            names.append(name)
+        else:
+            refused.setdefault(type(module).__name__, why_not(module))
+    if not names:
+        reasons = "; ".join(
+            f"{kind}: {reason or 'it does not say that it is causal.'}" for kind, reason in refused.items()
+        )
+        raise UnsupportedModelError(
+            f"target_modules: found no full-attention module that can be routed in {type(model).__name__}. "
+            + (reasons or "It has no attention module.")
+        )
+    if borrowing:
+        _log.warning(
+            "layers %s reuse the keys of other layers and stay dense; the other full layers are routed", borrowing
+        )
+    if windows:
+        _log.warning(
+            "layers %s have a sliding window that is not shorter than the model's positions and stay as they are; name "
+            "their modules in target_modules to route them too",
+            windows,
+        )
+    suffixes = {name.rsplit(".", 1)[-1] for name in names}
+    matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
+    return sorted(suffixes) if sorted(matched) == sorted(names) else names
+
+
+def _may_attend(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower() or hasattr(module, "is_causal")
+
+
 def geometry_of(attention: Any, name: str) -> Geometry:
     """Read the geometry of an attention module and check that it can be routed.
 
@@ -68,11 +127,12 @@ def geometry_of(attention: Any, name: str) -> Geometry:
     if reason is not None:
         raise UnsupportedModelError(f"target_modules: {name!r} ({type(attention).__name__}) cannot be routed: {reason}")
     config = attention.config
+    if (per_layer := getattr(config, "per_layer_config", None)) is not None:  # heads may differ between layers
+        config = per_layer[attention.layer_idx]
     projection = next((getattr(attention, n) for n in ("q_proj", "qkv_proj") if hasattr(attention, n)), None)
     hidden_size = getattr(projection, "in_features", config.hidden_size)
     heads = config.num_attention_heads
-    groups = getattr(attention, "num_key_value_groups", None)
-    # the module's own number first: a config may have one number for each kind of layer
+    groups = getattr(attention, "num_key_value_groups", None)  # the module's own number is the surest
     kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
     return Geometry(attention.layer_idx, hidden_size, heads, kv_heads)
 
@@ -123,9 +183,15 @@ def layer_kind(attention: Any) -> str:
         window = getattr(config, "sliding_window", None)
         if not _reads_a_window(inspect.unwrap(type(attention).forward)):
             return FULL
-    positions = getattr(config, "max_position_embeddings", None)
+    declared = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    # an argument that a config only carries along says nothing of the model
+    positions = config.max_position_embeddings if "max_position_embeddings" in declared else None
     hides_nothing = window is None or (positions is not None and window >= positions)
     return FULL if hides_nothing else "sliding_attention"
+
+
+def _mixes_kinds(attention: Any) -> bool:
+    return len(set(getattr(attention.config, "layer_types", None) or ())) > 1
 
 
 def _reads_a_window(forward: Callable[..., Any]) -> bool:
@@ -220,8 +286,8 @@ def refuse_unmodelled(
         raise CacheError(
             f"layer {layer} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the topology has "
             f"addresses for {call.query.position.shape[1]} and {call.keys.count}: {type(module).__name__} got its "
-            "cache under a name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, or "
-            "use_cache=False."
+            "cache under a name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, "
+            "or use_cache=False."
         )
     if not _same_mask(mask, call.mask):
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from .config import TopologyConfig
 from .dial import choose_depths
 from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
-from .gates import FULL, borrows_keys, execution_device, geometry_of, layer_kind, why_not
+from .gates import execution_device, find_full_attention, geometry_of
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts, install, uninstall
 
 
@@ -208,43 +208,6 @@ class TopologyModel(BaseTuner):
         for layer in _layers(model):
             layer.unused.discard(adapter_name)
         return {expected[key]: value for key, value in given.items()}
-
-
-def find_full_attention(model: Any) -> list[str]:
-    """Names of the full-attention modules of the text decoder, as suffixes where a suffix is enough.
-
-    Layers with a sliding window, linear attention, or the keys of another layer are left as they are.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(module) for module in decoder.modules()}
-    names: list[str] = []
-    refused: dict[str, str | None] = {}
-    for name, module in model.named_modules():
-        if id(module) not in inside or not _may_attend(module):
-            continue
-        causal = getattr(module, "is_causal", False) and isinstance(getattr(module, "layer_idx", None), int)
-        if causal and hasattr(module, "config") and layer_kind(module) == FULL and not borrows_keys(module):
-            names.append(name)
-        else:
-            refused.setdefault(type(module).__name__, why_not(module))
-    if not names:
-        reasons = "; ".join(
-            f"{kind}: {reason or 'it does not say that it is causal.'}" for kind, reason in refused.items()
-        )
-        raise UnsupportedModelError(
-            f"target_modules: found no full-attention module that can be routed in {type(model).__name__}. "
-            + (reasons or "It has no attention module.")
-        )
-    suffixes = {name.rsplit(".", 1)[-1] for name in names}
-    matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
-    return sorted(suffixes) if sorted(matched) == sorted(names) else names
-
-
-def _may_attend(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower() or hasattr(module, "is_causal")
 
 
 class _RouterTensors(dict):
