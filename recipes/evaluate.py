@@ -52,12 +52,10 @@ from measures import (
     speed,
 )
 from texts import EVALUATION, TRAINING, fingerprint, text_windows
-from topo_adapter import Calibration, TopologyConfig, TopologyConfigError, choose_depths
-from topo_adapter.visibility import always_density
+from topo_adapter import TopologyConfig, TopologyConfigError
+from topo_adapter.density import calibrated_density, calibration_of
 
 DENSE, ADAPTER = "dense", "adapter"
-#: What `adapter_config.json` names as base after training on the embedded model.
-_EMBEDDED = Path(".models/smollm2-135m")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,30 +105,26 @@ class EvaluateArguments:
 # Loading
 
 
-def calibration_of(config: PeftConfig) -> Calibration:
-    """The calibration of an adapter.
+def topology_config(config: PeftConfig) -> TopologyConfig:
+    """The config of a calibrated topology adapter.
 
     Raises:
-        TopologyConfigError: it is no topology adapter, or not calibrated.
+        TopologyConfigError: it is of another kind, or not calibrated.
     """
     if not isinstance(config, TopologyConfig):
         raise TopologyConfigError(f"adapter must be a topology adapter, got one of type {config.peft_type}")
-    if config.calibration is None:
-        raise TopologyConfigError(
-            "adapter must hold a calibration to choose depths from, got none; call topo_adapter.calibrate(model, "
-            "sequences) and save the adapter again"
-        )
-    return config.calibration
+    calibration_of(config)
+    return config
 
 
 def load(arguments: EvaluateArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The adapter on its base, in evaluation mode, and the tokenizer."""
     config = PeftConfig.from_pretrained(arguments.adapter)
-    calibration_of(config)  # before gigabytes are loaded
+    topology_config(config)  # before gigabytes are loaded
     name = arguments.model or config.base_model_name_or_path
     if name is None:
         raise TopologyConfigError(f"model must be given, {arguments.adapter!r} does not name its base")
-    if name == "embedded" or (Path(name) == _EMBEDDED and not _EMBEDDED.exists()):
+    if name == "embedded":
         name = smollm2()
     device = arguments.device
     if device == "auto":
@@ -157,32 +151,13 @@ def make_case(arguments: EvaluateArguments, config: TopologyConfig, tokenizer: A
 # Methods, each in force on one case
 
 
-def calibrated_target(density: float, length: int, config: TopologyConfig) -> float:
-    """The density at the calibrated length whose depth map leads to expect `density` at `length`.
-
-    A map reveals about the same share of far pairs (beyond window and sinks) at any length, as `density_report`
-    assumes too; window and sinks alone take a larger share of the pairs the shorter a text is.
-
-    Raises:
-        TopologyConfigError: window and sinks alone exceed `density` at `length`.
-    """
-    window, sinks = config.local_window, config.num_sink_tokens
-    here, there = (always_density(n, window, sinks) for n in (length, calibration_of(config)["length"]))
-    if density < here:
-        raise TopologyConfigError(
-            f"density {density:g} is below the {here:.4f} of window {window} and {sinks} sinks at {length} tokens"
-        )
-    share = (density - here) / (1 - here) if here < 1 else 1.0
-    return min(1.0, there + (1 - there) * share)
-
-
 def in_reach(config: TopologyConfig, densities: list[float], length: int) -> dict[float, float]:
-    """The densities that a depth map reaches at `length`, each with its `calibrated_target`."""
+    """The densities that a depth map reaches at `length`, each with the `calibrated_density` of it."""
     found = {}
     for density in densities:
         with contextlib.suppress(TopologyConfigError):
-            target = calibrated_target(density, length, config)
-            choose_depths(calibration_of(config), target)
+            target = calibrated_density(config, density, length)
+            config.depths_at(target)
             found[density] = target
     return found
 
@@ -209,7 +184,7 @@ def rows_of(adapter: PeftModel, case: Case, arguments: EvaluateArguments) -> Ite
     for target in arguments.densities:
 
         def merged(target: float = target) -> Scores:
-            return score_adapter(adapter, case, calibrated_target(target, case.length, config))
+            return score_adapter(adapter, case, calibrated_density(config, target, case.length))
 
         found = row(ADAPTER, target, merged)
         yield found

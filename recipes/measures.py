@@ -266,13 +266,13 @@ def config_of(adapter: PeftModel) -> TopologyConfig:
 def merged_at(adapter: PeftModel, target: float) -> Iterator[Any]:
     """While active, the adapter is merged at a density of the calibrated length; yields depths per layer and head."""
     config = config_of(adapter)
-    before = config.visible_depth
+    before = config.visible_depth, config.target_density
     adapter.merge_adapter(target_density=target)  # refuses before it changes anything
     try:
         yield config.visible_depth
     finally:
         adapter.unmerge_adapter()
-        config.visible_depth = before
+        config.visible_depth, config.target_density = before
 
 
 def score_dense(adapter: PeftModel, case: Case) -> Scores:

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 from topo_adapter import TopologyConfig, TopologyConfigError, calibrate, measure_density, record_routes
+from topo_adapter.density import calibrated_density
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import evaluate
 import measures
 from baselines import TreeRoutes, Window, attending
-from evaluate import EvaluateArguments, calibrated_target, in_reach, main, rows_of
+from evaluate import EvaluateArguments, in_reach, main, rows_of
 from measures import Case, Needle, answer_scores, copy_windows, gap_recovered, needle_prompts, score, score_adapter
 
 sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
@@ -259,25 +260,25 @@ def test_density_conversion_keeps_the_share_of_far_pairs(length: int, calibrated
         near, pairs = near_pairs(n, 6, 3), n * (n + 1) // 2
         return (near + share * (pairs - near)) / pairs
 
-    assert calibrated_target(density(length), length, config) == pytest.approx(density(calibrated))
-    assert calibrated_target(1.0, length, config) == 1.0
-    with pytest.raises(TopologyConfigError, match="window 6 and 3 sinks"):
-        calibrated_target(near_pairs(length, 6, 3) / (length * (length + 1) / 2) - 1e-6, length, config)
+    assert calibrated_density(config, density(length), length) == pytest.approx(density(calibrated))
+    assert calibrated_density(config, 1.0, length) == 1.0
+    with pytest.raises(TopologyConfigError, match="a window of 6 and 3 sinks"):
+        calibrated_density(config, near_pairs(length, 6, 3) / (length * (length + 1) / 2) - 1e-6, length)
 
 
 def test_a_text_within_the_window_is_dense() -> None:
     config = TopologyConfig(depth=1, visible_depth=1, local_window=40)
     config.calibration = {"length": 100, "heads_per_route": 1, "density": {}, "loss": {}}
-    assert calibrated_target(1.0, 30, config) == 1.0
+    assert calibrated_density(config, 1.0, 30) == 1.0
     with pytest.raises(TopologyConfigError):
-        calibrated_target(0.99, 30, config)
+        calibrated_density(config, 0.99, 30)
 
 
 def test_densities_in_reach(adapter: PeftModel) -> None:
     config = adapter.peft_config["default"]
     found = in_reach(config, [0.01, 0.12, 0.5, 1.0], LENGTH)
     assert list(found) == [0.12, 0.5, 1.0]  # 0.01: below window and sinks
-    assert found == {density: calibrated_target(density, LENGTH, config) for density in found}
+    assert found == {density: calibrated_density(config, density, LENGTH) for density in found}
 
 
 # ---------------------------------------------------------------- the rows

@@ -7,6 +7,7 @@ register()
 from .calibration import calibrate  # noqa: E402
 from .checkpoint import load_merged, save_merged  # noqa: E402
 from .config import Calibration, TopologyConfig  # noqa: E402
+from .density import set_density  # noqa: E402
 from .dial import choose_depths  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterFileError,
@@ -55,4 +56,5 @@ __all__ = [
     "record_routes",
     "recording_density",
     "save_merged",
+    "set_density",
 ]

@@ -32,6 +32,7 @@ The table is the mean over the dense model and the maps of `AROUND`: what a head
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +45,12 @@ from torch import Tensor, nn
 
 from .attention import hard_attention
 from .config import Calibration, TopologyConfig
-from .dial import choose_depths, reachable
+from .dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
 from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating, plan_of
 from .visibility import always_density
+
+_log = logging.getLogger("topo_adapter")
 
 _SPAN = 128  # tokens
 #: Shares of the far pairs, beyond window and sinks, that the maps reveal around which losses are measured.
@@ -60,14 +63,22 @@ Draw = Callable[[Tensor], Tensor]
 
 
 def calibrate(
-    model: nn.Module, sequences: Tensor, *, draws: int = 1, seed: int = 0, around: Sequence[float] = AROUND
+    model: nn.Module,
+    sequences: Tensor,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    around: Sequence[float] = AROUND,
+    target_density: float | None = None,
 ) -> Calibration:
     """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
+
+    The adapter has a density of its own from then on, `target_density`, and the depths that the table gives for it.
 
     Beside the dense model and around each map: one forward per sequence (two around a map), one backward per draw (and
     one of the KL around a map), and the hard attention of each layer at every depth. No tensor of `O(T^2)`. The model
     runs in evaluation mode whatever its state (homotopy, frozen or trainable) and is left as it was: modes, gradients,
-    hooks, visible depth.
+    hooks.
 
     Args:
         model: a PeftModel with one active, unmerged topology adapter.
@@ -78,6 +89,8 @@ def calibrate(
         seed: of the label draws.
         around: shares in (0, 1] of the far pairs (beyond window and sinks) that are visible in the maps around which
             losses are measured, beside the dense model; a share below that of the sparsest map stands for that map.
+        target_density: in (0, 1], at this length. None keeps the adapter's own, or takes 0.17 where it has none; if no
+            map is as sparse as that, the sparsest, and says so in the log.
 
     Returns:
         The table, rounded to 4 significant digits; `loss` is the estimate of this module's docstring, the mean over
@@ -87,7 +100,7 @@ def calibrate(
         UnsupportedModelError: no active adapter, no language-model head, weights that pass no gradient, or a gradient
             that is not finite. MergeError: the adapter is merged.
         TopologyConfigError: `sequences` is not int64 `[B, T]`, is padded, or fits window and sinks; `draws` below 1;
-            `around` out of range.
+            `around` or `target_density` out of range or reach.
     """
     layers, config = _unmerged_layers(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -97,6 +110,14 @@ def calibrate(
     if not all(0 < share <= 1 for share in around):
         raise TopologyConfigError(f"around must be shares of the far pairs in (0, 1], got {around!r}")
     _check_differentiable(base)
+    always = always_density(sequences.shape[1], config.local_window, config.num_sink_tokens)
+    if target_density is not None:
+        check_density(target_density)
+        if target_density < always:  # the table could only say so an hour later
+            raise TopologyConfigError(
+                f"target_density must be at least {always:.4g} at {sequences.shape[1]} tokens, what window and sinks "
+                f"show, got {target_density}; lower local_window, or calibrate on longer sequences."
+            )
 
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -115,6 +136,16 @@ def calibrate(
             depths = choose_depths(known, reachable(known, near + (1 - near) * share))
             tables.append(_measured(base, layers, config, rows, draws, draw, depths))
     config.calibration = _mean(tables)
+    wanted = target_density or config.target_density or DEFAULT_DENSITY
+    if target_density is None:
+        least = math.ceil(1e4 * reachable(config.calibration, 0.0)) / 1e4
+        if least > wanted:
+            _log.warning(
+                "no map is as sparse as %g at %d tokens; the adapter's density is its sparsest map's, %g",
+                *(wanted, config.calibration["length"], least),
+            )
+        wanted = max(wanted, least)
+    config.visible_depth, config.target_density = config.depths_at(wanted), wanted
     return config.calibration
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -10,15 +11,15 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .dial import choose_depths, expected_loss
 from .errors import TopologyConfigError
 
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
 #: head, and ride through attention as values during training, so it is a head dimension: keep it small.
 MAX_LEAVES = 4096
 
-_USAGE = """
-
-## How to load
+_CARD = re.compile(r"\n*<!-- topo_adapter -->.*?<!-- /topo_adapter -->\n*", re.DOTALL)
+_LOADING = """## How to load
 
 ```python
 import topo_adapter  # registers the adapter type; without it PEFT raises KeyError: 'TOPOLOGY'
@@ -26,8 +27,7 @@ from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("this/repository")
 model.merge_adapter()  # hard sparse attention
-```
-"""
+```"""
 
 VisibleDepth = int | dict[int, int | list[int]]
 
@@ -138,6 +138,14 @@ class TopologyConfig(PeftConfig):
             "merge_adapter(target_density=...) chooses depths from. Stale once the routers are trained further."
         },
     )
+    target_density: float | None = field(
+        default=None,
+        metadata={
+            "help": "Density in (0, 1] at the calibrated length, window and sinks included, that `visible_depth` is "
+            "chosen for from `calibration`, which it needs. Set by `calibrate`, `set_density` and "
+            "merge_adapter(target_density=...). None leaves `visible_depth` as it is."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
@@ -178,18 +186,70 @@ class TopologyConfig(PeftConfig):
         named = isinstance(names, (list, tuple, set)) and bool(names) and all(isinstance(name, str) for name in names)
         if not (names is None or isinstance(names, str) or named):
             raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {names!r}")
-        if self.visible_depth is None:
+        given = self.visible_depth
+        if given is None:
             self.visible_depth = min(5, self.depth)
         self.visible_depth = self._checked_visible_depth()
         self.calibration = self._checked_calibration()
+        if self.target_density is not None:
+            chosen = self.depths_at(self.target_density)
+            if given is not None and self.visible_depth != chosen:
+                raise TopologyConfigError(
+                    "visible_depth must be None, or the map of target_density, where that is given, got both "
+                    f"target_density {self.target_density} and another map; set one of them to None"
+                )
+            self.visible_depth = chosen
+
+    def depths_at(self, target_density: float) -> VisibleDepth:
+        """`choose_depths` from the adapter's own calibration.
+
+        Raises:
+            TopologyConfigError: there is none, or `target_density` is out of range or reach.
+        """
+        if self.calibration is None:
+            raise TopologyConfigError(
+                f"target_density needs a calibrated adapter, got {target_density!r} without calibration; call "
+                "topo_adapter.calibrate(model, sequences) first"
+            )
+        return dict(choose_depths(self.calibration, target_density))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: a map that the table gives is not written out, one set by hand is."""
+        fields = super().to_dict()
+        if self._on_the_dial():
+            fields["visible_depth"] = None
+        else:
+            fields["target_density"] = None
+        return fields
+
+    def _on_the_dial(self) -> bool:
+        """Whether the depths in force are those of `target_density`, and not set by hand since."""
+        if self.calibration is None or self.target_density is None:
+            return False
+        return self.visible_depth == self.depths_at(self.target_density)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and say in the model card beside it how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if _USAGE not in text:
-            card.write_text(text.rstrip() + _USAGE, encoding="utf-8")
+        ours = f"<!-- topo_adapter -->\n{_LOADING}\n{self._density_card()}<!-- /topo_adapter -->\n"
+        others = _CARD.sub("\n\n", text).rstrip()
+        card.write_text(f"{others}\n\n{ours}".lstrip(), encoding="utf-8")
+
+    def _density_card(self) -> str:
+        """What the model card says of the density dial, of a calibrated adapter."""
+        if not self._on_the_dial():
+            return ""
+        table = self.calibration
+        assert table is not None and isinstance(self.visible_depth, dict)
+        loss = expected_loss(table, self.visible_depth)  # type: ignore[arg-type]  # the table's own map
+        return (
+            f"\nMerged or not, it attends to {self.target_density:.0%} of the causal pairs of texts of "
+            f"{table['length']:,} tokens (window and sinks included;\nshorter texts see a larger share). Calibration "
+            f"expects that to cost {loss:.2g} nats per token.\n`model.merge_adapter(target_density=0.1)` turns the "
+            "dial; `merge_adapter(target_density=0.3, length=2048)` means it at texts\nof 2,048 tokens.\n"
+        )
 
     def depths_of_layer(self, layer: int, num_heads: int, num_kv_heads: int) -> list[int]:
         """The visible depth of each query head of one layer.

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from .config import Calibration
 from .errors import TopologyConfigError
+from .visibility import always_density
+
+if TYPE_CHECKING:
+    from .config import Calibration
+
+#: What a calibrated adapter runs at unless another density is asked for, at the calibrated length.
+DEFAULT_DENSITY = 0.17
 
 _Choice = tuple[float, float, int]  # density, loss, depth
 
@@ -39,9 +46,7 @@ def choose_depths(calibration: Calibration, target_density: float) -> dict[int, 
 def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, list[int]], float]:
     """`choose_depths`, and the loss that a little more density would save there: nats per token for each unit of the
     density of one head, 0 where nothing is left to save."""
-    number = isinstance(target_density, numbers.Real) and not isinstance(target_density, bool)
-    if not number or not 0 < target_density <= 1:
-        raise TopologyConfigError(f"target_density must be a number in (0, 1], got {target_density!r}")
+    check_density(target_density)
     shared = calibration["heads_per_route"]
     hulls: list[list[_Choice]] = []
     for layer, heads in sorted(calibration["density"].items()):
@@ -74,10 +79,36 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     return found, rate
 
 
+def check_density(target_density: float) -> None:
+    """Raises TopologyConfigError unless it is a number in (0, 1]."""
+    number = isinstance(target_density, numbers.Real) and not isinstance(target_density, bool)
+    if not number or not 0 < target_density <= 1:
+        raise TopologyConfigError(f"target_density must be a number in (0, 1], got {target_density!r}")
+
+
 def reachable(calibration: Calibration, density: float) -> float:
     """`density`, or that of the sparsest map where it is more."""
     sparsest = [head[-1] for heads in calibration["density"].values() for head in heads]
     return max(density, math.fsum(sparsest) / len(sparsest))
+
+
+def at_length(density: float, length: int, other_length: int, local_window: int, num_sink_tokens: int) -> float:
+    """The density in texts of `other_length` tokens of a map that has `density` in texts of `length` tokens.
+
+    A map reveals about the same share of the far pairs (beyond window and sinks) at any length; window and sinks alone
+    are a larger share of the pairs the shorter a text is.
+
+    Raises:
+        TopologyConfigError: window and sinks alone exceed `density` at `length`.
+    """
+    near, other_near = (always_density(n, local_window, num_sink_tokens) for n in (length, other_length))
+    if density < near:
+        raise TopologyConfigError(
+            f"target_density must be at least {math.ceil(1e4 * near) / 1e4:g} at {length} tokens, where a window of "
+            f"{local_window} and {num_sink_tokens} sinks show that much, got {density:g}"
+        )
+    share = (density - near) / (1 - near) if near < 1 else 1.0
+    return min(1.0, other_near + (1 - other_near) * share)
 
 
 def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from .config import TopologyConfig
-from .dial import choose_depths
+from .density import say_density, turn_dial
 from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 from .gates import execution_device, find_full_attention, geometry_of
@@ -55,6 +55,15 @@ class TopologyModel(BaseTuner):
             if name and self._check_target_module_exists(config, name)
         ]
         found = {geometry.layer for geometry in geometries}
+        if config.calibration is not None:
+            measured = {layer: len(heads) for layer, heads in config.calibration["density"].items()}
+            routed = {geometry.layer: geometry.num_heads for geometry in geometries}
+            if measured != routed:
+                raise TopologyConfigError(
+                    f"the adapter was calibrated for another model ({config.base_model_name_or_path or 'unnamed'}): "
+                    f"its calibration is of {_layers_and_heads(measured)}, this {type(self.model).__name__} routes "
+                    f"{_layers_and_heads(routed)}. Load it on the model that it was trained for."
+                )
         for geometry in geometries:
             config.depths_of_layer(geometry.layer, geometry.num_heads, geometry.num_kv_heads)
         named = config.visible_depth.keys() if isinstance(config.visible_depth, dict) else []
@@ -63,14 +72,6 @@ class TopologyModel(BaseTuner):
             if layers - found:
                 raise TopologyConfigError(
                     f"{name} names layers {sorted(layers - found)}, which are not routed; routed are {sorted(found)}"
-                )
-        if config.calibration is not None:
-            measured = {layer: len(heads) for layer, heads in config.calibration["density"].items()}
-            routed = {geometry.layer: geometry.num_heads for geometry in geometries}
-            if measured != routed:
-                raise TopologyConfigError(
-                    f"calibration must hold the routed layers and their query heads, {routed}, got {measured}; set "
-                    "calibration=None and call calibrate() on this model"
                 )
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
@@ -99,41 +100,65 @@ class TopologyModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, execution_device(target))
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, target_density: float | None = None
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        target_density: float | None = None,
+        length: int | None = None,
     ) -> None:
         """Switch the active (or the named) adapter to the hard path; see `TopologyLayer.merge`.
 
         Args:
-            target_density: in (0, 1]; replaces `visible_depth`, whatever it was, by the map that `choose_depths` finds
-                in the adapter's calibration. The map stays after `unmerge_adapter` and is saved with the adapter.
-                None merges at `visible_depth` as it is.
+            target_density: in (0, 1]; turns the adapter's dial as `set_density` does, also while it is merged. None
+                merges at the depths as they are: a calibrated adapter has a density of its own.
+            length: tokens of the texts in which `target_density` is meant; None is the calibrated length.
 
         Raises:
             MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite;
-                `target_density` without a calibration or while merged.
-            TopologyConfigError: `target_density` out of range, or below what the deepest map reaches.
+                `target_density` without a calibration.
+            TopologyConfigError: `target_density` out of range, or below what the deepest map reaches; `length` alone.
         """
         # before any layer changes, so that a refusal leaves no half-merged model
         names = {name for layer in _layers(self.model) for name in layer.check_merge(adapter_names, safe_merge)}
-        if target_density is not None:
-            self._choose_depths(names, target_density)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        merged = {name for layer in _layers(self.model) for name in layer.merged_adapters}
+        if merged and names != merged:
+            raise MergeError(f"adapter {min(merged)!r} is merged already; call unmerge_adapter first")
+        self._turn_dial(names, target_density, length)
+        if target_density is None or not merged:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _choose_depths(self, names: set[str], target_density: float) -> None:
-        merged = sorted({name for layer in _layers(self.model) for name in layer.merged_adapters})
-        if merged:
-            raise MergeError(
-                f"target_density must be set before merging, got {target_density} while {merged[0]!r} is merged; call "
-                "unmerge_adapter first"
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        target_density: float | None = None,
+        length: int | None = None,
+    ) -> nn.Module:
+        """The base model with the hard topology and without PEFT; arguments and errors as `merge_adapter`."""
+        layers = _layers(self.model)
+        names = {
+            name for each in layers for name in each.check_merge(each.merged_adapters or adapter_names, safe_merge)
+        }
+        self._turn_dial(names, target_density, length)
+        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _turn_dial(self, names: set[str], target_density: float | None, length: int | None) -> None:
+        if target_density is None and length is not None:
+            raise TopologyConfigError(
+                f"length says in which texts target_density is meant, got length={length} without target_density"
             )
         for name in names:
             config = self.peft_config[name]
-            if config.calibration is None:
+            if target_density is None:
+                say_density(config)
+            elif config.calibration is None:
                 raise MergeError(
                     f"target_density needs a calibrated adapter, got {name!r} without calibration; call "
                     "topo_adapter.calibrate(model, sequences) first"
                 )
-            config.visible_depth = choose_depths(config.calibration, target_density)
+            else:
+                turn_dial([config], target_density, length)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -264,6 +289,13 @@ def _check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "the model carries a merged topology already; load the base model afresh to add another adapter"
         )
+
+
+def _layers_and_heads(heads: dict[int, int]) -> str:
+    """'30 layers (0 to 29) of 9 heads'."""
+    counts = sorted(set(heads.values()))
+    span = f" ({min(heads)} to {max(heads)})" if heads else ""
+    return f"{len(heads)} layers{span} of {' or '.join(map(str, counts)) or 'no'} heads"
 
 
 def _layers(model: nn.Module) -> list[TopologyLayer]:

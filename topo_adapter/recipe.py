@@ -29,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import calibrate, check_sequences
 from .config import TopologyConfig
+from .dial import DEFAULT_DENSITY, check_density
 from .errors import TopologyConfigError, UnsupportedModelError
 from .kl import TEMPERATURES, KLTrainer
 from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers, round_routers
@@ -65,6 +66,10 @@ class DistillConfig(TrainingArguments):
             "calibrated. With the last their biases are bfloat16."
         },
     )
+    target_density: float = field(
+        default=DEFAULT_DENSITY,
+        metadata={"help": "Density in (0, 1], at the calibrated length, that the trained adapter runs by default."},
+    )
     calibration_rows: int = field(
         default=16,
         metadata={
@@ -92,6 +97,7 @@ class DistillConfig(TrainingArguments):
                 "lowest_density and highest_density must be 0 < lowest <= highest <= 1, got "
                 f"{self.lowest_density} and {self.highest_density}"
             )
+        check_density(self.target_density)
         if self.adapter_dtype not in ("float32", "bfloat16", "float8_e4m3fn"):
             raise TopologyConfigError(
                 f"adapter_dtype must be float32, bfloat16 or float8_e4m3fn, got {self.adapter_dtype!r}"
@@ -208,7 +214,9 @@ def distill(
         each.homotopy = 1.0  # a stage resumed after its last step does not get to do it
     if training:
         round_routers(adapter, getattr(torch, args.adapter_dtype))
-    calibrate(adapter, calibration_rows, seed=args.seed)
+    # the default need not be in reach of short rows; another one was asked for
+    asked = None if args.target_density == DEFAULT_DENSITY else args.target_density
+    calibrate(adapter, calibration_rows, seed=args.seed, target_density=asked)
     return adapter.eval()
 
 
