@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import json
 import math
+import pickle
 import random
 import re
 from collections.abc import Iterator
@@ -44,6 +47,7 @@ from topo_adapter import (
     record_routes,
     recording_density,
     save_merged,
+    set_density,
 )
 from topo_adapter.dial import expected_loss
 from topo_adapter.layer import hosts
@@ -377,7 +381,8 @@ def test_model_is_left_as_it_was(homotopy: float) -> None:
     next(iter(model.get_base_model().model.layers[1].parameters())).requires_grad_()
     weights, before = weights_of(model), state_of(model)
     table = calibrate(model, ids)
-    assert state_of(model) == before
+    assert state_of(model) == before | {"depth": model.peft_config["default"].visible_depth}
+    assert before["depth"] == 2  # its own density is the one change
     assert all(grad is None for grad in before["grads"].values())
     assert_same_weights(model, weights)
     assert table == reference  # of the dense model, whatever the homotopy
@@ -657,6 +662,10 @@ def calibrated(sequences: Tensor | None = None, **settings: Any) -> PeftModel:
     return model
 
 
+def near_pairs(length: int) -> int:
+    return sum(i - j < WINDOW or j < SINKS for i in range(length) for j in range(i + 1))
+
+
 def realised(model: PeftModel, ids: Tensor) -> Tensor:
     return torch.stack(list(measure_density(model, ids).values()))
 
@@ -733,23 +742,150 @@ def test_target_without_calibration_is_refused() -> None:
     model.merge_adapter()
 
 
-def test_target_while_merged_is_refused() -> None:
-    model = calibrated()
+def test_the_dial_turns_while_merged() -> None:
+    model, ids = calibrated(), tokens(2, LENGTH, seed=4)
     model.merge_adapter(target_density=0.5)
-    kept = model.peft_config["default"].visible_depth
-    with pytest.raises(MergeError, match=r"target_density must be set before merging.*unmerge_adapter"):
-        model.merge_adapter(target_density=0.8)
-    assert model.peft_config["default"].visible_depth == kept
+    sparse = logits_of(model, ids)
+    model.merge_adapter(target_density=0.8)
     assert all(host.merged for host in hosts(model))
+    config = model.peft_config["default"]
+    assert config.visible_depth == choose_depths(config.calibration, 0.8) and config.target_density == 0.8
+    denser = logits_of(model, ids)
+    assert not torch.equal(denser, sparse)
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert torch.equal(logits_of(model, ids), denser)
+    with pytest.raises(TopologyConfigError, match="target_density must be"):
+        model.merge_adapter(target_density=0.05)
+    assert config.target_density == 0.8 and torch.equal(logits_of(model, ids), denser)
+
+
+def test_set_density_in_every_state(tmp_path: Path) -> None:
+    """Unmerged, merged, unloaded, and as loaded again: one dial."""
+    ids = tokens(2, LENGTH, seed=4)
+    model = calibrated()
+    expected = {}
+    for target in (0.5, 0.9):
+        set_density(model, target)
+        expected[target] = logits_of(model, ids)
+        assert model.peft_config["default"].target_density == target
+    assert not torch.equal(expected[0.5], expected[0.9])
+    merged, unloaded = copy.deepcopy(model), copy.deepcopy(model).merge_and_unload(target_density=0.5)
+    merged.merge_adapter()
+    save_merged(unloaded, tmp_path)
+    loaded = load_merged(tmp_path)
+    assert torch.equal(logits_of(unloaded, ids), expected[0.5])
+    assert torch.equal(logits_of(loaded, ids), expected[0.5]), "the density is saved"
+    for each in (merged, unloaded, loaded):
+        for target in (0.9, 0.5, 0.9):
+            set_density(each, target)
+            assert torch.equal(logits_of(each, ids), expected[target])
+    with pytest.raises(TopologyConfigError, match="adapter must hold a calibration"):
+        set_density(adapted(), 0.5)
+    with pytest.raises(UnsupportedModelError, match="active, enabled topology adapter"):
+        set_density(tiny(), 0.5)
+
+
+def test_density_at_another_length(caplog: pytest.LogCaptureFixture) -> None:
+    model = calibrated()
+    config = model.peft_config["default"]
+    near, pairs = near_pairs(20), 20 * 21 / 2
+    at_20 = (near + 0.3 * (pairs - near)) / pairs  # .3 of the far pairs
+    near, pairs = near_pairs(LENGTH), LENGTH * (LENGTH + 1) / 2
+    model.merge_adapter(target_density=at_20, length=20)
+    assert config.target_density == pytest.approx((near + 0.3 * (pairs - near)) / pairs)
+    assert config.visible_depth == choose_depths(config.calibration, config.target_density)
+    said = (
+        f"density {config.target_density:.3g} of texts of {LENGTH} tokens, the calibrated length, is about {at_20:.3g}"
+    )
+    assert [said in record.getMessage() for record in caplog.records].count(True) == 1
+    model.merge_adapter(target_density=at_20, length=20)
+    assert [said in record.getMessage() for record in caplog.records].count(True) == 1, "said once"
+    for turn in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TopologyConfigError, match="length=20 without target_density"):
+            turn(length=20)
+        with pytest.raises(TopologyConfigError, match="length must be an integer >= 1"):
+            turn(target_density=0.5, length=0)
+
+
+@pytest.mark.parametrize("asked", [None, 0.6])
+def test_a_calibrated_adapter_has_a_density_of_its_own(asked: float | None, tmp_path: Path) -> None:
+    """However it is run: unmerged, by a plain merge, unloaded, or loaded by somebody who knows nothing of the dial."""
+    model, ids = adapted(), tokens(2, LENGTH, seed=4)
+    calibrate(model, tokens(4, LENGTH), target_density=asked)
+    config = model.peft_config["default"]
+    least = near_pairs(LENGTH) / (LENGTH * (LENGTH + 1) / 2)  # more than .17
+    assert config.target_density == pytest.approx(asked or least, abs=1e-4)
+    assert config.visible_depth == choose_depths(config.calibration, config.target_density)
+    calibrate(model, tokens(4, LENGTH, seed=1))
+    assert config.target_density >= (asked or 0.17), "the adapter's own stays"
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["visible_depth"] is None and written["target_density"] == config.target_density
+    model.merge_adapter(target_density=config.target_density)
+    expected = logits_of(model, ids)
+    base = model.unload()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert loaded.peft_config["default"].visible_depth == config.visible_depth
+    same = functools.partial(torch.testing.assert_close, expected=expected, rtol=0, atol=1e-5)
+    same(logits_of(loaded, ids))
+    loaded.merge_adapter()
+    same(logits_of(loaded, ids))
+    same(logits_of(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload(), ids))
+
+
+def test_depths_set_by_hand_are_what_is_saved(tmp_path: Path) -> None:
+    model = calibrated()
+    config = model.peft_config["default"]
+    config.visible_depth = {0: 2, 1: [1, 2, 3, 4]}
+    model.save_pretrained(tmp_path)
+    again = TopologyConfig.from_pretrained(tmp_path)
+    assert again.target_density is None and again.visible_depth == config.visible_depth
+    table = config.calibration
+    with pytest.raises(TopologyConfigError, match="visible_depth must be None, or the map of target_density"):
+        TopologyConfig(depth=DEPTH, calibration=table, target_density=0.5, visible_depth=1)
+    with pytest.raises(TopologyConfigError, match="target_density must be None without a calibration"):
+        TopologyConfig(target_density=0.5)
+    whole = TopologyConfig(depth=DEPTH, calibration=table, target_density=0.5)
+    for copied in (TopologyConfig(**whole.to_dict()), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert copied.visible_depth == whole.visible_depth == choose_depths(table, 0.5)
+    explicit = {**whole.to_dict(), "visible_depth": whole.visible_depth}
+    assert TopologyConfig(**explicit).visible_depth == whole.visible_depth
+
+
+def test_a_density_out_of_reach_is_refused_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    monkeypatch.setattr(calibration, "_measured", lambda *args: pytest.fail("measured first"))
+    for target, message in ((0.1, "what window and sinks show"), (1.5, "a number in"), ("0.5", "a number in")):
+        with pytest.raises(TopologyConfigError, match=message):
+            calibrate(model, tokens(2, LENGTH), target_density=target)
+
+
+def test_the_model_card_runs_the_dial(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\n\nA word of my own.\n\n<!-- topo_adapter -->\nold\n<!-- /topo_adapter -->\n\nAnd after.\n")
+    model = calibrated()
+    for target in (0.5, 0.75):
+        set_density(model, target)
+        for _ in range(2):
+            model.save_pretrained(tmp_path)
+        text = card.read_text()
+        assert text.count("## How to load") == text.count("import topo_adapter") == 1 and "old" not in text
+        assert "A word of my own." in text and "And after." in text
+        assert f"attends to {target:.0%} of the causal pairs of texts of {LENGTH} tokens" in text
+    plain = tmp_path / "plain"
+    adapted().save_pretrained(plain)
+    assert "causal pairs" not in (plain / "README.md").read_text()
 
 
 @pytest.mark.parametrize("target", [0.0, 1.5, math.nan, 0.05])
 def test_refused_targets_leave_the_adapter_unmerged(target: float) -> None:
     model = calibrated()
+    before = model.peft_config["default"].visible_depth
     with pytest.raises(TopologyConfigError, match="target_density must be"):
         model.merge_adapter(target_density=target)
     assert not any(host.merged for host in hosts(model))
-    assert model.peft_config["default"].visible_depth == 2
+    assert model.peft_config["default"].visible_depth == before
 
 
 # ---------------------------------------------------------------- the table in the config
@@ -791,7 +927,10 @@ def test_broken_tables_are_refused(change: Any, names: str) -> None:
 
 def test_table_of_another_model_is_refused() -> None:
     table = calibrated().peft_config["default"].calibration
-    with pytest.raises(TopologyConfigError, match="calibration must hold the routed layers"):
+    with pytest.raises(
+        TopologyConfigError,
+        match=r"calibrated for another model .*of 2 layers .0 to 1. of 4 heads, this Llama.*routes 3 layers",
+    ):
         routed(tiny(num_hidden_layers=3), calibration=table)
     assert routed(tiny(num_hidden_layers=2), calibration=table).peft_config["default"].calibration == table
 

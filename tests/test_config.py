@@ -54,6 +54,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "gradient_bridge": ("soft", "", None, True),
     "balance_weight": (-0.01, *NUMBERS),
     "density_weight": (-0.01, *NUMBERS),
+    "target_density": (0.0, 1.5, float("nan"), "0.5", True, 0.5),  # the last is right, but there is no calibration
     "calibration": (True, {}, [], {"length": 4}, {"length": 0, "heads_per_route": 1, "density": {}, "loss": {}}),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
     "layers_to_transform": (-1, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
@@ -76,6 +77,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "gradient_bridge": ("full", "masked", "marginal"),
     "balance_weight": (0, 0.0, 3),
     "density_weight": (0, 0.0, 3),
+    "target_density": (None,),
     "calibration": (
         None,
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},

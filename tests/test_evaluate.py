@@ -307,7 +307,7 @@ def test_rows(adapter: PeftModel, folder: Path) -> None:
     assert (dense["density"], dense["over_dense_percent"], dense["gap_recovered"]) == (1, 0, 1)
     assert window["density"] == pytest.approx(near_pairs(LENGTH, WINDOW, SINKS) / (LENGTH * (LENGTH + 1) / 2))
     assert window["gap_recovered"] == 0
-    assert "window 3 and 2 sinks" in low["unreachable"] and "perplexity" not in low
+    assert "a window of 3 and 2 sinks" in low["unreachable"] and "perplexity" not in low
     assert window["density"] < sparse["density"] < half["density"]
     assert half["over_dense_percent"] == pytest.approx(100 * (half["perplexity"] / dense["perplexity"] - 1))
     expected = gap_recovered(window["copy_loss"], half["copy_loss"], dense["copy_loss"])
@@ -384,7 +384,7 @@ def test_main_writes_everything(folder: Path, capsys: pytest.CaptureFixture[str]
     assert line.startswith(f"| dense | 1.0000 | {dense['perplexity']:.2f} |")
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    assert "| adapter at 0.05 | unreachable |" in table and "- unreachable: density 0.05 is below" in table
+    assert "| adapter at 0.05 | unreachable |" in table and "- unreachable: target_density must be at least" in table
 
 
 def test_what_is_not_asked_for_is_not_measured(folder: Path) -> None:

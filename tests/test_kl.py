@@ -515,7 +515,7 @@ class TestDraw:
         for step, renewed in enumerate([False, True, False, True, True, False, True], start=1):
             assert (tables[step] != tables[step - 1]) == renewed
         config = model.peft_config["default"]
-        assert config.visible_depth == {0: 1} and config.gumbel_noise is True
+        assert config.visible_depth == config.depths_at(config.target_density) and config.gumbel_noise is True
         model.set_adapter("default")
         assert calibrate(model, calibration_rows)["loss"] != tables[-1]["loss"]  # trained on since
 

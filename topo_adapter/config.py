@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .dial import choose_depths, expected_loss
+from .dial import check_density, choose_depths, expected_loss
 from .errors import TopologyConfigError
 
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
@@ -192,6 +192,7 @@ class TopologyConfig(PeftConfig):
         self.visible_depth = self._checked_visible_depth()
         self.calibration = self._checked_calibration()
         if self.target_density is not None:
+            check_density(self.target_density)
             chosen = self.depths_at(self.target_density)
             if given is not None and self.visible_depth != chosen:
                 raise TopologyConfigError(
@@ -208,7 +209,7 @@ class TopologyConfig(PeftConfig):
         """
         if self.calibration is None:
             raise TopologyConfigError(
-                f"target_density needs a calibrated adapter, got {target_density!r} without calibration; call "
+                f"target_density must be None without a calibration, got {target_density!r}; call "
                 "topo_adapter.calibrate(model, sequences) first"
             )
         return dict(choose_depths(self.calibration, target_density))
@@ -216,13 +217,13 @@ class TopologyConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: a map that the table gives is not written out, one set by hand is."""
         fields = super().to_dict()
-        if self._on_the_dial():
+        if self.on_the_dial():
             fields["visible_depth"] = None
         else:
             fields["target_density"] = None
         return fields
 
-    def _on_the_dial(self) -> bool:
+    def on_the_dial(self) -> bool:
         """Whether the depths in force are those of `target_density`, and not set by hand since."""
         if self.calibration is None or self.target_density is None:
             return False
@@ -239,7 +240,7 @@ class TopologyConfig(PeftConfig):
 
     def _density_card(self) -> str:
         """What the model card says of the density dial, of a calibrated adapter."""
-        if not self._on_the_dial():
+        if not self.on_the_dial():
             return ""
         table = self.calibration
         assert table is not None and isinstance(self.visible_depth, dict)

@@ -12,6 +12,7 @@ from .config import Calibration, TopologyConfig
 from .dial import at_length, check_density
 from .errors import TopologyConfigError
 from .layer import active_layers
+from .visibility import always_density
 
 _log = logging.getLogger("topo_adapter")
 
@@ -73,12 +74,15 @@ def calibration_of(config: TopologyConfig) -> Calibration:
 
 def say_density(config: TopologyConfig, length: int | None = None) -> None:
     """Log, once, what an adapter's density comes to at the calibrated length and at another one."""
-    if config.calibration is None or config.target_density is None:
+    if not config.on_the_dial():
         return
-    own, other = config.calibration["length"], length or max(1, config.calibration["length"] // 4)
-    there = at_length(config.target_density, own, other, config.local_window, config.num_sink_tokens)
+    table, density = calibration_of(config), config.target_density
+    assert density is not None  # on the dial
+    own, other = table["length"], length or max(1, table["length"] // 4)
+    near = always_density(own, config.local_window, config.num_sink_tokens)  # the table is rounded, and may be below
+    there = at_length(max(density, near), own, other, config.local_window, config.num_sink_tokens)
     _say(
-        f"density {config.target_density:.3g} of texts of {own:,} tokens, the calibrated length, is about {there:.3g} "
+        f"density {density:.3g} of texts of {own:,} tokens, the calibrated length, is about {there:.3g} "
         f"of {other:,} tokens (window and sinks included)"
     )
 
