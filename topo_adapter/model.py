@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
+from .checkpoint import mark_merged
 from .config import TopologyConfig
 from .density import say_density, turn_dial
 from .entry import guard, unguard
@@ -195,9 +196,12 @@ class TopologyModel(BaseTuner):
         if not hosts(self.model):
             unguard(self.model)
         # other methods' layers in the same model, LoRA for one, are PEFT's to unload
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if any(isinstance(host, MergedTopology) for host in hosts(model)):
+            mark_merged(model)
+        return model
 
     # State dict: only our tensors go out, exactly our tensors come in.
 

@@ -26,11 +26,13 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register config and tuner with PEFT."""
+    """Register config and tuner with PEFT, and merged models with transformers."""
+    from .checkpoint import register_merged
     from .config import TopologyConfig
     from .model import TopologyModel
 
     add_peft_type()
+    register_merged()
     if PeftType[NAME] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
             name=NAME.lower(), config_cls=TopologyConfig, model_cls=TopologyModel, prefix=TopologyModel.prefix
