@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from topo_adapter.kl import (
     next_tokens,
     token_losses,
 )
+from topo_adapter.visibility import always_density
 
 # ---------------------------------------------------------------- losses
 
@@ -518,6 +520,16 @@ class TestDraw:
         assert config.visible_depth == config.depths_at(config.target_density) and config.gumbel_noise is True
         model.set_adapter("default")
         assert calibrate(model, calibration_rows)["loss"] != tables[-1]["loss"]  # trained on since
+
+    def test_steps_that_window_and_sinks_leave_no_choice_are_told(self, tmp_path: Path) -> None:
+        near = always_density(LENGTH, 3, 2)
+        rows, at = tokens(2, LENGTH, seed=9), {"max_steps": 1}
+        with pytest.warns(UserWarning, match=r"\d+% of the densities drawn from 0.001 to 0.9 are below"):
+            watch(tmp_path, adapter(), densities=(1e-3, 0.9), calibration_rows=rows, **at)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch(tmp_path, adapter(), densities=(0.95 * near, 0.9), calibration_rows=rows, **at)
+        assert not any("densities drawn" in str(each.message) for each in caught)
 
     def test_a_density_out_of_reach_is_trained_at_the_sparsest_map(self, tmp_path: Path) -> None:
         trainer = watch(

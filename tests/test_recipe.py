@@ -17,7 +17,7 @@ from peft_helpers import routed, router_parameters, tiny, tokens
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError, kl, recipe
 from topo_adapter.calibration import calibrate
@@ -25,7 +25,8 @@ from topo_adapter.dial import choose_depths
 from topo_adapter.recipe import DistillConfig, distill, text_windows
 from topo_adapter.training import initialize_routers
 
-Dataset = pytest.importorskip("datasets").Dataset  # of the train extra
+datasets = pytest.importorskip("datasets")  # of the train extra
+Dataset, DatasetDict = datasets.Dataset, datasets.DatasetDict
 REPOSITORY = Path(__file__).parents[1]
 LENGTH = 24
 
@@ -248,6 +249,32 @@ class TestText:
         assert len(text_windows(["w2 " * 100], tokenizer(), 4, 3)) == 3
         assert text_windows([], tokenizer(), 4, 3) == [] and text_windows(["w2"], tokenizer(), 4, 3) == []
 
+    def test_empty_texts_are_passed_over(self) -> None:
+        texts = ["", "w2 w3", "", " \n", "w4", ""]
+        assert [window.tolist() for window in text_windows(texts, tokenizer(), 5, 10)] == [[2, 3, 1, 4, 1]]
+
+    def test_a_window_of_text_may_look_padded(self, tmp_path: Path) -> None:
+        """Where the padding token ends texts too, as SmolLM2's does, and a text brings its own end along."""
+        model = base()
+        model.config.pad_token_id = model.config.eos_token_id = 1
+        args = arguments(tmp_path, max_length=13)
+        double = ["w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 <end>", *["w5 w6 w7 w8 " * 8] * 4]
+        first = text_windows(double, tokenizer(), 13, 1)[0]
+        assert first[-2:].tolist() == [1, 1]
+        adapter = distill(model, double, config(), args, processing_class=tokenizer())
+        assert_trained(adapter, 13, torch.stack(text_windows(double, tokenizer(), 13, 2)))
+        own = [{"input_ids": window} for window in text_windows(double, tokenizer(), 13, 4)]
+        with pytest.raises(TopologyConfigError, match=r"must be unpadded, got padding .*check_padding=False"):
+            distill(adapter, own, args=args)
+        with pytest.raises(TopologyConfigError, match="must be unpadded"):
+            calibrate(adapter, first[None])
+        assert calibrate(adapter, first[None], check_padding=False)["length"] == 13
+
+    def test_a_tensor_of_rows(self, tmp_path: Path) -> None:
+        ids = tokens(4, LENGTH)
+        adapter = distill(base(), ids, config(), arguments(tmp_path))
+        assert_trained(adapter, calibrated_rows=ids[:2])
+
     @pytest.mark.parametrize("column", [True, False])
     def test_text_rows(self, tmp_path: Path, column: bool) -> None:
         texts = [" ".join(f"w{max(token, 2)}" for token in row["input_ids"].tolist()) for row in rows(30, seed=4)]
@@ -377,12 +404,44 @@ class TestRefusals:
             ({"lowest_density": 0.95}, "lowest_density"),
             ({"highest_density": 1.1}, "highest_density"),
             ({"max_steps": 5}, "local_steps and kl_steps"),
+            ({"num_train_epochs": 1.0}, "num_train_epochs must be left alone, got 1.0; set local_steps and kl_steps"),
+            ({"learning_rate": 1e-3}, "set local_learning_rate and kl_learning_rate"),
+            ({"target_density": 0.0}, "target_density must be a number in"),
             ({"resume_from_checkpoint": "runs/a"}, "each stage finds its own"),
         ],
     )
     def test_arguments_out_of_range(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
         with pytest.raises(TopologyConfigError, match=message):
             arguments(tmp_path, **settings)
+
+    @pytest.mark.parametrize(
+        ("dataset", "message"),
+        [
+            ("a text of many words", "list of texts, got 'a text of many words'; pass .text."),
+            (b"bytes", "list of texts, got b'bytes'"),
+            (Path("corpus.txt"), "list of texts, got .*corpus.txt"),
+            ({"train": ["a"], "test": ["b"]}, r"got a dict of \['test', 'train'\]; choose a split"),
+            (DatasetDict(train=Dataset.from_dict({"text": ["a"]})), "got a DatasetDict of .*choose a split"),
+            ([["a", "b"]], "rows that are strings, or mappings .*got list"),
+            (torch.zeros(3, dtype=torch.int64), r"int64 \[rows, T\] of token ids"),
+            (torch.zeros(3, 16), r"int64 \[rows, T\] of token ids"),
+        ],
+    )
+    def test_what_is_no_data_set(self, tmp_path: Path, dataset: Any, message: str) -> None:
+        with pytest.raises(TopologyConfigError, match=message):
+            distill(base(), dataset, config(), arguments(tmp_path), processing_class=tokenizer())
+
+    @pytest.mark.parametrize("bad", [None, 7, ["w2"]])
+    def test_a_row_without_a_text(self, tmp_path: Path, bad: Any) -> None:
+        texts = [{"text": "w2 w3"}, {"text": "w4"}, {"text": bad}]
+        with pytest.raises(TopologyConfigError, match=f"got {type(bad).__name__} in row 2"):
+            distill(base(), texts, config(), arguments(tmp_path), processing_class=tokenizer())
+
+    def test_arguments_of_another_kind(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            TopologyConfigError, match="args must be a topo_adapter.DistillConfig, got TrainingArguments"
+        ):
+            distill(base(), rows(2), config(), TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(("given", "resume"), [(None, False), ("true", True), (True, True), ("False", False)])
     def test_spellings_of_resume(self, tmp_path: Path, given: Any, resume: bool) -> None:

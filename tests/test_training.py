@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from topo_adapter import (
     DistillationTrainer,
+    MergeError,
     TopologyCallback,
     TopologyConfig,
     TopologyConfigError,
     TopologyTrainerMixin,
     UnsupportedModelError,
+    calibrate,
+    initialize_routers,
+    record_routes,
 )
 from topo_adapter.layer import hosts
 from topo_adapter.objective import attach_loss
@@ -152,6 +157,85 @@ class TestSchedule:
         assert resumed_log == whole_log and len(set(whole_log)) > 3
         for name, value in router_state(whole).items():
             torch.testing.assert_close(router_state(resumed)[name], value, rtol=0, atol=0)
+
+
+MISSED = "trained at homotopy 0 and nothing is known to raise it"
+
+
+def messages(caught: Any) -> list[str]:
+    return [str(each.message) for each in caught]
+
+
+class TestTrainedInVain:
+    """Nothing that trains an adapter without effect does so without a word."""
+
+    def test_a_trainer_without_the_callback(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        with pytest.warns(UserWarning) as caught:
+            Trainer(model, arguments(tmp_path, max_steps=3), train_dataset=rows(4)).train()
+        assert [MISSED in text for text in messages(caught)].count(True) == 1, "once, not per layer and step"
+        assert "TopologyCallback()" in next(text for text in messages(caught) if MISSED in text)
+        with pytest.raises(MergeError, match="trained in force") as refused:
+            model.merge_adapter()
+        assert "Finish training with a TopologyCallback" in str(refused.value)
+
+    def test_a_loop_of_ones_own(self) -> None:
+        model = tiny_peft().train()
+        batch = {name: value[None] for name, value in rows(1)[0].items()}
+        with pytest.warns(UserWarning, match=MISSED):
+            model(**batch).loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**batch).loss.backward()
+
+    @pytest.mark.parametrize("driven", ["callback", "mixin", "distillation", "force", "frozen", "evaluation", "tools"])
+    def test_no_false_alarm(self, driven: str, tmp_path: Path) -> None:
+        model = tiny_peft(homotopy=1.0 if driven == "force" else 0.0)
+        settings: dict[str, Any] = {"args": arguments(tmp_path), "train_dataset": rows(4)}
+        batch = {name: value[None] for name, value in rows(1)[0].items()}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if driven == "callback":
+                Trainer(model, **settings, callbacks=[TopologyCallback()]).train()
+            elif driven == "mixin":
+                LMTrainer(model, **settings).train()
+            elif driven == "distillation":
+                DistillationTrainer(model, **settings, num_queries=4).train()
+            elif driven == "force":
+                model.train()(**batch).loss.backward()
+            elif driven == "frozen":
+                model.requires_grad_(False).train()(**batch)
+            elif driven == "evaluation":
+                model.eval()(**batch)
+            else:
+                model.train()
+                initialize_routers(model, batch["input_ids"])
+                record_routes(model, batch["input_ids"])
+                calibrate(model, batch["input_ids"], around=())
+        assert not any(MISSED in text for text in messages(caught))
+
+    def test_rows_that_the_window_covers(self, tmp_path: Path) -> None:
+        model = tiny_peft(local_window=LENGTH)
+        with pytest.warns(UserWarning) as caught:
+            LMTrainer(model, arguments(tmp_path, max_steps=12), train_dataset=rows(4)).train()
+        found = [text for text in messages(caught) if "no query had a key hidden from it" in text]
+        assert len(found) == 1
+        assert "in the first 10 training steps" in found[0] and f"up to {LENGTH + 1} tokens" in found[0]
+        with pytest.warns(UserWarning, match="in the first 2 training steps"):
+            LMTrainer(tiny_peft(local_window=LENGTH), arguments(tmp_path, max_steps=2), train_dataset=rows(4)).train()
+
+    def test_rows_that_it_does_not_cover(self, tmp_path: Path) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            LMTrainer(tiny_peft(), arguments(tmp_path, max_steps=12), train_dataset=rows(4)).train()
+        assert not any("no query had a key hidden" in text for text in messages(caught))
+
+    def test_one_token_cannot_be_spread_over_a_tree(self) -> None:
+        model = tiny_peft()
+        before = router_state(model)
+        with pytest.raises(TopologyConfigError, match="two tokens or more to spread over the tree, got 1"):
+            initialize_routers(model, rows(1)[0]["input_ids"][None, :1])
+        assert all(torch.equal(before[name], weight) for name, weight in router_state(model).items())
 
 
 class TestAuxiliaryLoss:

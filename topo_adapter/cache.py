@@ -263,7 +263,7 @@ def _make_indexed(cache: Cache, layer: int, window: int | None) -> None:
     elif type(old) is DynamicSlidingWindowLayer and old.sliding_window == window and not old.get_seq_length():
         cache.layers[layer] = DynamicIndexedLayer()
         return
-    elif type(old) is StaticLayer or (type(old) is StaticSlidingWindowLayer and _holds_all(old)):
+    elif type(old) is StaticLayer or (type(old) is StaticSlidingWindowLayer and _holds_all(old, window)):
         new = StaticIndexedLayer(max_cache_len=old.max_cache_len)
     else:
         raise CacheError(
@@ -274,6 +274,9 @@ def _make_indexed(cache: Cache, layer: int, window: int | None) -> None:
     cache.layers[layer] = new
 
 
-def _holds_all(layer: StaticSlidingWindowLayer) -> bool:
-    """Whether a static sliding layer is empty and as long as the cache it belongs to."""
-    return layer._is_croppable and not int(layer.get_seq_length())
+def _holds_all(layer: StaticSlidingWindowLayer, window: int | None) -> bool:
+    """Whether a static sliding layer is empty and as long as the cache it belongs to, which its window did not cut."""
+    uncut = getattr(layer, "_is_croppable", None)  # older transformers does not say it
+    if uncut is None:
+        uncut = window is not None and layer.max_cache_len < window
+    return bool(uncut) and not int(layer.get_seq_length())

@@ -70,6 +70,7 @@ def calibrate(
     seed: int = 0,
     around: Sequence[float] = AROUND,
     target_density: float | None = None,
+    check_padding: bool = True,
 ) -> Calibration:
     """Measure density and loss of every routed layer, query head and depth, and store them in the adapter's config.
 
@@ -91,6 +92,8 @@ def calibrate(
             losses are measured, beside the dense model; a share below that of the sparsest map stands for that map.
         target_density: in (0, 1], at this length. None keeps the adapter's own, or takes 0.17 where it has none; if no
             map is as sparse as that, the sparsest, and says so in the log.
+        check_padding: refuse rows that look padded. A tokenizer whose padding token ends texts too makes some windows
+            of text look so; False takes them as they are.
 
     Returns:
         The table, rounded to 4 significant digits; `loss` is the estimate of this module's docstring, the mean over
@@ -104,7 +107,7 @@ def calibrate(
     """
     layers, config = _unmerged_layers(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_sequences(sequences, config, base)
+    check_sequences(sequences, config, base, check_padding)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise TopologyConfigError(f"draws must be an integer >= 1, got {draws!r}")
     if not all(0 < share <= 1 for share in around):
@@ -162,7 +165,7 @@ def _heads_per_route(layer: TopologyHost) -> int:
     return layer.geometry.num_heads // active[0].num_heads
 
 
-def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any) -> None:
+def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any, check_padding: bool = True) -> None:
     """Refuse what cannot be calibrated on: see `calibrate`."""
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.dtype != torch.int64 or not len(sequences):
         got = (
@@ -177,7 +180,7 @@ def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any) -> Non
         )
     text = base.config.get_text_config()
     pad = text.pad_token_id
-    if pad is None:
+    if pad is None or not check_padding:
         return
     is_pad = sequences == pad
     ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
@@ -187,7 +190,7 @@ def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any) -> Non
     if bool(is_pad.any()):
         raise TopologyConfigError(
             f"sequences must be unpadded, got padding (token {pad}) in rows {is_pad.any(1).nonzero()[:, 0].tolist()}; "
-            "cut the texts into windows of one length"
+            "cut the texts into windows of one length, or pass check_padding=False if it is text"
         )
 
 

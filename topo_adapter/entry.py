@@ -16,6 +16,9 @@ _BATCHING = "init_continuous_batching"
 
 def guard(model: nn.Module) -> None:
     """Make a model refuse continuous batching, and attention weights while a topology is in force. Idempotent."""
+    first, *others = hosts(model)
+    for host in others:
+        host.schedule = first.schedule  # what is said of training is said once
     for module in _callable_parts(model):
         if _refuse_attentions not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .dial import allot, expected_loss, reachable
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
 from .training import TopologyCallback, TopologyTrainerMixin, active_configs
+from .visibility import always_density
 
 #: Logits of one chunk: 128 MiB in float32, of which a handful are alive at a time.
 _CHUNK_LOGITS = 2**25
@@ -31,6 +33,7 @@ _CHECKED = 4
 _STRATA = 8
 #: Calibrations in the course of a training, at equal distances; more of them at its start change nothing (docs/log.md).
 _CALIBRATIONS = 5
+_MAX_SPARSEST = 0.25  # share of the steps that may train the sparsest map unmentioned
 _MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
 #: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
@@ -215,6 +218,22 @@ def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[fl
     return reference / max(expected, reference / _MAX_RATIO)
 
 
+def _warn_of_sparsest_steps(densities: tuple[float, float], rows: Tensor, config: TopologyConfig) -> None:
+    """Say so where many of the densities to be drawn are below what window and sinks show of such rows."""
+    lowest, highest = densities
+    near = always_density(rows.shape[1], config.local_window, config.num_sink_tokens)
+    if near <= lowest:
+        return
+    share = min(1.0, math.log(near / lowest) / math.log(highest / lowest)) if highest > lowest else 1.0
+    if share > _MAX_SPARSEST:
+        warnings.warn(
+            f"{share:.0%} of the densities drawn from {lowest:g} to {highest:g} are below the {near:.3g} that "
+            f"local_window {config.local_window} and {config.num_sink_tokens} sinks show of {rows.shape[1]} tokens; those "
+            "steps all train the sparsest map. Train on longer rows, raise lowest_density, or lower local_window.",
+            stacklevel=3,
+        )
+
+
 def _without_dropout(base: nn.Module) -> None:
     """Put a model in training mode into the numerics of evaluation; the routers go on training.
 
@@ -250,7 +269,8 @@ class KLTrainer(TopologyTrainerMixin):
         depths: lowest and highest depth to draw, `1 <= lowest <= highest <= config.depth`; None is all of them.
         densities: lowest and highest density to draw instead, `0 < lowest <= highest <= 1`, at the length of
             `calibration_rows`; a density below that of the sparsest map is trained at the sparsest.
-        calibration_rows: int64 `[B, T]`, needed with `densities`: what `calibrate` measures on.
+        calibration_rows: int64 `[B, T]`, needed with `densities`: what `calibrate` measures on, and its
+            `check_padding`.
         kl_weight, lm_weight: weights of the KL and of the next-token loss (`labels`, or `input_ids` without them),
             >= 0, not both 0. Both are sums over tokens divided by the number of real tokens of the step.
         Other arguments: as `transformers.Trainer`.
@@ -266,6 +286,7 @@ class KLTrainer(TopologyTrainerMixin):
         depths: tuple[int, int] | None = None,
         densities: tuple[float, float] | None = None,
         calibration_rows: Tensor | None = None,
+        check_padding: bool = True,
         kl_weight: float = 1.0,
         lm_weight: float = 0.0,
         **kwargs: Any,
@@ -298,7 +319,9 @@ class KLTrainer(TopologyTrainerMixin):
                 "adapter disabled; see get_peft_model"
             )
         self.depths, self.kl_weight, self.lm_weight = (lowest, highest), kl_weight, lm_weight
-        self.densities, self.calibration_rows = densities, calibration_rows
+        self.densities, self.calibration_rows, self.check_padding = densities, calibration_rows, check_padding
+        if densities is not None and calibration_rows is not None:
+            _warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
         self._calibrated: int | None = None  # the fifth of the training that the calibration is of
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
         self._loss_weight = 1.0
@@ -341,7 +364,7 @@ class KLTrainer(TopologyTrainerMixin):
             return
         assert self.calibration_rows is not None  # the constructor has looked
         model = self.accelerator.unwrap_model(self.model)
-        calibrate(model, self.calibration_rows, seed=self.args.seed)
+        calibrate(model, self.calibration_rows, seed=self.args.seed, check_padding=self.check_padding)
         for config in active_configs(model):  # atomic additions differ between processes, their maps must not
             (config.calibration,) = broadcast_object_list([config.calibration])
         self._calibrated = fifth

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -99,6 +100,25 @@ class TopologyCall:
         return self.merged or (settled and self.host.distillation is None)
 
 
+@dataclass
+class Schedule:
+    """Whether anything raises the homotopy of a model's adapters, or it was said that nothing does."""
+
+    known: bool = False
+
+    def miss(self) -> None:
+        """Warn, once, of a training that leaves the adapter without effect."""
+        if not self.known:
+            self.known = True
+            warnings.warn(
+                "a topology adapter is being trained at homotopy 0 and nothing is known to raise it: the model stays "
+                "the base, the adapter will have no effect, and with gradient accumulation or fp16 its auxiliary "
+                "gradient is scaled wrongly. Use TopologySFTTrainer, put TopologyTrainerMixin before your trainer class, or "
+                "add topo_adapter.TopologyCallback(); ignore this if your own loop raises config.homotopy to 1.",
+                stacklevel=2,
+            )
+
+
 class AttentionObserver(Protocol):
     """Turns a forward into one of calibration: each layer attends at its visible depths and shows that to the observer.
 
@@ -132,6 +152,7 @@ class TopologyHost(nn.Module):
         self.density_recorder: Callable[[TopologyCall, Plan], None] | None = None
         self.density_counts: Tensor | None = None  # what the recorder made of the last recording
         self.standardising = False
+        self.schedule = Schedule()
         self.unused: set[str] = set()  # adapters that were never loaded nor in force
         self._constants: dict[tuple[int, ...], Tensor] = {}
 
@@ -176,6 +197,8 @@ class TopologyHost(nn.Module):
         sampling = cache is not None and not torch.is_grad_enabled()
         training = self.training and not merged and not distilling and not sampling
         dense = config.homotopy == 0 and not merged
+        if training and dense and torch.is_grad_enabled() and next(router.parameters()).requires_grad:
+            self.schedule.miss()
         if dense and not (training or distilling or observed or self.recorder is not None):
             return None
 
@@ -330,7 +353,8 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
             if config.homotopy < 1:
                 raise MergeError(
                     f"homotopy must be 1 to merge adapter {name!r}, got {config.homotopy}: the topology is not fully "
-                    "in force, so the merged model would differ. Finish training, or set config.homotopy = 1."
+                    "in force, so the merged model would differ. Finish training with a TopologyCallback, which raises "
+                    "it; set it by hand only if these routers were trained in force by a loop of your own."
                 )
             for key, value in self.topo_routers[name].state_dict().items():
                 if safe_merge and not torch.isfinite(value.float()).all():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
@@ -285,6 +286,13 @@ def _layers_to_transform(config: PeftConfig) -> set[int] | None:
 
 
 def _check_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise UnsupportedModelError(
+            f"model must be a transformers model, got a {type(model).__name__} with the adapters "
+            f"{sorted(model.peft_config)}, which would not be saved. For LoRA beside a topology call "
+            'inject_adapter_in_model(lora_config, base, adapter_name="lora"), then get_peft_model(base, '
+            'TopologyConfig(), adapter_name="topology"); or merge_and_unload() the other adapter first.'
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model must be a decoder, got the encoder-decoder {type(model).__name__}: its caches hold no key addresses"

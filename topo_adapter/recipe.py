@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,21 @@ from .errors import TopologyConfigError, UnsupportedModelError
 from .kl import TEMPERATURES, KLTrainer
 from .training import DistillationTrainer, TopologyCallback, active_configs, initialize_routers, round_routers
 
+#: Arguments of `transformers.TrainingArguments` that each stage has for itself.
+_OF_STAGES = {
+    "max_steps": "local_steps and kl_steps",
+    "num_train_epochs": "local_steps and kl_steps",
+    "learning_rate": "local_learning_rate and kl_learning_rate",
+}
+
 
 @dataclass
 class DistillConfig(TrainingArguments):
     """Arguments of `distill`: those of `transformers.TrainingArguments`, and each stage's own.
 
-    `max_steps`, `num_train_epochs` and `learning_rate` give way to the stages'. Checkpoints go to `output_dir/local`
-    and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if it has any.
+    `max_steps`, `num_train_epochs` and `learning_rate` are refused: each stage has its own. Checkpoints go to
+    `output_dir/local` and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if
+    it has any.
     """
 
     local_steps: int = field(default=100, metadata={"help": "Steps of layer-local distillation, >= 0; 0 skips it."})
@@ -102,10 +111,10 @@ class DistillConfig(TrainingArguments):
             raise TopologyConfigError(
                 f"adapter_dtype must be float32, bfloat16 or float8_e4m3fn, got {self.adapter_dtype!r}"
             )
-        if self.max_steps > 0:
-            raise TopologyConfigError(
-                f"max_steps must be left alone, got {self.max_steps}; set local_steps and kl_steps, one for each stage"
-            )
+        for name, instead in _OF_STAGES.items():
+            default, value = type(self).__dataclass_fields__[name].default, getattr(self, name)
+            if value != default:
+                raise TopologyConfigError(f"{name} must be left alone, got {value}; set {instead}, one for each stage")
         if self.resume_from_checkpoint not in (None, False, True, "true", "True", "false", "False"):
             raise TopologyConfigError(
                 "resume_from_checkpoint must be true or false, got "
@@ -149,8 +158,9 @@ def distill(
         model: a causal LM, a hub id or local path of one, or a PeftModel with an active topology adapter, which is
             trained on.
         dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
-            of one length) or with `text`, or a string. Text is cut into windows of `args.max_length` tokens, each of
-            which begins as the tokenizer begins a text; `input_ids` should begin so too.
+            of one length) or with `text`, or a string. Or an int64 tensor `[rows, T]` of token ids. Text is cut into
+            windows of `args.max_length` tokens, each of which begins as the tokenizer begins a text; `input_ids`
+            should begin so too. Empty texts are passed over.
         config: of the adapter that is added; None, needed for a PeftModel, is the default but for `router_dim` 64 and
             `balance_weight` 0.
         args: None is the default; see `DistillConfig`.
@@ -162,16 +172,18 @@ def distill(
         base's weights are as they were.
 
     Raises:
-        TopologyConfigError: an argument is out of range, or the data set has no row to train on.
+        TopologyConfigError: an argument is out of range or of the wrong type, or the data set has no row to train on.
         UnsupportedModelError: the model cannot be routed, see `TopologyModel` and `KLTrainer`.
     """
     args = DistillConfig() if args is None else args
+    if not isinstance(args, DistillConfig):
+        raise TopologyConfigError(f"args must be a topo_adapter.DistillConfig, got {type(args).__name__}")
     if isinstance(model, PeftModel) and config is not None:
         raise TopologyConfigError("config must be None for a PeftModel, which has its own; or pass its base model")
     set_seed(args.seed)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    rows = _rows(dataset, model, args, processing_class)
+    rows, cut_here = _rows(dataset, model, args, processing_class)
     fresh = not isinstance(model, PeftModel)
     default = TopologyConfig(task_type="CAUSAL_LM", router_dim=64, balance_weight=0.0)
     adapter = get_peft_model(model, config or default) if fresh else model
@@ -181,7 +193,7 @@ def distill(
             "model must have trainable routers, got a frozen adapter; load it with "
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
-    calibration_rows = _calibration_rows(rows, adapter, args.calibration_rows)
+    calibration_rows = _calibration_rows(rows, adapter, args.calibration_rows, not cut_here)
     rows = _training_rows(rows, len(calibration_rows))
     if training:
         round_routers(adapter, torch.float32)
@@ -206,6 +218,7 @@ def distill(
             callbacks=[TopologyCallback((args.kl_temperature, args.kl_temperature / 4), (1.0, 1.0)), *callbacks],
             densities=(args.lowest_density, args.highest_density),
             calibration_rows=calibration_rows[: max(1, len(calibration_rows) // 4)],
+            check_padding=not cut_here,
             kl_weight=args.kl_weight,
             lm_weight=args.lm_weight,
         )
@@ -216,11 +229,11 @@ def distill(
         round_routers(adapter, getattr(torch, args.adapter_dtype))
     # the default need not be in reach of short rows; another one was asked for
     asked = None if args.target_density == DEFAULT_DENSITY else args.target_density
-    calibrate(adapter, calibration_rows, seed=args.seed, target_density=asked)
+    calibrate(adapter, calibration_rows, seed=args.seed, target_density=asked, check_padding=not cut_here)
     return adapter.eval()
 
 
-def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Tensor:
+def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int, check_padding: bool) -> Tensor:
     """The first rows, `[B, T]`, refused before training if they cannot be calibrated on."""
     chosen = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(count, len(rows)))]
     lengths = sorted({len(ids) for ids in chosen})
@@ -231,7 +244,7 @@ def _calibration_rows(rows: Sequence[Any], adapter: PeftModel, count: int) -> Te
     sequences = torch.stack(chosen)
     for config in active_configs(adapter):
         try:
-            check_sequences(sequences, config, adapter.get_base_model())
+            check_sequences(sequences, config, adapter.get_base_model(), check_padding)
         except TopologyConfigError as error:
             raise TopologyConfigError(f"dataset must have rows that can be calibrated on: {error}") from None
     return sequences
@@ -271,32 +284,68 @@ def _rows(
     model: PreTrainedModel | PeftModel,
     args: DistillConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> Sequence[Any]:
-    """Rows with `input_ids`: the data set's own, or windows of its text."""
+) -> tuple[Sequence[Any], bool]:
+    """Rows with `input_ids`, and whether they are windows cut from text here, not the data set's own."""
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise TopologyConfigError(
+            f"dataset must be a datasets.Dataset or a list of texts, got {_short(dataset)}; "
+            "pass [text], or [Path(file).read_text()] for a file"
+        )
+    if isinstance(dataset, Mapping):
+        raise TopologyConfigError(
+            f"dataset must be one data set, got a {type(dataset).__name__} of {sorted(map(str, dataset))}; choose a "
+            "split: dataset['train']"
+        )
+    if isinstance(dataset, Tensor):
+        if dataset.ndim != 2 or dataset.dtype != torch.int64:
+            raise TopologyConfigError(
+                f"dataset must be int64 [rows, T] of token ids if it is a tensor, got {dataset.dtype} "
+                f"{list(dataset.shape)}"
+            )
+        return [{"input_ids": row} for row in dataset], False
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
         raise TopologyConfigError("dataset must have rows, got none")
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     needed = max(args.local_steps, args.kl_steps) * per_step + args.calibration_rows
+    if not isinstance(first, (str, Mapping)):
+        raise TopologyConfigError(
+            "dataset must have rows that are strings, or mappings with 'input_ids' or 'text', got "
+            f"{type(first).__name__}"
+        )
     if not isinstance(first, str) and "input_ids" in first:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            return dataset  # type: ignore[return-value]
-        return [first, *itertools.islice(rows, needed - 1)]
+            return dataset, False  # type: ignore[return-value]
+        return [first, *itertools.islice(rows, needed - 1)], False
     if not isinstance(first, str) and "text" not in first:
         raise TopologyConfigError(
             f"dataset must have rows with 'input_ids' or 'text', or strings, got the columns {sorted(first)}"
         )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    texts = (row if isinstance(row, str) else row["text"] for row in itertools.chain([first], rows))
+    texts = (_text_of(row, number) for number, row in enumerate(itertools.chain([first], rows)))
     windows = text_windows(texts, tokenizer, args.max_length, needed)
     if len(windows) < per_step:
         raise TopologyConfigError(
             f"dataset must have text for {per_step} windows of {args.max_length} tokens (one step), got "
             f"{len(windows)}; add text or lower max_length"
         )
-    return [{"input_ids": window} for window in windows]
+    return [{"input_ids": window} for window in windows], True
+
+
+def _text_of(row: Any, number: int) -> str:
+    text = row.get("text") if isinstance(row, Mapping) else row
+    if not isinstance(text, str):
+        raise TopologyConfigError(
+            f"dataset must have a text in every row, got {type(text).__name__} in row {number}; filter such rows out"
+        )
+    return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -307,15 +356,17 @@ def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Tensor]:
     """Up to `count` windows of `length` tokens, int64, cut from the texts one after the other.
 
-    Each text ends with the tokenizer's end-of-text token, if it has one. Each window begins with the token that the
-    tokenizer puts before a text, if it does: models that have always seen one read badly without it (docs/log.md).
-    Reads no more texts than it needs; a last part shorter than a window is left out.
+    Each text ends with the tokenizer's end-of-text token, if it has one; empty texts are passed over. Each window
+    begins with the token that the tokenizer puts before a text, if it does: models that have always seen one read badly
+    without it (docs/log.md). Reads no more texts than it needs; a last part shorter than a window is left out.
     """
     windows: list[Tensor] = []
     rest: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     begin = text_beginning(tokenizer)
     for text in texts:
+        if not text.strip():
+            continue
         rest += tokenizer(text, verbose=False).input_ids + end
         start = 0
         while len(windows) < count:

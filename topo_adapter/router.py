@@ -119,9 +119,11 @@ class TopologyRouter(nn.Module):
             hidden_states: `[B, T, hidden_size]`, `B * T >= 2`.
 
         Raises:
-            TopologyConfigError: a logit is the same for all tokens, as in a collapsed router.
+            TopologyConfigError: fewer than two tokens, or a logit is the same for all, as in a collapsed router.
         """
         h = F.gelu(self.down(hidden_states)).flatten(0, -2)
+        if len(h) < 2:
+            raise TopologyConfigError(f"input_ids must hold two tokens or more to spread over the tree, got {len(h)}")
         for projection in (self.query, self.key):
             if projection is None:
                 continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,9 @@ def topology_metrics(model: nn.Module) -> dict[str, float]:
     return {"topology/temperature": config.temperature, "topology/homotopy": config.homotopy, **metrics}
 
 
+_FIRST_STEPS = 10  # that have to hide something
+
+
 class TopologyCallback(TrainerCallback):
     """Drives temperature, homotopy and the auxiliary loss's ramp; each is a function of the global step alone.
 
@@ -81,11 +85,15 @@ class TopologyCallback(TrainerCallback):
         self.temperature, self.homotopy = temperature, homotopy
         self.homotopy_share, self.ramp_share = homotopy_share, ramp_share
         self.scale_is_exact = False  # set by TopologyTrainerMixin
+        self._dense_steps: int | None = None  # steps without a hidden pair; None: not looked for, or all is well
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         active_configs(model)
+        for host in hosts(model):
+            host.schedule.known = True
+        self._dense_steps = 0
         if not self.scale_is_exact and (args.fp16 or args.gradient_accumulation_steps > 1):
             raise TopologyConfigError(
                 "TopologyCallback alone needs fp16=False and gradient_accumulation_steps=1, got "
@@ -109,9 +117,30 @@ class TopologyCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if self._dense_steps is not None:
+            self._look_for_hidden_pairs(model, state)
         if state.global_step >= state.max_steps:  # before the last checkpoint is written
             for config in active_configs(model):
                 config.temperature, config.homotopy = self.temperature[1], 1.0
+
+    def _look_for_hidden_pairs(self, model: nn.Module, state: TrainerState) -> None:
+        """Warn where the first steps hid nothing from anyone: then the routers learn nothing."""
+        densities = [host.metrics["density"] for host in hosts(model) if "density" in host.metrics]
+        if not densities or any(bool(density < 1) for density in densities):
+            self._dense_steps = None  # all is well
+            return
+        assert self._dense_steps is not None  # of the caller
+        self._dense_steps += 1
+        if self._dense_steps == min(_FIRST_STEPS, state.max_steps):
+            config = active_configs(model)[0]
+            warnings.warn(
+                f"in the first {self._dense_steps} training steps no query had a key hidden from it: rows (or "
+                f"packed documents) of up to {config.local_window + config.num_sink_tokens} tokens are covered by local_window "
+                f"{config.local_window} and {config.num_sink_tokens} sinks, and the routers learn nothing. Train on "
+                "longer rows, or lower local_window.",
+                stacklevel=2,
+            )
+            self._dense_steps = None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
