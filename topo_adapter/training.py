@@ -135,8 +135,8 @@ class TopologyCallback(TrainerCallback):
             config = active_configs(model)[0]
             warnings.warn(
                 f"in the first {self._dense_steps} training steps no query had a key hidden from it: rows (or "
-                f"packed documents) of up to {config.local_window + config.num_sink_tokens} tokens are covered by local_window "
-                f"{config.local_window} and {config.num_sink_tokens} sinks, and the routers learn nothing. Train on "
+                f"packed documents) of up to {config.local_window + config.num_sink_tokens} tokens are covered by "
+                f"local_window {config.local_window} and {config.num_sink_tokens} sinks, and the routers learn nothing. Train on "
                 "longer rows, or lower local_window.",
                 stacklevel=2,
             )
