@@ -36,7 +36,15 @@ from transformers import (
 
 import topo_adapter
 from embedded import smollm2, standard_library, windows
-from topo_adapter import DistillationTrainer, TopologyConfig, initialize_routers, measure_density, record_routes
+from topo_adapter import (
+    DistillationTrainer,
+    TopologyConfig,
+    calibrate,
+    initialize_routers,
+    measure_density,
+    record_routes,
+    set_density,
+)
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.visibility import always_visible
 
@@ -52,7 +60,8 @@ class DemoArguments:
     learning_rate: float = field(default=1e-2)
     density_weight: float = field(default=0.03, metadata={"help": "Price of density against kept attention."})
     depth: int = field(default=4, metadata={"help": "Digits per address; all depths are trained at once."})
-    visible_depth: int = field(default=4, metadata={"help": "Digits that must agree for a pair to be visible."})
+    density: float = field(default=0.17, metadata={"help": "Density that the dial is turned to, at eval_length."})
+    calibration_windows: int = field(default=2, metadata={"help": "Training windows that the dial is calibrated on."})
     local_window: int = field(default=64)
     seed: int = field(default=0)
 
@@ -140,9 +149,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
         return model.float() if model.device.type == "cpu" else model
 
     # train
-    config = TopologyConfig(
-        depth=arguments.depth, visible_depth=arguments.visible_depth, local_window=arguments.local_window
-    )
+    config = TopologyConfig(depth=arguments.depth, local_window=arguments.local_window)
     model = get_peft_model(fresh_base(), config)
     initialize_routers(model, train[:1].to(model.device))
     model.print_trainable_parameters()
@@ -167,6 +174,12 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
     clock = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - clock
+
+    # calibrate the density dial, on a few of the training windows, and turn it to the length that is measured
+    clock = time.perf_counter()
+    calibrate(model, train[: arguments.calibration_windows], around=())
+    set_density(model, arguments.density, length=arguments.eval_length)
+    calibrate_seconds = time.perf_counter() - clock
     model.save_pretrained(output / "adapter")
     size = (output / "adapter" / "adapter_model.safetensors").stat().st_size
     del model, trainer
@@ -191,7 +204,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
             measure(f"window {window} + {sinks} sinks only", share(mask), mask)
         prompt = held_out[0, : length // 2]
         texts = {"dense": continuation(model, tokenizer, prompt)}
-    measure("adapter, soft (unmerged)", density)
+    measure("adapter, unmerged", density)
     model.merge_adapter()
     measure("adapter, merged", density)
     texts["merged"] = continuation(model, tokenizer, prompt)
@@ -202,6 +215,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
         "rows": rows,
         "adapter_bytes": size,
         "train_seconds": train_seconds,
+        "calibrate_seconds": calibrate_seconds,
         "total_seconds": time.perf_counter() - started,
         "continuations": texts,
         "held_out": f"{arguments.eval_windows} windows of {length} tokens, held-out standard-library modules",
@@ -222,7 +236,7 @@ def report(result: dict[str, Any]) -> None:
     print(f"\nheld out: {result['held_out']}")
     print(
         f"adapter {result['adapter_bytes'] / 1e6:.2f} MB, trained in {result['train_seconds']:.0f} s, "
-        f"everything in {result['total_seconds']:.0f} s, in {result['arguments']['output_dir']}"
+        f"calibrated in {result['calibrate_seconds']:.0f} s, everything in {result['total_seconds']:.0f} s, in {result['arguments']['output_dir']}"
     )
     for name, text in result["continuations"].items():
         print(f"\n{name} continues: {text!r}")
