@@ -235,8 +235,9 @@ def report(result: dict[str, Any]) -> None:
         print(f"{row['model']:34}{row['perplexity']:11.2f}{row['density']:9.3f}{row['seconds_per_window']:10.2f}")
     print(f"\nheld out: {result['held_out']}")
     print(
-        f"adapter {result['adapter_bytes'] / 1e6:.2f} MB, trained in {result['train_seconds']:.0f} s, "
-        f"calibrated in {result['calibrate_seconds']:.0f} s, everything in {result['total_seconds']:.0f} s, in {result['arguments']['output_dir']}"
+        f"adapter {result['adapter_bytes'] / 1e6:.2f} MB, trained in {result['train_seconds']:.0f} s, calibrated "
+        f"in {result['calibrate_seconds']:.0f} s, everything in {result['total_seconds']:.0f} s, in "
+        f"{result['arguments']['output_dir']}"
     )
     for name, text in result["continuations"].items():
         print(f"\n{name} continues: {text!r}")

@@ -229,7 +229,8 @@ def _warn_of_sparsest_steps(densities: tuple[float, float], rows: Tensor, config
         warnings.warn(
             f"{share:.0%} of the densities drawn from {lowest:g} to {highest:g} are below the {near:.3g} that "
             f"local_window {config.local_window} and {config.num_sink_tokens} sinks show of {rows.shape[1]} "
-            "tokens; those steps all train the sparsest map. Train on longer rows, raise lowest_density, or lower local_window.",
+            "tokens; those steps all train the sparsest map. Train on longer rows, raise lowest_density, or lower "
+            "local_window.",
             stacklevel=3,
         )
 

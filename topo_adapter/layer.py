@@ -111,10 +111,11 @@ class Schedule:
         if not self.known:
             self.known = True
             warnings.warn(
-                "a topology adapter is being trained at homotopy 0 and nothing is known to raise it: the model stays "
-                "the base, the adapter will have no effect, and with gradient accumulation or fp16 its auxiliary "
-                "gradient is scaled wrongly. Use TopologySFTTrainer, put TopologyTrainerMixin before your trainer "
-                "class, or add topo_adapter.TopologyCallback(); ignore this if your own loop raises config.homotopy to 1.",
+                "a topology adapter is being trained at homotopy 0 and nothing is known to raise it: the model "
+                "stays the base, the adapter will have no effect, and with gradient accumulation or fp16 its "
+                "auxiliary gradient is scaled wrongly. Use TopologySFTTrainer, put TopologyTrainerMixin before "
+                "your trainer class, or add topo_adapter.TopologyCallback(); ignore this if your own loop raises "
+                "config.homotopy to 1.",
                 stacklevel=2,
             )
 

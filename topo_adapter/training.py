@@ -136,8 +136,8 @@ class TopologyCallback(TrainerCallback):
             warnings.warn(
                 f"in the first {self._dense_steps} training steps no query had a key hidden from it: rows (or "
                 f"packed documents) of up to {config.local_window + config.num_sink_tokens} tokens are covered by "
-                f"local_window {config.local_window} and {config.num_sink_tokens} sinks, and the routers learn nothing. "
-                "Train on longer rows, or lower local_window.",
+                f"local_window {config.local_window} and {config.num_sink_tokens} sinks, and the routers learn "
+                "nothing. Train on longer rows, or lower local_window.",
                 stacklevel=2,
             )
             self._dense_steps = None
