@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +27,9 @@ sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
 
 pytestmark = pytest.mark.real
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "smollm2-135m-topology"
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLE = REPOSITORY / "examples" / "smollm2-135m-topology"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +61,90 @@ def test_quality(adapter: PeftModel) -> None:
     assert over["ours"] < 0.04 and over["window"] > 0.2
     copied = gap_recovered(local["copy_loss"], found["copy_loss"], dense["copy_loss"])
     assert copied is not None and copied > 0.9
+
+
+# ---------------------------------------------------------------- by the README's lines, in an empty folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub cache that holds the base under its hub id, as if it had been downloaded."""
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for file in Path(smollm2()).resolve().iterdir():
+        (snapshot / file.name).symlink_to(file)
+    return home
+
+
+def run_elsewhere(script: str, folder: Path, hub: Path) -> str:
+    """What a script prints, run offline from a folder that is not the repository's."""
+    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def snippet(text: str, beginning: str) -> str:
+    """The one Python block that follows `beginning`."""
+    found = re.search(re.escape(beginning) + r".*?```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found[1].replace('"examples/', f'"{REPOSITORY}/examples/')  # the reader stands in the repository
+
+
+def test_the_readmes_lines_use_it(hub: Path, tmp_path: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = snippet(readme, "\nUse it.")
+    assert "import topo_adapter" in lines and "merge_adapter()" in lines and HUB_ID in lines
+    printed = run_elsewhere(lines, tmp_path, hub).strip()
+    assert printed and f"`{printed}`" in readme, f"README says what it prints: {printed!r}"
+    again = """
+import topo_adapter
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("smollm2-sparse")
+print(len(topo_adapter.layer.hosts(model)), model.model.layers[0].self_attn.topo_adapter.topology_config.target_density)
+"""
+    routed, density = run_elsewhere(again, tmp_path, hub).split()
+    assert int(routed) == 30 and 0.17 < float(density) < 0.3  # at 8,192 tokens
+
+
+def test_the_cards_lines_use_it(hub: Path, tmp_path: Path) -> None:
+    lines = snippet((EXAMPLE / "README.md").read_text(encoding="utf-8"), "\n# Learned sparse")
+    run_elsewhere(
+        f"{lines}\nassert model.base_model.model.model.layers[0].self_attn.topo_adapter.merged", tmp_path, hub
+    )
+    automatic = f"""
+import topo_adapter
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({str(EXAMPLE)!r})
+print(model.peft_config["default"].target_density, type(model.peft_config["default"].visible_depth).__name__)
+"""
+    assert run_elsewhere(automatic, tmp_path, hub).split() == ["0.17", "dict"]
+
+
+def test_it_runs_its_own_density_however_it_is_run(adapter: PeftModel) -> None:
+    """1,024 tokens of WikiText-2: unmerged as loaded, and by a plain merge, as the card says of its density."""
+    config = json.loads((EXAMPLE / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["target_density"], config["visible_depth"]) == (
+        HUB_ID,
+        0.17,
+        None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    windows = text_windows("wikitext2", tokenizer, 1024, 1, seed=0)
+    case = Case("wikitext2", windows, None)
+    dense = score_dense(adapter, case)["perplexity"]
+    unmerged = score(adapter.get_base_model(), case)["perplexity"]
+    maps = density_map(adapter.get_base_model(), windows)
+    adapter.merge_adapter()
+    try:
+        merged = score(adapter.get_base_model(), case)["perplexity"]
+    finally:
+        adapter.unmerge_adapter()
+    assert merged == pytest.approx(unmerged, rel=1e-4)
+    assert math.log(merged / dense) < 0.02
+    density = statistics.fmean(value for heads in maps.values() for value in heads)
+    assert 0.32 < density < 0.4  # of 1,024 tokens, .17 of 8,192
