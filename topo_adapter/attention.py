@@ -100,8 +100,9 @@ def decode_attention(
         and machines without a GPU: it scores every key, which for a few tokens is less than to sort them.
     """
     if not _kernels_attend(q, k, v):
-        query_ball, key_ball = query_address % balls[:, None], key_address.transpose(1, 2).int() % balls[:, None]
-        keys = key.layout
+        # laid out by keys: in the records' order, by routes, each step below is slower
+        by_key = key_address.transpose(1, 2).to(torch.int32, memory_format=torch.contiguous_format)
+        query_ball, key_ball, keys = query_address % balls[:, None], by_key % balls[:, None], key.layout
         visible = visible_pairs(query_ball, key_ball, query, keys, local_window, num_sink_tokens)
         return scanned_attention(q, k, v, visible, query.real, keys.real, scale, softcap)
     from topo_kernels import decode_attention as kernel
