@@ -31,6 +31,7 @@ from topo_adapter import (
 from topo_adapter.attention import hard_attention
 from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
+from topo_adapter.torch_attention import torch_attention
 from topo_kernels.attention import Blocks, Tiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
@@ -219,10 +220,10 @@ def test_plain_dense_heads_are_sdpa(kernels: None) -> None:
     general = build_plan(query % 1, key % 1, layout, layout, 4, 2)
     assert dense.dense and not general.dense
     assert torch.equal(dense.visible_count(), general.visible_count())
-    right = attention._torch_attention(q, k, v, general, 0.25, None)
+    right = torch_attention(q, k, v, general, 0.25, None)
     with mock.patch.object(topo_kernels, "topology_attention", side_effect=AssertionError("SDPA is the way")):
         assert largest_error(hard_attention(q, k, v, dense, 0.25), right) < 1e-5
-    assert largest_error(attention._torch_attention(q, k, v, dense, 0.25, None), right) < 1e-5
+    assert largest_error(torch_attention(q, k, v, dense, 0.25, None), right) < 1e-5
     assert not make_plan(query, key, balls, 1, *[layout_from_padding(layout.real)] * 2, 4, 2).dense
 
 
@@ -236,7 +237,7 @@ def test_the_torch_path_runs_a_kernel_plan(kernels: None, padded: bool) -> None:
     ours = make_plan(query, key, balls, 8, layout, layout, 4, 2)
     assert isinstance(ours, Plan) and (ours.local_order is None) != padded
     right = build_plan(query % balls[:, None], key % balls[:, None], layout, layout, 4, 2)
-    found, expected = (attention._torch_attention(q.double(), k, v, p, 0.25, None) for p in (ours, right))
+    found, expected = (torch_attention(q.double(), k, v, p, 0.25, None) for p in (ours, right))
     assert torch.equal(found, expected)
 
 

@@ -100,14 +100,15 @@ def make_plan(
         query, key: layouts; within a document positions must be distinct.
         local_window: >= 1. num_sink_tokens: >= 0.
     """
-    if not kernels_serve(query_address):
-        query_ball, key_ball = (x % balls[:, None] for x in (query_address, key_address))
-        return build_plan(query_ball, key_ball, query, key, local_window, num_sink_tokens)
-    from topo_kernels import tree_plan
-
     local = local_plan(query, key, local_window, num_sink_tokens)
     if max_balls == 1 and local.order is None:
         return _dense_plan(query_address, local, num_sink_tokens)
+    if not kernels_serve(query_address):
+        query_ball, key_ball = (x % balls[:, None] for x in (query_address, key_address))
+        tree = _sorted_tree(query_ball, key_ball, query, key, local_window, num_sink_tokens)
+        return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+    from topo_kernels import tree_plan
+
     tree = tree_plan(
         query_address.int(),
         key_address.int(),
@@ -146,6 +147,20 @@ def build_plan(
         query, key: layouts; within a document positions must be distinct.
         local_window: >= 1. num_sink_tokens: >= 0.
     """
+    tree = _sorted_tree(query_ball, key_ball, query, key, local_window, num_sink_tokens)
+    local = _general_local_plan(query, key, local_window, num_sink_tokens)
+    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+
+
+def _sorted_tree(
+    query_ball: Tensor,
+    key_ball: Tensor,
+    query: SequenceLayout,
+    key: SequenceLayout,
+    local_window: int,
+    num_sink_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`query_order`, `range_start`, `range_end` and `key_order` of a `Plan`."""
     span = key.position.shape[1] + 1  # larger than any position
     balls = torch.maximum(query_ball.amax(), key_ball.amax()).long() + 1  # a tensor: no host synchronisation
 
@@ -163,18 +178,7 @@ def build_plan(
     reach = (query.position - local_window + 1).clamp(min=0)
     start = torch.searchsorted(sorted_rank, first)
     end = torch.searchsorted(sorted_rank, rank(reach, query_ball, query))
-    local = _general_local_plan(query, key, local_window, num_sink_tokens)
-    return Plan(
-        query_order=query_order.int(),
-        range_start=start.gather(-1, query_order).int(),
-        range_end=end.gather(-1, query_order).int(),
-        key_order=key_order.int(),
-        local_order=local.order,
-        document_start=local.document_start,
-        local_start=local.start,
-        local_end=local.end,
-        num_sink_tokens=num_sink_tokens,
-    )
+    return query_order.int(), start.gather(-1, query_order).int(), end.gather(-1, query_order).int(), key_order.int()
 
 
 _LOCAL_PLANS: WeakKeyDictionary[SequenceLayout, dict[tuple[int, int], LocalPlan]] = WeakKeyDictionary()

@@ -170,8 +170,11 @@ class TopologyRouter(nn.Module):
                 if not merged and not graph_is_recorded():
                     self.forget_packing()
                 return route_addresses(hidden_states, self._packed(hidden_states.dtype))
-        query, key = (digits_to_address(logits.argmax(-1), self.arity).int() for logits in self(hidden_states))
-        return query, query if self.key is None else key
+        query_logits, key_logits = self(hidden_states)
+        # both roles at once: for a single token, as in decoding, the number of operations is the cost
+        logits = query_logits[None] if self.key is None else torch.stack([query_logits, key_logits])
+        address = digits_to_address(logits.argmax(-1), self.arity).int()
+        return address[0], address[-1]
 
     def forget_packing(self) -> None:
         """Lay the weights out anew for the kernels when they are next needed."""

@@ -13,9 +13,13 @@ from .layout import SequenceLayout, causal_pairs
 
 def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
     """bool `[B, T, S]`: pairs visible whatever the addresses are (local window and attention sinks)."""
+    return causal_pairs(query, key) & _near_or_sink(query, key, local_window, num_sink_tokens)
+
+
+def _near_or_sink(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
+    """bool `[B, T, S]`: of causal pairs, those that window and sinks make visible."""
     gap = query.position[:, :, None] - key.position[:, None, :]
-    sink = key.position[:, None, :] < num_sink_tokens
-    return causal_pairs(query, key) & ((gap < local_window) | sink)
+    return (gap < local_window) | (key.position[:, None, :] < num_sink_tokens)
 
 
 def always_density(length: int, local_window: int, num_sink_tokens: int) -> float:
@@ -46,6 +50,6 @@ def visible_pairs(
         bool `[B, H, T, S]`. Rows of padding queries are empty; every other row holds at least its own token.
     """
     tree = query_ball[..., :, None] == key_ball[..., None, :]
+    tree |= _near_or_sink(query, key, local_window, num_sink_tokens)[:, None]
     tree &= causal_pairs(query, key)[:, None]
-    tree |= always_visible(query, key, local_window, num_sink_tokens)[:, None]
     return tree

@@ -1,0 +1,300 @@
+"""Hard attention in plain torch: on machines without a GPU, and in float64.
+
+A plan is executed in one of two ways, whichever makes fewer scores, weighed by what a score costs there:
+
+- masked: blocks of queries over all keys of their documents up to them, in torch's fused kernel under a mask. A score
+  is cheap, but all causal pairs are scored: for texts that are short or see much.
+- sorted: blocks of queries in the tree's order over the keys of their balls, then window and sinks, merged by
+  log-sum-exp. Nearly only visible pairs are scored: for long texts. This way alone knows gradients and softcap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .backend import graph_is_recorded
+from .plan import Plan
+
+_BLOCK = 128  # queries that are scored at once when sorted
+_SORTED_SCORE = 1.6  # cost of a score when sorted, in masked scores
+_SORTED_BLOCK = 75_000  # cost of a block of one head beside its scores, in masked scores
+_MASK_ENTRIES = 2**21  # of the mask of one block of queries, where that leaves at least `_FEWEST_ROWS` of them
+_FEWEST_ROWS = 32
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None) -> Tensor:
+    """`topo_adapter.attention.hard_attention` in torch: O(N) memory without gradients."""
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    only_sorted = learning or softcap is not None
+    rows = []
+    for b in range(q.shape[0]):
+        qb, kb, vb = q[b], k[b], v[b]
+        in_order = torch.ones(plan.query_order.shape[1], dtype=torch.bool) if only_sorted else cheaper_sorted(plan, b)
+        if in_order.all():
+            rows.append(sorted_attention(qb, kb, vb, plan, b, scale, softcap))
+        elif not in_order.any():
+            rows.append(masked_attention(qb, kb, vb, plan, b, scale))
+        else:
+            out = torch.empty_like(qb)
+            for chosen, is_sorted in ((in_order, True), (~in_order, False)):
+                routes = chosen.nonzero()[:, 0].to(q.device)
+                part = _of_routes(plan, routes)
+                heads = torch.arange(q.shape[1], device=q.device).view(plan.query_order.shape[1], -1)[routes].flatten()
+                own = heads // (q.shape[1] // k.shape[1])
+                tensors = qb[heads], kb[own], vb[own]
+                out[heads] = (
+                    sorted_attention(*tensors, part, b, scale, None)
+                    if is_sorted
+                    else masked_attention(*tensors, part, b, scale)
+                )
+            rows.append(out)
+    return torch.stack(rows)
+
+
+def _of_routes(plan: Plan, routes: Tensor) -> Plan:
+    """The plan of some route heads."""
+    names = ("query_order", "range_start", "range_end", "key_order")
+    return replace(plan, **{name: getattr(plan, name)[:, routes] for name in names})
+
+
+def cheaper_sorted(plan: Plan, b: int) -> Tensor:
+    """bool `[R]` on the host: the route heads of row `b` that are cheaper sorted than masked."""
+    blocks = -(-plan.document_start.shape[1] // _BLOCK)
+    causal = _scores_of(plan.document_start[b], plan.local_end[b])
+    beside = _scores_of(plan.local_start[b], plan.local_end[b]) + _scores_of(*_sinks(plan, b))
+    in_order = _scores_of(plan.range_start[b], plan.range_end[b]) + beside
+    return (_SORTED_SCORE * in_order + _SORTED_BLOCK * blocks < causal).cpu()
+
+
+# ---------------------------------------------------------------- ranges of a block
+
+
+def _spans(start: Tensor, end: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """First and behind the last of the ranks that each block of rows touches, `[..., T]` to `[..., blocks]`.
+
+    Rows that touch none may hold anything; a block of them is `0, 0`.
+    """
+    rest = -start.shape[-1] % block
+    start, end = (pad(x, (0, rest)).unflatten(-1, (-1, block)) for x in (start, end))
+    empty = end <= start
+    high = end.masked_fill(empty, 0).amax(-1)
+    return torch.minimum(start.masked_fill(empty, torch.iinfo(start.dtype).max).amin(-1), high), high
+
+
+def _spans_on_host(start: Tensor, end: Tensor, block: int) -> list[tuple[int, int]]:
+    low, high = torch.stack(_spans(start, end, block)).tolist()
+    return list(zip(low, high, strict=True))
+
+
+def _scores_of(start: Tensor, end: Tensor) -> Tensor:
+    """Scores that all rows make in blocks of `_BLOCK`, `[..., T]` to float64 `[...]`."""
+    low, high = _spans(start, end, _BLOCK)
+    return _BLOCK * (high - low).sum(-1, dtype=torch.float64)
+
+
+def _sinks(plan: Plan, b: int) -> tuple[Tensor, Tensor]:
+    """Local ranks `[T]` of the first sink of each query of row `b` and of the first key behind its last."""
+    first, start = plan.document_start[b], plan.local_start[b]
+    # a config may ask for more sinks than an int32 rank can count on top of another
+    most = min(plan.num_sink_tokens, plan.key_order.shape[-1])
+    return first, torch.minimum(first + most, start)
+
+
+def _in_local_order(x: Tensor, plan: Plan, b: int) -> Tensor:
+    """Keys `[..., S, D]` by local rank."""
+    return x if plan.local_order is None else x[..., plan.local_order[b].long(), :]
+
+
+# ---------------------------------------------------------------- masked
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float) -> Tensor:
+    """Row `b` in blocks of queries under a mask. q: `[H, T, D]`; k, v: `[H_kv, S, D]`; returns `[H, T, D]`.
+
+    Only ranks of real keys are read: NaN in padding stays there, which a mask alone would not do.
+    """
+    heads, (kv_heads, keys, _) = len(q), k.shape
+    routes, group = plan.query_order.shape[1], heads // kv_heads
+    ks, vs = (_in_local_order(x.to(q.dtype), plan, b)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    rank, starts, ends = _tree_ranges(plan, b)
+    first, local_start, local_end = plan.document_start[b], plan.local_start[b], plan.local_end[b]
+    sink_end = _sinks(plan, b)[1]
+    block = max(_FEWEST_ROWS, _MASK_ENTRIES // (routes * keys) // _FEWEST_ROWS * _FEWEST_ROWS)
+    place = torch.arange(keys, dtype=first.dtype, device=q.device)
+    seen, hidden = (torch.tensor(x, dtype=q.dtype, device=q.device) for x in (0.0, float("-inf")))
+    outs = []
+    for i, (low, high) in enumerate(_spans_on_host(first, local_end, block)):
+        rows, columns = slice(i * block, (i + 1) * block), slice(low, high)
+        grouped = q[:, rows].unflatten(0, (kv_heads, group))  # [H_kv, G, M, D]
+        if low == high:
+            outs.append(torch.zeros_like(grouped).flatten(0, 1))
+            continue
+        at, ranked = place[columns], rank[:, None, columns]
+        visible = ranked >= starts[:, rows, None]
+        visible &= ranked < ends[:, rows, None]
+        visible |= (at >= local_start[rows, None]) & (at < local_end[rows, None])
+        visible |= (at >= first[rows, None]) & (at < sink_end[rows, None])
+        bias = torch.where(visible, seen, hidden)[:, None].expand(-1, heads // routes, -1, -1)
+        bias = bias.reshape(kv_heads, group, *bias.shape[2:])
+        out = scaled_dot_product_attention(grouped, ks[..., columns, :], vs[..., columns, :], bias, scale=scale)
+        outs.append(out.flatten(0, 1))
+    return torch.cat(outs, 1).masked_fill((local_end <= local_start)[:, None], 0.0)
+
+
+def _tree_ranges(plan: Plan, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tree pass of row `b` in the local pass's orders, int32.
+
+    Returns:
+        `[R, S]`: sorted rank of the key of each local rank, -1 outside the tree; `[R, T]`, `[R, T]`: the range of
+        ranks of each query.
+    """
+    order, starts, ends, key_order = (
+        x[b] for x in (plan.query_order, plan.range_start, plan.range_end, plan.key_order)
+    )
+    length, keys = order.shape[-1], key_order.shape[-1]
+    # what a plan leaves out goes to one more entry, that is cut off
+    query = torch.where(order < 0, length, order).long()
+    starts, ends = (x.new_zeros(len(x), length + 1).scatter_(1, query, x)[:, :length] for x in (starts, ends))
+    ranks = torch.arange(keys, dtype=key_order.dtype, device=key_order.device).expand_as(key_order)
+    key = torch.where(ranks < ends.amax(-1, keepdim=True), key_order, keys).long()
+    rank = key_order.new_full((len(key_order), keys + 1), -1).scatter_(1, key, ranks)[:, :keys]
+    return rank if plan.local_order is None else rank[:, plan.local_order[b].long()], starts, ends
+
+
+# ---------------------------------------------------------------- a few new tokens
+
+
+def scanned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    real_queries: Tensor,
+    real_keys: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of a few queries under a mask, all keys scored.
+
+    Args:
+        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`. visible: bool `[B, R, T, S]`, of the heads' routes.
+        real_queries, real_keys: bool `[B, T]`, `[B, S]`.
+    """
+    kv_heads, heads_per_route = k.shape[1], q.shape[1] // visible.shape[1]
+    if graph_is_recorded() or not bool(real_keys.all()):  # NaN would come through any mask
+        k, v = (torch.where(real_keys[:, None, :, None], x, 0.0) for x in (k, v))
+    if heads_per_route > 1:
+        visible = visible.repeat_interleave(heads_per_route, 1)
+    # the queries of the heads of a KV head side by side: keys are read once, nothing is repeated
+    rows = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, H_kv, G T, D]
+    seen = visible.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    if softcap is None:
+        bias = torch.zeros((), dtype=q.dtype, device=q.device).where(seen, float("-inf"))
+        out = scaled_dot_product_attention(rows, k.to(q.dtype), v.to(q.dtype), bias, scale=scale)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = masked_softmax(scores_of(rows.to(wide), k.to(wide), scale, softcap), seen)[0] @ v.to(wide)
+    return out.to(q.dtype).view(q.shape).masked_fill(~real_queries[:, None, :, None], 0.0)
+
+
+# ---------------------------------------------------------------- sorted
+
+
+def sorted_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
+) -> Tensor:
+    """Row `b` in the tree's order, in float32 at least. q: `[H, T, D]`; k, v: `[H_kv, S, D]`; returns `[H, T, D]`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide = q.to(dtype), k.to(dtype), v.to(dtype)
+    tree = _tree_pass(*wide, plan, b, scale, softcap)
+    return _merge(*tree, *_local_pass(*wide, plan, b, scale, softcap)).to(q.dtype)
+
+
+def scores_of(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """`[..., T, D]`, `[..., S, D]` to `[..., T, S]`."""
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over visible entries and its log-sum-exp; rows that see nothing give 0 and -inf.
+
+    Empty rows are filled before the softmax: its gradient over nothing but -inf would be NaN.
+    """
+    empty = ~visible.any(-1)
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty[..., None], 0.0)
+    lse = scores.logsumexp(-1)
+    probs = (scores - lse[..., None]).exp().masked_fill(empty[..., None], 0.0)
+    return probs, lse.masked_fill(empty, float("-inf"))
+
+
+def _tree_pass(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The ball, without sinks and window, of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
+    heads, length, _ = q.shape
+    per_route, per_kv = heads // plan.query_order.shape[1], heads // k.shape[0]
+    outs, lses = [], []
+    for h in range(heads):
+        r = h // per_route
+        order = _whole_order(plan.query_order[b, r].long())
+        starts, ends = plan.range_start[b, r], plan.range_end[b, r]
+        qs, key_order = q[h][order], plan.key_order[b, r].long()
+        ks, vs = k[h // per_kv][key_order], v[h // per_kv][key_order]
+        out, lse = [], []
+        for i, (low, high) in enumerate(_spans_on_host(starts, ends, _BLOCK)):
+            rows = slice(i * _BLOCK, (i + 1) * _BLOCK)
+            rank = torch.arange(low, high, device=q.device)
+            scores = scores_of(qs[rows], ks[low:high], scale, softcap)
+            probs, total = masked_softmax(scores, (rank >= starts[rows, None]) & (rank < ends[rows, None]))
+            out.append(probs @ vs[low:high])
+            lse.append(total)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(length, device=q.device))
+        outs.append(torch.cat(out)[inverse])
+        lses.append(torch.cat(lse)[inverse])
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _whole_order(order: Tensor) -> Tensor:
+    """A permutation: padding queries may be -1 in a plan."""
+    left_out = torch.ones_like(order, dtype=torch.bool)
+    left_out[order[order >= 0]] = False
+    return torch.cat([order[order >= 0], left_out.nonzero()[:, 0]])
+
+
+def _local_pass(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Window and sinks of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
+    group = q.shape[0] // k.shape[0]
+    ks, vs = (_in_local_order(x, plan, b)[:, None] for x in (k, v))  # [H_kv, 1, S, D]
+    window, sinks = (plan.local_start[b], plan.local_end[b]), _sinks(plan, b)
+    spans = zip(_spans_on_host(*window, _BLOCK), _spans_on_host(*sinks, _BLOCK), strict=True)
+    outs, lses = [], []
+    for i, touched in enumerate(spans):
+        rows = slice(i * _BLOCK, (i + 1) * _BLOCK)
+        qg = q[:, rows].unflatten(0, (-1, group))  # [H_kv, G, M, D]
+        scores, visible = [], []
+        for (low, high), (start, end) in zip(touched, (window, sinks), strict=True):
+            rank = torch.arange(low, high, device=q.device)
+            scores.append(scores_of(qg, ks[..., low:high, :], scale, softcap))
+            visible.append((rank >= start[rows, None]) & (rank < end[rows, None]))
+        probs, lse = masked_softmax(torch.cat(scores, -1), torch.cat(visible, -1))
+        near, far = probs.split([high - low for low, high in touched], -1)
+        near_values, far_values = (vs[..., low:high, :] for low, high in touched)
+        outs.append((near @ near_values + far @ far_values).flatten(0, 1))
+        lses.append(lse.flatten(0, 1))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Combine two disjoint attentions by log-sum-exp; 0 where both are empty."""
+    top = torch.maximum(lse_a, lse_b)
+    top = top.masked_fill(top.isinf(), 0.0).detach()
+    weight_a, weight_b = (lse_a - top).exp()[..., None], (lse_b - top).exp()[..., None]
+    total = weight_a + weight_b
+    return (out_a * weight_a + out_b * weight_b) / total.masked_fill(total == 0, 1.0)
