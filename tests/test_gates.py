@@ -424,6 +424,18 @@ def test_attention_weights_are_refused_where_there_are_none(family: str) -> None
     assert len(model.unload()(input_ids=IDS, output_attentions=True).attentions) == 4
 
 
+@torch.no_grad()
+def test_unmerged_evaluation_compiles_to_one_graph_and_exports() -> None:
+    """Though without gradients it runs the hard path, which in torch asks for values, outside a graph."""
+    model = routed(tiny())
+    expected, base = logits_of(model, IDS), model.get_base_model()
+    compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(base, (), {"input_ids": IDS, "use_cache": False}, strict=False).module()
+    for each in (compiled, exported):
+        out = each(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------- families: served, or refused with the reason
 
 SIZES: dict[str, Any] = {

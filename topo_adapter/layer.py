@@ -96,8 +96,11 @@ class TopologyCall:
     @property
     def hard(self) -> bool:
         """Whether the hard topology is all that this forward asks for: merged, or in full force without gradients."""
+        if self.merged:
+            return True
         settled = self.config.homotopy == 1 and not self.training and not torch.is_grad_enabled()
-        return self.merged or (settled and self.host.distillation is None)
+        # the soft path in torch can be traced whole; the hard one asks for values, where no kernel runs it
+        return settled and self.host.distillation is None and not graph_is_recorded()
 
 
 @dataclass
