@@ -1,6 +1,6 @@
 """Hard attention (torch path) and bridged attention against the fp64 reference, and what both must leave alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -23,9 +23,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from topo_adapter.layout import contiguous_layout, layout_from_padding
+from topo_adapter import torch_attention
+from topo_adapter.attention import decode_attention, hard_attention
+from topo_adapter.cache import pack_records
+from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding
+from topo_adapter.plan import Plan, make_plan
 from topo_adapter.reference import reference_attention
 from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.tree import num_balls
 from topo_adapter.visibility import visible_pairs
 
 TIGHT = 1e-12
@@ -89,8 +94,33 @@ HARD_CASES: dict[str, Problem] = {
 }
 
 
+@pytest.fixture(params=["masked", "sorted", "both"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every route head attends this way, or in turns; fails where another way ran as well."""
+    ran = set()
+    for name in ("masked", "sorted"):
+        attend = getattr(torch_attention, f"{name}_attention")
+
+        def spy(*args: Any, name: str = name, attend: Callable[..., Tensor] = attend) -> Tensor:
+            ran.add(name)
+            return attend(*args)
+
+        monkeypatch.setattr(torch_attention, f"{name}_attention", spy)
+
+    def choice(plan: Plan, b: int) -> Tensor:
+        turns = (torch.arange(plan.query_order.shape[1]) + b) % 2 == 1
+        return {"masked": turns & False, "sorted": turns | True, "both": turns}[request.param]
+
+    monkeypatch.setattr(torch_attention, "cheaper_sorted", choice)
+    yield request.param
+    if request.param == "both":
+        assert ran
+    else:
+        assert ran == {request.param}
+
+
 @pytest.mark.parametrize("name", list(HARD_CASES))
-def test_hard_attention_is_exact(name: str) -> None:
+def test_hard_attention_is_exact(name: str, way: str) -> None:
     problem = HARD_CASES[name]
     out = hard(problem)
     assert out.dtype == torch.float64
@@ -100,7 +130,7 @@ def test_hard_attention_is_exact(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed"])
-def test_hard_attention_in_low_precision(layout: str, dtype: torch.dtype) -> None:
+def test_hard_attention_in_low_precision(layout: str, dtype: torch.dtype, way: str) -> None:
     problem = make_problem(layout, length=140, dtype=dtype)
     same_dtype = weighted_attention(problem, problem.visible().to(dtype))
     check_rounding(hard(problem), same_dtype, reference(problem))
@@ -126,9 +156,66 @@ def test_hard_attention_with_a_softcap(layout: str, softcap: float) -> None:
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_wrong_plan_is_noticed(what: str) -> None:
+def test_a_wrong_plan_is_noticed(what: str, way: str) -> None:
     problem = make_problem("packed")
     assert largest_error(hard(changed(problem, what)), reference(problem)) > NOTICED
+
+
+def test_queries_of_several_blocks_that_see_little(way: str) -> None:
+    """Far keys are hidden in whole tiles of the kernel, which no maximum of scores may come from."""
+    problem = make_problem(
+        "packed", batch=1, length=1300, heads=2, kv_heads=1, dim=16, depths=(5, 4), window=2, sinks=0
+    )
+    long = replace(problem, query=contiguous_layout(1, 1300), key=contiguous_layout(1, 1300))
+    for one in (problem, long):
+        assert largest_error(hard(one), reference(one)) <= TIGHT
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_texts(length: int, way: str) -> None:
+    problem = make_problem(length=length)
+    assert largest_error(hard(problem), reference(problem)) <= TIGHT
+
+
+def test_the_way_is_chosen_by_route() -> None:
+    """Short texts and heads that see much go under a mask, heads that see little of a long text are sorted."""
+    settings: dict[str, Any] = {"batch": 1, "heads": 2, "kv_heads": 1, "depth": 8, "depths": (0, 8), "window": 16}
+    short, long = (make_problem(length=n, dtype=torch.float32, **settings).plan() for n in (200, 6000))
+    assert torch_attention.cheaper_sorted(short, 0).tolist() == [False, False]
+    assert torch_attention.cheaper_sorted(long, 0).tolist() == [False, True]
+
+
+def test_gradients_and_softcap_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's fused kernel has no softcap, and its gradient under a mask would keep a mask for every block."""
+    monkeypatch.setattr(torch_attention, "masked_attention", None)
+    problem = make_problem()
+    assert hard(problem, softcap=1.0).isfinite().all()
+    out = hard(replace(problem, q=problem.q.clone().requires_grad_()))
+    assert out.requires_grad and largest_error(out, reference(problem)) <= TIGHT
+    with pytest.raises(TypeError, match="NoneType"):
+        hard(problem)
+
+
+@pytest.mark.parametrize("depths", [(0, 0), (0, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_make_plan_without_kernels(depths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Plain rows need no order of keys; dense ones are torch's causal attention, gradients included."""
+    problem = make_problem(depths=depths, dtype=dtype)
+    sizes = [num_balls(2, 4, d) for d in depths]
+    query, key = (role.address(2).int() for role in problem.routes)
+    layouts = (problem.query, problem.key)
+    plan = make_plan(query, key, torch.tensor(sizes, dtype=torch.int32), max(sizes), *layouts, 3, 2)
+    assert plan.local_order is None and plan.dense == (not any(depths))
+    assert torch.equal(plan.visible_count(), problem.plan().visible_count())
+    same_dtype = weighted_attention(problem, problem.visible().to(dtype))
+
+    def attend(problem: Problem) -> Tensor:
+        return hard_attention(problem.q, problem.k, problem.v, plan, problem.scale)
+
+    check_rounding(attend(problem), same_dtype, reference(problem))
+    if dtype == torch.float64:
+        for got, exact in zip(gradients(attend, problem), gradients(reference, problem), strict=True):
+            assert largest_error(got, exact) <= TIGHT
 
 
 def gradients(attend: Callable[[Problem], Tensor], problem: Problem) -> list[Tensor]:
@@ -149,6 +236,63 @@ def test_hard_attention_gradients(name: str) -> None:
         assert largest_error(got, exact) <= TIGHT
     wrong = gradients(hard, replace(problem, depths=tuple(1 - min(d, 1) for d in problem.depths)))
     assert max(largest_error(got, exact) for got, exact in zip(wrong, expected, strict=True)) > NOTICED
+
+
+# ---------------------------------------------------------------- a few new tokens over a cache
+
+
+def decode(problem: Problem, count: int, softcap: float | None = None) -> Tensor:
+    """The last tokens of a problem whose routes are the `R` query heads, the others cached."""
+    levels = problem.routes.query.probs.shape[-2]
+    sizes = torch.tensor([num_balls(problem.arity, levels, d) for d in problem.depths], dtype=torch.int32)
+    query, key = (role.address(problem.arity).int() for role in problem.routes)
+    below = torch.tensor([problem.arity**levels if d > levels else 0 for d in problem.depths], dtype=torch.int32)
+    records = pack_records(key, problem.key, problem.arity**levels)
+    return decode_attention(
+        problem.q[:, :, -count:],
+        problem.k,
+        problem.v,
+        torch.maximum(query, below[:, None])[:, :, -count:],
+        SequenceLayout(problem.query.document[:, -count:], problem.query.position[:, -count:]),
+        records.address,
+        records,
+        sizes,
+        local_window=problem.window,
+        num_sink_tokens=problem.sinks,
+        scale=problem.scale,
+        softcap=softcap,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("depths", [(0, 2, 1, 5), (3, 1), (2,)], ids=str)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_decoding_is_exact(layout: str, depths: tuple[int, ...], count: int) -> None:
+    problem = make_problem(layout, batch=3, depths=depths)
+    out, exact = decode(problem, count), reference(problem)[:, :, -count:]
+    assert largest_error(out, exact) <= TIGHT
+    assert not out[~problem.query.real[:, None, -count:].expand(out.shape[:3])].any(), "rows of padding are 0"
+    capped = weighted_attention(problem, problem.visible().double(), 0.5)[:, :, -count:]
+    assert largest_error(decode(problem, count, softcap=0.5), capped) <= TIGHT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "left_padding"])
+def test_decoding_in_low_precision(layout: str, dtype: torch.dtype) -> None:
+    problem = make_problem(layout, length=140, dtype=dtype)
+    same_dtype, exact = weighted_attention(problem, problem.visible().to(dtype)), reference(problem)
+    check_rounding(decode(problem, 4), same_dtype[:, :, -4:], exact[:, :, -4:])
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_decoding_reads_no_padding(name: str, softcap: float | None) -> None:
+    """NaN in padding and unfilled slots stays there: a mask alone lets `0 * NaN` through."""
+    problem = make_problem("left_padding", batch=3, length=12)
+    tensor = getattr(problem, name).clone()
+    tensor[~problem.key.real[:, None].expand(tensor.shape[:3])] = float("nan")
+    assert tensor.isnan().any()
+    assert torch.equal(decode(replace(problem, **{name: tensor}), 2, softcap), decode(problem, 2, softcap))
 
 
 # ---------------------------------------------------------------- bridged attention
@@ -303,7 +447,7 @@ def test_padding_is_zero_and_its_content_is_ignored(attend: Callable[[Problem], 
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_hard_attention_reads_no_padding(name: str) -> None:
+def test_hard_attention_reads_no_padding(name: str, way: str) -> None:
     """As the kernels: NaN in padding stays there, even if a document is shorter than the number of sinks."""
     problem = make_problem("right_padding", length=8, sinks=9, window=1)
     tensor = getattr(problem, name).clone()
@@ -339,7 +483,7 @@ class LargestTensor(TorchDispatchMode):
         assert self.numel > 0, "nothing was recorded"
 
 
-def test_hard_attention_makes_no_square_tensor() -> None:
+def test_hard_attention_makes_no_square_tensor(way: str) -> None:
     n = 4096
     problem = make_problem(
         batch=1, length=n, heads=1, kv_heads=1, depth=3, depths=(3,), window=16, sinks=4, dtype=torch.float32
@@ -351,6 +495,19 @@ def test_hard_attention_makes_no_square_tensor() -> None:
     with LargestTensor() as square, torch.no_grad():
         problem.visible()
     assert square.numel >= n * n
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_sinks_beyond_the_text_cost_nothing(learning: bool, way: str) -> None:
+    few, many = (make_problem(length=200, batch=1, sinks=n, dtype=torch.float32) for n in (200, 10**9))
+    sizes = []
+    for problem in (few, many):
+        q = problem.q.clone().requires_grad_(learning and way == "sorted")
+        with LargestTensor() as largest:
+            out = hard(replace(problem, q=q))
+        assert largest_error(out, reference(few)) < 1e-5
+        sizes.append(largest.numel)
+    assert sizes[0] == sizes[1] <= 4 * 200 * 200
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
