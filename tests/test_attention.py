@@ -107,7 +107,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
         monkeypatch.setattr(torch_attention, f"{name}_attention", spy)
 
-    def choice(plan: Plan, b: int) -> Tensor:
+    def choice(plan: Plan, b: int, dtype: torch.dtype) -> Tensor:
         turns = (torch.arange(plan.query_order.shape[1]) + b) % 2 == 1
         return {"masked": turns & False, "sorted": turns | True, "both": turns}[request.param]
 
@@ -181,8 +181,13 @@ def test_the_way_is_chosen_by_route() -> None:
     """Short texts and heads that see much go under a mask, heads that see little of a long text are sorted."""
     settings: dict[str, Any] = {"batch": 1, "heads": 2, "kv_heads": 1, "depth": 8, "depths": (0, 8), "window": 16}
     short, long = (make_problem(length=n, dtype=torch.float32, **settings).plan() for n in (200, 6000))
-    assert torch_attention.cheaper_sorted(short, 0).tolist() == [False, False]
-    assert torch_attention.cheaper_sorted(long, 0).tolist() == [False, True]
+    assert torch_attention.cheaper_sorted(short, 0, torch.float32).tolist() == [False, False]
+    assert torch_attention.cheaper_sorted(long, 0, torch.float32).tolist() == [False, True]
+    costs_more = make_problem(length=2500, dtype=torch.float32, **settings).plan()  # of what bfloat16 halves
+    choices = {
+        dtype: torch_attention.cheaper_sorted(costs_more, 0, dtype)[1] for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert choices[torch.float32] and not choices[torch.bfloat16]
 
 
 def test_gradients_and_softcap_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:

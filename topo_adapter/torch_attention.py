@@ -20,7 +20,8 @@ from .backend import graph_is_recorded
 from .plan import Plan
 
 _BLOCK = 128  # queries that are scored at once when sorted
-_SORTED_SCORE = 1.6  # cost of a score when sorted, in masked scores
+_SORTED_SCORE = 1.6  # cost of a score when sorted, in masked scores of the same 32 bits
+_SORTED_SCORE_16_BITS = 6.0  # the same in masked scores of 16 bits: sorted ones are made in float32
 _SORTED_BLOCK = 75_000  # cost of a block of one head beside its scores, in masked scores
 _MASK_ENTRIES = 2**21  # of the mask of one block of queries, where that leaves at least `_FEWEST_ROWS` of them
 _FEWEST_ROWS = 32
@@ -33,7 +34,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, s
     rows = []
     for b in range(q.shape[0]):
         qb, kb, vb = q[b], k[b], v[b]
-        in_order = torch.ones(plan.query_order.shape[1], dtype=torch.bool) if only_sorted else cheaper_sorted(plan, b)
+        in_order = (
+            torch.ones(plan.query_order.shape[1], dtype=torch.bool) if only_sorted else cheaper_sorted(plan, b, q.dtype)
+        )
         if in_order.all():
             rows.append(sorted_attention(qb, kb, vb, plan, b, scale, softcap))
         elif not in_order.any():
@@ -61,13 +64,14 @@ def _of_routes(plan: Plan, routes: Tensor) -> Plan:
     return replace(plan, **{name: getattr(plan, name)[:, routes] for name in names})
 
 
-def cheaper_sorted(plan: Plan, b: int) -> Tensor:
-    """bool `[R]` on the host: the route heads of row `b` that are cheaper sorted than masked."""
+def cheaper_sorted(plan: Plan, b: int, dtype: torch.dtype) -> Tensor:
+    """bool `[R]` on the host: the route heads of row `b` that are cheaper sorted than masked, in a dtype."""
     blocks = -(-plan.document_start.shape[1] // _BLOCK)
     causal = _scores_of(plan.document_start[b], plan.local_end[b])
     beside = _scores_of(plan.local_start[b], plan.local_end[b]) + _scores_of(*_sinks(plan, b))
     in_order = _scores_of(plan.range_start[b], plan.range_end[b]) + beside
-    return (_SORTED_SCORE * in_order + _SORTED_BLOCK * blocks < causal).cpu()
+    score = _SORTED_SCORE_16_BITS if dtype.itemsize == 2 else _SORTED_SCORE
+    return (score * in_order + _SORTED_BLOCK * blocks < causal).cpu()
 
 
 # ---------------------------------------------------------------- ranges of a block
@@ -120,7 +124,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
     heads, (kv_heads, keys, _) = len(q), k.shape
     routes, group = plan.query_order.shape[1], heads // kv_heads
     ks, vs = (_in_local_order(x.to(q.dtype), plan, b)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    rank, starts, ends = _tree_ranges(plan, b)
+    # comparing ranks is most of the mask's cost, and goes by their bytes
+    narrow = torch.int16 if keys <= torch.iinfo(torch.int16).max else torch.int32
+    rank, starts, ends = (x.to(narrow) for x in _tree_ranges(plan, b))
     first, local_start, local_end = plan.document_start[b], plan.local_start[b], plan.local_end[b]
     sink_end = _sinks(plan, b)[1]
     block = max(_FEWEST_ROWS, _MASK_ENTRIES // (routes * keys) // _FEWEST_ROWS * _FEWEST_ROWS)
