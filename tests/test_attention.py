@@ -58,6 +58,11 @@ def changed(problem: Problem, what: str) -> Problem:
 
 CHANGES = ("window", "sinks", "depths", "digit")
 
+
+def narrowed(problem: Problem) -> Problem:
+    return replace(problem, v=problem.v[..., :3].contiguous())
+
+
 # ---------------------------------------------------------------- the specification itself
 
 
@@ -91,6 +96,9 @@ HARD_CASES: dict[str, Problem] = {
     "last tokens ask": make_problem("left_padding").asking(slice(-5, None)),
     "one token asks": make_problem("packed").asking(slice(-1, None)),
     "unfilled keys": make_problem("right_padding").asking(slice(12, 18)),
+    # MLA: values have another width than queries and keys
+    "narrow values": narrowed(make_problem("packed")),
+    "narrow values, whole rows of padding": narrowed(make_problem("left_padding", batch=4, length=9)),
 }
 
 

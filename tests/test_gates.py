@@ -461,6 +461,10 @@ AFMOE: dict[str, Any] = {
     **{"sliding_window": 6, "layer_types": MIXED, "num_experts": 4, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 16, "num_dense_layers": 4},
 }
+MLA: dict[str, Any] = {
+    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 24},
+    **{"num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 4},
+}
 SERVED: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "a window as long as the positions": ("phi3", {"sliding_window": 256}, [0, 1, 2, 3]),
     "a window beyond the positions": ("mistral", {"sliding_window": 512}, [0, 1, 2, 3]),
@@ -480,6 +484,7 @@ SERVED: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "gemma4, layers with the keys of others": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}, [1]),
     "values that are the keys": ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True}, [1, 3]),
     "a view of attention's output": ("afmoe", AFMOE, [1, 3]),
+    "values narrower than keys": ("deepseek_v3", MLA, [0, 1, 2, 3]),
 }
 
 

@@ -42,7 +42,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, s
         elif not in_order.any():
             rows.append(masked_attention(qb, kb, vb, plan, b, scale))
         else:
-            out = torch.empty_like(qb)
+            out = qb.new_empty(*qb.shape[:-1], vb.shape[-1])
             for chosen, is_sorted in ((in_order, True), (~in_order, False)):
                 routes = chosen.nonzero()[:, 0].to(q.device)
                 part = _of_routes(plan, routes)
@@ -137,7 +137,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
         rows, columns = slice(i * block, (i + 1) * block), slice(low, high)
         grouped = q[:, rows].unflatten(0, (kv_heads, group))  # [H_kv, G, M, D]
         if low == high:
-            outs.append(torch.zeros_like(grouped).flatten(0, 1))
+            outs.append(q.new_zeros(heads, grouped.shape[2], vs.shape[-1]))
             continue
         at, ranked = place[columns], rank[:, None, columns]
         visible = ranked >= starts[:, rows, None]
@@ -204,7 +204,7 @@ def scanned_attention(
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = masked_softmax(scores_of(rows.to(wide), k.to(wide), scale, softcap), seen)[0] @ v.to(wide)
-    return out.to(q.dtype).view(q.shape).masked_fill(~real_queries[:, None, :, None], 0.0)
+    return out.to(q.dtype).view(*q.shape[:-1], v.shape[-1]).masked_fill(~real_queries[:, None, :, None], 0.0)
 
 
 # ---------------------------------------------------------------- sorted
