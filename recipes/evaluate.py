@@ -119,8 +119,7 @@ def topology_config(config: PeftConfig) -> TopologyConfig:
 
 def load(arguments: EvaluateArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The adapter on its base, in evaluation mode, and the tokenizer."""
-    config = PeftConfig.from_pretrained(arguments.adapter)
-    topology_config(config)  # before gigabytes are loaded
+    config = topology_config(PeftConfig.from_pretrained(arguments.adapter))  # before gigabytes are loaded
     name = arguments.model or config.base_model_name_or_path
     if name is None:
         raise TopologyConfigError(f"model must be given, {arguments.adapter!r} does not name its base")

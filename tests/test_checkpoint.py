@@ -92,7 +92,7 @@ def test_what_is_loaded_and_saved_again_is_the_same(folder: Path, tmp_path: Path
 
 
 def test_settings_of_save_pretrained(tmp_path: Path) -> None:
-    model, expected = merged(), None
+    model = merged()
     expected = logits_of(model, IDS)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
