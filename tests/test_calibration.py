@@ -10,6 +10,7 @@ import math
 import pickle
 import random
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from topo_adapter import (
     set_density,
 )
 from topo_adapter.dial import expected_loss
+from topo_adapter.fingerprint import fingerprint, same_base
 from topo_adapter.layer import hosts
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
@@ -933,6 +935,41 @@ def test_table_of_another_model_is_refused() -> None:
     ):
         routed(tiny(num_hidden_layers=3), calibration=table)
     assert routed(tiny(num_hidden_layers=2), calibration=table).peft_config["default"].calibration == table
+
+
+def test_another_base_of_the_same_shape_warns(tmp_path: Path) -> None:
+    """Nothing else tells it from the adapter's own: names of local folders say nothing, and all shapes agree."""
+    calibrated().save_pretrained(tmp_path)
+    own, tuned, other = (tiny(num_hidden_layers=2) for _ in range(3))
+    with torch.no_grad():
+        embedding = tuned.get_input_embeddings().weight
+        embedding += 0.2 * embedding.std() * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+        other.get_input_embeddings().weight.normal_(generator=torch.Generator().manual_seed(2))
+    bfloat16 = tiny(dtype=torch.bfloat16, num_hidden_layers=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the adapter was calibrated on another base")
+        for same in (own, tuned, bfloat16):
+            PeftModel.from_pretrained(same, tmp_path)
+    with pytest.warns(UserWarning, match="calibrated on another base .*input embedding of this Llama.* is not its own"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["meta", "integers", "zeros", "infinite", "none"])
+def test_a_base_that_cannot_be_read_has_no_fingerprint(kind: str) -> None:
+    model = tiny(num_hidden_layers=1)
+    weight = model.get_input_embeddings().weight
+    if kind == "none":
+        assert fingerprint(nn.Linear(2, 2)) is None
+        return
+    assert same_base(fingerprint(model), fingerprint(model))
+    changed = {
+        "meta": weight.to("meta"),
+        "integers": weight.detach().to(torch.int8),
+        "zeros": torch.zeros_like(weight),
+        "infinite": torch.full_like(weight, math.inf),
+    }[kind]
+    model.get_input_embeddings().weight = nn.Parameter(changed, requires_grad=False)
+    assert fingerprint(model) is None
 
 
 # ---------------------------------------------------------------- the report

@@ -56,6 +56,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "density_weight": (-0.01, *NUMBERS),
     "target_density": (0.0, 1.5, float("nan"), "0.5", True, 0.5),  # the last is right, but there is no calibration
     "calibration": (True, {}, [], {"length": 4}, {"length": 0, "heads_per_route": 1, "density": {}, "loss": {}}),
+    "base_fingerprint": ("", "00", 0, True, "g" * 128, b"00" * 64),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
     "layers_to_transform": (-1, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
 }
@@ -82,6 +83,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
         None,
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
     ),
+    "base_fingerprint": (None, "0f" * 64),
     "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),
     "layers_to_transform": (None, 0, [], [0, 3]),
 }

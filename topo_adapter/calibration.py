@@ -47,6 +47,7 @@ from .attention import hard_attention
 from .config import Calibration, TopologyConfig
 from .dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
+from .fingerprint import fingerprint
 from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating, plan_of
 from .visibility import always_density
 
@@ -139,6 +140,7 @@ def calibrate(
             depths = choose_depths(known, reachable(known, near + (1 - near) * share))
             tables.append(_measured(base, layers, config, rows, draws, draw, depths))
     config.calibration = _mean(tables)
+    config.base_fingerprint = fingerprint(base)
     wanted = target_density or config.target_density or DEFAULT_DENSITY
     if target_density is None:
         least = math.ceil(1e4 * reachable(config.calibration, 0.0)) / 1e4

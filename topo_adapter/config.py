@@ -146,6 +146,13 @@ class TopologyConfig(PeftConfig):
             "merge_adapter(target_density=...). None leaves `visible_depth` as it is."
         },
     )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "64 entries of the base's input embedding as signed bytes in hexadecimal. Set by `calibrate`; "
+            "loading the adapter on another base of the same shape warns."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
@@ -191,6 +198,9 @@ class TopologyConfig(PeftConfig):
             self.visible_depth = min(5, self.depth)
         self.visible_depth = self._checked_visible_depth()
         self.calibration = self._checked_calibration()
+        mark = self.base_fingerprint
+        if mark is not None and not (isinstance(mark, str) and re.fullmatch("[0-9a-f]{128}", mark)):
+            raise TopologyConfigError(f"base_fingerprint must be 128 hexadecimal digits or None, got {mark!r}")
         if self.target_density is not None:
             check_density(self.target_density)
             chosen = self.depths_at(self.target_density)

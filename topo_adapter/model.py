@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from .config import TopologyConfig
 from .density import say_density, turn_dial
 from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
+from .fingerprint import fingerprint, same_base
 from .gates import execution_device, find_full_attention, geometry_of
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts, install, uninstall
 
@@ -66,6 +68,14 @@ class TopologyModel(BaseTuner):
                     f"its calibration is of {_layers_and_heads(measured)}, this {type(self.model).__name__} routes "
                     f"{_layers_and_heads(routed)}. Load it on the model that it was trained for."
                 )
+        mark = fingerprint(self.model)
+        if mark and config.base_fingerprint and not same_base(mark, config.base_fingerprint):
+            warnings.warn(
+                f"the adapter was calibrated on another base ({config.base_model_name_or_path or 'unnamed'}): the "
+                f"input embedding of this {type(self.model).__name__} is not its own. On a base that it was not trained "
+                "for it hides keys at random; load it on its own base or a fine-tuned form of it.",
+                stacklevel=2,
+            )
         for geometry in geometries:
             config.depths_of_layer(geometry.layer, geometry.num_heads, geometry.num_kv_heads)
         named = config.visible_depth.keys() if isinstance(config.visible_depth, dict) else []

@@ -14,17 +14,18 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 
 from .backend import graph_is_recorded
 from .plan import Plan
 
 _BLOCK = 128  # queries that are scored at once when sorted
-_SORTED_SCORE = 1.6  # cost of a score when sorted, in masked scores of the same 32 bits
+_SORTED_SCORE = 1.9  # cost of a score when sorted, in masked scores of the same 32 bits
 _SORTED_SCORE_16_BITS = 6.0  # the same in masked scores of 16 bits: sorted ones are made in float32
-_SORTED_BLOCK = 75_000  # cost of a block of one head beside its scores, in masked scores
+_SORTED_BLOCK = 150_000  # cost of a block of one head beside its scores, in masked scores
 _MASK_ENTRIES = 2**21  # of the mask of one block of queries, where that leaves at least `_FEWEST_ROWS` of them
 _FEWEST_ROWS = 32
+_TABLE_ENTRIES = 2**23  # of one row of the mask for each ball; where there are more balls, they are compared
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None) -> Tensor:
@@ -124,51 +125,67 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
     heads, (kv_heads, keys, _) = len(q), k.shape
     routes, group = plan.query_order.shape[1], heads // kv_heads
     ks, vs = (_in_local_order(x.to(q.dtype), plan, b)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    # comparing ranks is most of the mask's cost, and goes by their bytes
-    narrow = torch.int16 if keys <= torch.iinfo(torch.int16).max else torch.int32
-    rank, starts, ends = (x.to(narrow) for x in _tree_ranges(plan, b))
+    query_ball, key_ball, balls = _ball_numbers(plan, b)
     first, local_start, local_end = plan.document_start[b], plan.local_start[b], plan.local_end[b]
     sink_end = _sinks(plan, b)[1]
     block = max(_FEWEST_ROWS, _MASK_ENTRIES // (routes * keys) // _FEWEST_ROWS * _FEWEST_ROWS)
     place = torch.arange(keys, dtype=first.dtype, device=q.device)
     seen, hidden = (torch.tensor(x, dtype=q.dtype, device=q.device) for x in (0.0, float("-inf")))
+    table = None  # a row of the mask for each ball: copying rows is far cheaper than comparing and writing entries
+    if balls * keys <= _TABLE_ENTRIES:
+        table = hidden.repeat(balls, keys).index_put_((key_ball, place.long().expand_as(key_ball)), seen)
+    spans = (_spans_on_host(start, end, block) for start, end in ((first, local_end), (local_start, local_end)))
+    sinks = _spans_on_host(first, sink_end, block)
     outs = []
-    for i, (low, high) in enumerate(_spans_on_host(first, local_end, block)):
-        rows, columns = slice(i * block, (i + 1) * block), slice(low, high)
+    for i, (whole, near, far) in enumerate(zip(*spans, sinks, strict=True)):
+        rows, columns = slice(i * block, (i + 1) * block), slice(*whole)
         grouped = q[:, rows].unflatten(0, (kv_heads, group))  # [H_kv, G, M, D]
-        if low == high:
+        if whole[0] == whole[1]:
             outs.append(q.new_zeros(heads, grouped.shape[2], vs.shape[-1]))
             continue
-        at, ranked = place[columns], rank[:, None, columns]
-        visible = ranked >= starts[:, rows, None]
-        visible &= ranked < ends[:, rows, None]
-        visible |= (at >= local_start[rows, None]) & (at < local_end[rows, None])
-        visible |= (at >= first[rows, None]) & (at < sink_end[rows, None])
-        bias = torch.where(visible, seen, hidden)[:, None].expand(-1, heads // routes, -1, -1)
-        bias = bias.reshape(kv_heads, group, *bias.shape[2:])
+        if table is None:
+            bias = torch.where(key_ball[:, None, columns] == query_ball[:, rows, None], seen, hidden)
+        else:
+            bias = embedding(query_ball[:, rows], table[:, columns])  # [R, M, S]
+        for span, start, end in ((near, local_start, local_end), (far, first, sink_end)):
+            at, part = place[slice(*span)], bias[..., span[0] - whole[0] : span[1] - whole[0]]
+            if span is near:  # later keys of the ball
+                part.masked_fill_(at >= end[rows, None], float("-inf"))
+            part.masked_fill_((at >= start[rows, None]) & (at < end[rows, None]), 0.0)
+        bias = bias[:, None].expand(-1, heads // routes, -1, -1).reshape(kv_heads, group, *bias.shape[1:])
         out = scaled_dot_product_attention(grouped, ks[..., columns, :], vs[..., columns, :], bias, scale=scale)
         outs.append(out.flatten(0, 1))
     return torch.cat(outs, 1).masked_fill((local_end <= local_start)[:, None], 0.0)
 
 
-def _tree_ranges(plan: Plan, b: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tree pass of row `b` in the local pass's orders, int32.
+def _ball_numbers(plan: Plan, b: int) -> tuple[Tensor, Tensor, int]:
+    """The tree pass of row `b` as numbers of balls, in the local pass's orders.
+
+    A query sees the keys before its window whose number is its own. The balls of different heads and documents have
+    different numbers.
 
     Returns:
-        `[R, S]`: sorted rank of the key of each local rank, -1 outside the tree; `[R, T]`, `[R, T]`: the range of
-        ranks of each query.
+        int64 `[R, T]`, 0 for queries that see nothing of the tree; int64 `[R, S]`, 1 for keys that nobody sees by it;
+        one more than the largest number.
     """
     order, starts, ends, key_order = (
         x[b] for x in (plan.query_order, plan.range_start, plan.range_end, plan.key_order)
     )
     length, keys = order.shape[-1], key_order.shape[-1]
-    # what a plan leaves out goes to one more entry, that is cut off
+    # a ball's keys begin at one rank for all its queries; what sees nothing goes to one more rank, that is cut off
+    start = torch.where(ends > starts, starts, keys).long()
+    reached = ends.new_zeros(len(ends), keys + 1).scatter_reduce_(1, start, ends, "amax")[:, :keys]
+    number = (reached > 0).flatten().cumsum(0).view_as(reached) + 1
+    rank = torch.arange(keys, dtype=ends.dtype, device=ends.device)
+    in_ball = rank < reached.cummax(-1).values
     query = torch.where(order < 0, length, order).long()
-    starts, ends = (x.new_zeros(len(x), length + 1).scatter_(1, query, x)[:, :length] for x in (starts, ends))
-    ranks = torch.arange(keys, dtype=key_order.dtype, device=key_order.device).expand_as(key_order)
-    key = torch.where(ranks < ends.amax(-1, keepdim=True), key_order, keys).long()
-    rank = key_order.new_full((len(key_order), keys + 1), -1).scatter_(1, key, ranks)[:, :keys]
-    return rank if plan.local_order is None else rank[:, plan.local_order[b].long()], starts, ends
+    query_ball = pad(number, (0, 1)).gather(1, start)
+    query_ball = number.new_zeros(len(order), length + 1).scatter_(1, query, query_ball)[:, :length]
+    key = torch.where(in_ball, key_order, keys).long()
+    key_ball = number.new_ones(len(key_order), keys + 1).scatter_(1, key, number)[:, :keys]
+    if plan.local_order is not None:
+        key_ball = key_ball[:, plan.local_order[b].long()]
+    return query_ball, key_ball, int(number.amax()) + 1
 
 
 # ---------------------------------------------------------------- a few new tokens
