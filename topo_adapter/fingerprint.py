@@ -17,7 +17,7 @@ def fingerprint(model: nn.Module) -> str | None:
     None where they cannot be read here: no input embedding, a meta or quantized weight, or one that is sharded.
     """
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
     plain = type(weight.detach()) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0

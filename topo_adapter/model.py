@@ -72,8 +72,8 @@ class TopologyModel(BaseTuner):
         if mark and config.base_fingerprint and not same_base(mark, config.base_fingerprint):
             warnings.warn(
                 f"the adapter was calibrated on another base ({config.base_model_name_or_path or 'unnamed'}): the "
-                f"input embedding of this {type(self.model).__name__} is not its own. On a base that it was not trained "
-                "for it hides keys at random; load it on its own base or a fine-tuned form of it.",
+                f"input embedding of this {type(self.model).__name__} is not its own. On a base that it was not "
+                "trained for it hides keys at random; load it on its own base or a fine-tuned form of it.",
                 stacklevel=2,
             )
         for geometry in geometries:
