@@ -27,7 +27,7 @@ if __name__ == "__main__" and "--device" not in sys.argv:
 
 import torch
 from peft import PeftModel
-from peft_helpers import routed, router_gradients, tiny, tokens
+from peft_helpers import loss_of, routed, router_gradients, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -251,10 +251,19 @@ def in_the_interpreter(values: dict[str, Any]) -> None:
     patches = [mock.patch.object(m, "kernels_serve", lambda *_: True) for m in modules if hasattr(m, "kernels_serve")]
     for patch in patches:
         patch.start()
-    record = Recorder("cpu", 41)
-    forwards(record, "forward", record.model("llama", torch.float32, **SETTINGS["kv_head"]))
-    for settings, options in SETTINGS.items():
-        gradients(record, f"gradient/{settings}", record.model("llama", torch.float32, **options), (1.0,))
+    record = Recorder("cpu", 30)
+    model = record.model("llama", torch.float32, **SETTINGS["kv_head"])
+    model.merge_adapter()
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        for number, chunk in enumerate(record.ids(1).split([22, 8], 1)):  # sorted, and scanned
+            record.add(f"chunk {number}", model(input_ids=chunk, past_key_values=cache).logits)
+    model = record.model("llama", torch.float32, **SETTINGS["map"]).train()
+    torch.manual_seed(0)
+    loss = loss_of(model, record.ids(1))
+    loss.backward()
+    record.add("loss", loss)
+    record.add("gradients", router_gradients(model))
     distillation(record, "training", [{"input_ids": row} for row in tokens(4, record.length, 3)])
     for patch in patches:
         patch.stop()
