@@ -133,7 +133,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
     seen, hidden = (torch.tensor(x, dtype=q.dtype, device=q.device) for x in (0.0, float("-inf")))
     table = None  # a row of the mask for each ball: copying rows is far cheaper than comparing and writing entries
     if balls * keys <= _TABLE_ENTRIES:
-        table = hidden.repeat(balls, keys).index_put_((key_ball, place.long().expand_as(key_ball)), seen)
+        table = q.new_full((balls, keys), float("-inf")).index_put_((key_ball, place.long().expand_as(key_ball)), seen)
     spans = (_spans_on_host(start, end, block) for start, end in ((first, local_end), (local_start, local_end)))
     sinks = _spans_on_host(first, sink_end, block)
     outs = []
@@ -149,9 +149,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
             bias = embedding(query_ball[:, rows], table[:, columns])  # [R, M, S]
         for span, start, end in ((near, local_start, local_end), (far, first, sink_end)):
             at, part = place[slice(*span)], bias[..., span[0] - whole[0] : span[1] - whole[0]]
-            if span is near:  # later keys of the ball
-                part.masked_fill_(at >= end[rows, None], float("-inf"))
-            part.masked_fill_((at >= start[rows, None]) & (at < end[rows, None]), 0.0)
+            later = at >= end[rows, None]
+            least = torch.where((at >= start[rows, None]) & ~later, seen, hidden)
+            if span is near:  # later keys of the ball are hidden
+                part.clamp_(least, torch.where(later, hidden, seen))
+            else:
+                part.clamp_(least)
         bias = bias[:, None].expand(-1, heads // routes, -1, -1).reshape(kv_heads, group, *bias.shape[1:])
         out = scaled_dot_product_attention(grouped, ks[..., columns, :], vs[..., columns, :], bias, scale=scale)
         outs.append(out.flatten(0, 1))
