@@ -30,16 +30,16 @@ from topo_adapter.layout import SequenceLayout
 from topo_adapter.plan import Plan
 from topo_adapter.visibility import visible_pairs
 from topo_kernels import backward
-from topo_kernels.attention import Blocks
 from topo_kernels.backward import BackwardTiles, attention_backward
+from topo_kernels.launch import Tile
 
 # ---------------------------------------------------------------- running and comparing
 
 
 @contextmanager
 def tile(size: int, chunk: int) -> Iterator[None]:
-    blocks = Blocks(size, size, 4, 2)
-    tiles = BackwardTiles(blocks, blocks, Blocks(size, 16, 4, 2), chunk)
+    square = Tile(size, size, 4, 2)
+    tiles = BackwardTiles(square, square, Tile(size, 16, 4, 2), chunk)
     with mock.patch.object(backward, "choose_backward_tiles", lambda *_: tiles):
         yield
 

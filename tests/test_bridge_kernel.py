@@ -30,9 +30,10 @@ from topo_adapter.router import RoleDigits, Routes
 from topo_adapter.tree import digits_to_address
 from topo_adapter.visibility import always_visible, visible_pairs
 from topo_kernels import backward, bridge, bridged_topology_attention, launch, topology_attention
-from topo_kernels.attention import Blocks, Tiles
+from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
+from topo_kernels.launch import Tile
 from topo_kernels.leaves import Rows
 
 MAX_GAP = relaxation._MAX_GAP
@@ -125,12 +126,12 @@ def make(case: Case, seed: int = 0) -> Problem:
 @contextmanager
 def tile(size: int) -> Iterator[None]:
     """Tiles of the bridge, and large ones of the attention's kernels: the interpreter pays per tile."""
-    blocks = Blocks(64, 64, 4, 2)
-    backwards = BackwardTiles(blocks, blocks, Blocks(64, 16, 4, 2), 64)
-    bridges = BridgeTiles(*[Blocks(size, size, 4, 2)] * 2)
+    square = Tile(64, 64, 4, 2)
+    backwards = BackwardTiles(square, square, Tile(64, 16, 4, 2), 64)
+    bridges = BridgeTiles(*[Tile(size, size, 4, 2)] * 2)
     with ExitStack() as stack:
         for module, name, tiles in (
-            (topo_kernels.attention, "choose_tiles", Tiles(blocks, blocks)),
+            (topo_kernels.attention, "choose_forward_tiles", ForwardTiles(square, square)),
             (backward, "choose_backward_tiles", backwards),
             (bridge, "choose_bridge_tiles", bridges),
         ):
@@ -528,9 +529,9 @@ def kernels(planning: bool = GPU) -> Iterator[mock.Mock]:
             stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
         if not GPU:
             stack.enter_context(tile(64))
-            blocks = topo_kernels.plan.choose_blocks
+            choose = topo_kernels.plan.choose_plan_tiles
             small = {"chunk": 64, "sort_warps": 1, "place": 64}
-            patch = mock.patch.object(topo_kernels.plan, "choose_blocks", lambda n: blocks(n)._replace(**small))
+            patch = mock.patch.object(topo_kernels.plan, "choose_plan_tiles", lambda n: choose(n)._replace(**small))
             stack.enter_context(patch)
         spy = mock.Mock(wraps=bridged_topology_attention)
         stack.enter_context(mock.patch.object(topo_kernels, "bridged_topology_attention", spy))

@@ -92,9 +92,9 @@ def attend(step: Step, **changes: Any) -> Tensor:
 @contextmanager
 def small_tiles(max_chunks: int = 16) -> Iterator[None]:
     """Many tiles, chunks and splits in short caches."""
-    tiles = decode.Tiles(16, 1, 1, 6, map_keys=32, scan_keys=32, scan_warps=1)
+    tiles = decode.DecodeTiles(16, 1, 1, 6, map_keys=32, scan_keys=32, scan_warps=1)
     with (
-        mock.patch.object(decode, "choose_tiles", lambda *_: tiles),
+        mock.patch.object(decode, "choose_decode_tiles", lambda *_: tiles),
         mock.patch.object(decode, "_MAX_CHUNKS", max_chunks),
     ):
         yield

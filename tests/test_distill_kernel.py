@@ -18,8 +18,9 @@ from topo_adapter.plan import build_plan
 from topo_adapter.relaxation import scaled_scores
 from topo_adapter.visibility import always_visible
 from topo_kernels import distill, far_mass
-from topo_kernels.attention import Blocks
-from topo_kernels.distill import FarTiles, Layout, far_gradient, far_values, gradient_dtype, leaf_dtype
+from topo_kernels.distill import FarTiles, Layout, far_gradient, far_values
+from topo_kernels.launch import Tile
+from topo_kernels.leaves import gradient_dtype, leaf_dtype
 
 # ---------------------------------------------------------------- cases
 
@@ -96,8 +97,8 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 @contextmanager
 def tile(size: int) -> Iterator[None]:
-    blocks = Blocks(size, size, 4, 2)
-    with mock.patch.object(distill, "choose_far_tiles", lambda *_: FarTiles(blocks, blocks)):
+    square = Tile(size, size, 4, 2)
+    with mock.patch.object(distill, "choose_far_tiles", lambda *_: FarTiles(square, square)):
         yield
 
 

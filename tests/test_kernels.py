@@ -16,6 +16,7 @@ from topo_adapter.plan import Plan, build_plan
 from topo_adapter.reference import reference_attention
 from topo_adapter.visibility import visible_pairs
 from topo_kernels import attention, topology_attention
+from topo_kernels.launch import Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -171,8 +172,8 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 @contextmanager
 def tile(size: int) -> Iterator[None]:
-    blocks = attention.Blocks(size, size, 4, 2)
-    with mock.patch.object(attention, "choose_tiles", lambda *_: attention.Tiles(blocks, blocks)):
+    square = Tile(size, size, 4, 2)
+    with mock.patch.object(attention, "choose_forward_tiles", lambda *_: attention.ForwardTiles(square, square)):
         yield
 
 

@@ -232,12 +232,12 @@ def _router_learns(routes: Routes | None) -> bool:
 def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arity: int, depths: Sequence[int]) -> bool:
     if not (kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
         return False
-    from topo_kernels.bridge import MAX_LEAVES
+    from topo_kernels import MAX_TILE_LEAVES
 
     if routes is None or not _router_learns(routes):
         return True
     deepest = max(_depths_in_the_tree(depths, routes.query.probs.shape[-2]))
-    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_LEAVES
+    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_TILE_LEAVES
 
 
 def _bridged_by_kernels(

@@ -4,11 +4,13 @@ from .attention import topology_attention
 from .bridge import bridged_topology_attention
 from .decode import decode_attention
 from .distill import far_mass
+from .leaves import MAX_TILE_LEAVES
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
 
 __all__ = [
     "MAX_ROUTER_WIDTH",
+    "MAX_TILE_LEAVES",
     "PackedRouter",
     "bridged_topology_attention",
     "decode_attention",

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, Blocks, _check, _tanh
-from .launch import INTERPRETED, check_device, derived, score_arguments, stride_arguments
-
-_ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
+from .checks import check_device, check_plan, check_qkv
+from .launch import INTERPRETED, Tile, derived, score_arguments, stride_arguments
+from .primitives import NEVER, tanh
+from .ranges import QueryRanges, local_ranges, tree_ranges
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _dq_run(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         b_t = b_s
         if HAS_CAP:
-            b_t = _tanh(b_s)
+            b_t = tanh(b_s)
             b_s = score_cap * b_t
         b_probs = tl.exp2(b_s - b_lse[:, None])
         if MASKED:
@@ -102,9 +102,9 @@ def _dq_ranges(
     HAS_CAP: tl.constexpr,
 ):
     """Add each row's own range `[b_start, b_end)`, in runs as `_attend` does."""
-    b_start = tl.where(b_start < b_end, b_start, _NEVER)
+    b_start = tl.where(b_start < b_end, b_start, NEVER)
     lo = tl.min(b_start, 0)
-    while lo < _NEVER:
+    while lo < NEVER:
         hi = lo
         reach = tl.max(tl.where(b_start <= lo, b_end, 0), 0)
         while reach > hi:
@@ -134,7 +134,7 @@ def _dq_ranges(
             HAS_CAP,
             True,
         )
-        lo = tl.min(tl.where(b_start > hi, b_start, _NEVER), 0)
+        lo = tl.min(tl.where(b_start > hi, b_start, NEVER), 0)
     return b_dq
 
 
@@ -226,8 +226,8 @@ def _dq_kernel(
         if TREE:
             b_delta = tl.load(delta + o_stat, mask=m_some, other=0.0)
             # whole tiles that every row sees, then what is left, as in the forward
-            lo = tl.min(tl.where(m_some, b_start, _NEVER), 0)
-            common = tl.minimum(tl.min(tl.where(m_row, b_end, _NEVER), 0), tl.max(b_end, 0))
+            lo = tl.min(tl.where(m_some, b_start, NEVER), 0)
+            common = tl.minimum(tl.min(tl.where(m_row, b_end, NEVER), 0), tl.max(b_end, 0))
             common = tl.where(tl.max(b_start, 0) == lo, tl.maximum(common - lo, 0) // BLOCK_N * BLOCK_N, 0)
             b_dq = _dq_run(
                 b_q,
@@ -354,7 +354,7 @@ def _dkdv_run(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
         b_t = b_s
         if HAS_CAP:
-            b_t = _tanh(b_s)
+            b_t = tanh(b_s)
             b_s = score_cap * b_t
         b_probs = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
@@ -466,7 +466,7 @@ def _dkdv_kernel(
         latest = tl.max(tl.where(m_some, b_first, 0), 0)
         common = tl.where(same, tl.maximum(top - latest, 0) // TOKENS * TOKENS, 0)
     b_rest = tl.minimum(b_last, top - common)
-    b_from = tl.where(b_first < b_rest, b_first, _NEVER)
+    b_from = tl.where(b_first < b_rest, b_first, NEVER)
 
     for i_h in range(0, HEADS, GROUP):
         o_h = (i_g * HEADS + i_h).to(tl.int64)
@@ -475,7 +475,7 @@ def _dkdv_kernel(
         p_lse = lse + (i_b * H + o_h) * T
         p_delta = delta + (i_b * H + o_h) * T
         lo = tl.min(b_from, 0)
-        while lo < _NEVER:
+        while lo < NEVER:
             # one run, as in `_attend`: the union of the keys' ranges has gaps where keys are sorted by ball
             hi = lo
             reach = tl.max(tl.where(b_from <= lo, b_rest, 0), 0)
@@ -510,7 +510,7 @@ def _dkdv_kernel(
                 HAS_CAP,
                 True,
             )
-            lo = tl.min(tl.where(b_from > hi, b_from, _NEVER), 0)
+            lo = tl.min(tl.where(b_from > hi, b_from, NEVER), 0)
         if not MERGE:
             b_dk, b_dv = _dkdv_run(
                 b_k,
@@ -554,7 +554,7 @@ def _dkdv_kernel(
         b_low = tl.load(chunk_first + i_b * S + o_n, mask=m_n, other=0)
         b_high = tl.load(chunk_last + i_b * S + o_n, mask=m_n, other=0)
         o_sink = tl.load(sink_index + i_b * S + o_n, mask=m_n, other=0)
-        for i_c in range(tl.min(tl.where(b_low < b_high, b_low, _NEVER), 0), tl.max(b_high, 0)):
+        for i_c in range(tl.min(tl.where(b_low < b_high, b_low, NEVER), 0), tl.max(b_high, 0)):
             m_chunk = ((b_low <= i_c) & (i_c < b_high))[:, None] & m_d[None, :]
             o_chunk = (((i_b * (H // KV_GROUP) + i_kv) * num_chunks + i_c) * num_slots + o_sink)[:, None] * D
             b_dk += tl.load(sink_dk + o_chunk + o_d[None, :], mask=m_chunk, other=0.0)
@@ -574,154 +574,21 @@ def _dkdv_kernel(
 class BackwardTiles(NamedTuple):
     """Tiles (queries x keys) of the three launches, and how many queries share a partial sum of the sinks."""
 
-    dq: Blocks
-    dkdv: Blocks
-    sink: Blocks
+    dq: Tile
+    dkdv: Tile
+    sink: Tile
     chunk: int
 
 
 def choose_backward_tiles(head_dim: int, dtype: torch.dtype) -> BackwardTiles:
     """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
     if dtype == torch.float32:
-        small = Blocks(16, 16, 4, 2) if head_dim > 128 else Blocks(32, 32, 8, 2)
-        return BackwardTiles(small, small, Blocks(16, 16, 4, 2), 512)
+        small = Tile(16, 16, 4, 2) if head_dim > 128 else Tile(32, 32, 8, 2)
+        return BackwardTiles(small, small, Tile(16, 16, 4, 2), 512)
     if head_dim > 128:
-        return BackwardTiles(Blocks(64, 16, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 16, 4, 2), 512)
+        return BackwardTiles(Tile(64, 16, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 4, 2), 512)
     # as in the forward: several small programs to a multiprocessor hide each other's gathers
-    return BackwardTiles(Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 16, 4, 2), 512)
-
-
-class QueryRanges(NamedTuple):
-    """The queries that see each of N keys: `query_order[first:last]`.
-
-    query_order: int32 `[B, R, T]`. first, last: int32 `[B, R, N]`.
-    key_order: int32 `[B, R, N]`, the keys; None for the identity.
-    """
-
-    query_order: Tensor
-    key_order: Tensor | None
-    first: Tensor
-    last: Tensor
-
-
-class SinkChunks(NamedTuple):
-    """Where the gradients of sinks are summed: slot `sink_index` of each chunk in `[chunk_first, chunk_last)`.
-
-    All int32 `[B, S]`, by local rank; an empty range for other keys.
-    """
-
-    chunk_first: Tensor
-    chunk_last: Tensor
-    sink_index: Tensor
-
-
-def inverse_ranges(range_start: Tensor, range_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """For each sorted key the sorted queries that see it: int32 `[B, R, S]` first, and one past the last.
-
-    Among the queries with a range that is not empty, starts and ends must rise. The others take the end before them
-    and the start after them, so that no key counts them.
-
-    Args:
-        range_start, range_end: int32 `[B, R, T]`; sorted query `i` sees the sorted keys `[start, end)`.
-    """
-    some = range_start < range_end
-    ends = torch.where(some, range_end, 0).cummax(-1).values
-    starts = torch.where(some, range_start, _ABSENT).flip(-1).cummin(-1).values.flip(-1)
-    rank = torch.arange(num_keys, dtype=torch.int32, device=starts.device)
-    rank = rank.expand(*starts.shape[:2], num_keys).contiguous()
-    first = torch.searchsorted(ends, rank, right=True, out_int32=True)
-    return first, torch.searchsorted(starts.contiguous(), rank, right=True, out_int32=True)
-
-
-def tree_ranges(
-    query_order: Tensor, range_start: Tensor, range_end: Tensor, key_order: Tensor
-) -> tuple[QueryRanges, Tensor]:
-    """Turn the tree's ranges around.
-
-    Returns:
-        The ranges, and int32 `[B, R, S]`: the rank of each key in `key_order`, -1 if no query sees it.
-    """
-    B, R, S = key_order.shape
-    first, last = inverse_ranges(range_start, range_end, S)
-    seen = first < last
-    slot = torch.full((B, R, S + 1), -1, dtype=torch.int32, device=key_order.device)
-    index = torch.where(seen, key_order, S).long()  # entries that are in no range share a column
-    rank = torch.arange(S, dtype=torch.int32, device=key_order.device)
-    slot.scatter_(2, index, torch.where(seen, rank, -1))
-    return QueryRanges(query_order, key_order, first, last), slot[..., :-1].contiguous()
-
-
-def local_ranges(
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_keys: int,
-    num_sink_tokens: int,
-    chunk: int,
-    block: int,
-) -> tuple[QueryRanges, QueryRanges | None, SinkChunks]:
-    """Turn windows and sinks around: for each key, by local rank, the queries, by local rank, that see it.
-
-    First come the queries with the key in their window; where the key is a sink, the rest of its document follows.
-    A chunk is `chunk` queries in a row. Its first query's document has the chunk to itself as far as its sinks are
-    concerned, so there is one set of sinks per chunk; documents that begin within a chunk are left to the local pass
-    there, at most `chunk` queries for each key.
-
-    Args:
-        block: slots of a chunk are a multiple of it, so that no block of slots lies in two chunks.
-
-    Returns:
-        The local pass, the chunks' pass with `[B, 1, chunks * slots]` keys (None: no chunks), and where that leaves
-        the sums.
-    """
-    B, T = local_end.shape
-    real = local_start < local_end
-    own, query_order = torch.where(real, local_end - 1, _ABSENT).sort(-1)
-    starts = torch.where(real, local_start, _ABSENT).gather(1, query_order)
-    documents = torch.where(real, document_start, _ABSENT).gather(1, query_order)
-    query_order = query_order.int()[:, None]
-    rank = torch.arange(num_keys, dtype=torch.int32, device=own.device).expand(B, num_keys).contiguous()
-
-    def count(values: Tensor, right: bool) -> Tensor:
-        return torch.searchsorted(values, rank, right=right, out_int32=True)
-
-    first, window, last = count(own, False), count(starts, True), count(documents, True)
-    begin = documents.gather(1, window.clamp(max=T - 1).long())  # of the document, if anything follows the window
-    sink = (window < last) & (rank - begin < num_sink_tokens)
-    zero = torch.zeros_like(rank)
-    key_order = None if local_order is None else local_order[:, None]
-    if num_sink_tokens == 0 or chunk >= T:
-        local = QueryRanges(query_order, key_order, first[:, None], torch.where(sink, last, window)[:, None])
-        return local, None, SinkChunks(zero, zero, zero)
-
-    num_chunks, num_slots = triton.cdiv(T, chunk), triton.cdiv(min(num_sink_tokens, num_keys), block) * block
-    begin = torch.where(sink, begin, 0)
-    # the first query of each key's document, and the first chunk that begins in it
-    document_first = torch.searchsorted(documents, begin.contiguous(), out_int32=True)
-    chunk_first = (document_first + chunk - 1) // chunk
-    chunk_last = (last + chunk - 1) // chunk
-    near = torch.where(sink, torch.maximum(window, torch.minimum(last, chunk_first * chunk)), window)
-    local = QueryRanges(query_order, key_order, first[:, None], near[:, None])
-    sums = SinkChunks(
-        torch.where(sink, chunk_first, 0), torch.where(sink, chunk_last, 0), torch.where(sink, rank - begin, 0)
-    )
-    # slot s of a chunk is sink s of the document of the chunk's first query
-    owner = documents[:, ::chunk]  # [B, chunks]
-    index = torch.arange(num_slots, dtype=torch.int32, device=own.device)
-    exists = (owner < _ABSENT)[..., None] & (index < num_sink_tokens)
-    place = torch.where(exists, owner[..., None] + index, num_keys).clamp(max=num_keys)
-    exists = (place < num_keys).flatten(1)
-    place = place.clamp(max=num_keys - 1).flatten(1).long()
-    begins = torch.arange(0, T, chunk, dtype=torch.int32, device=own.device)[:, None]
-    document_last = last.gather(1, owner.clamp(max=num_keys - 1).long())[..., None]
-    slot_first = torch.maximum(window.gather(1, place).view(B, num_chunks, num_slots), begins)
-    slot_last = torch.minimum(document_last, begins + chunk).expand_as(slot_first)
-    slot_last = torch.where(exists.view_as(slot_first), slot_last, 0)
-    slot_first, slot_last = (t.flatten(1)[:, None].contiguous() for t in (slot_first, slot_last))
-    keys = place.int() if local_order is None else local_order.gather(1, place)
-    chunks = QueryRanges(query_order, keys[:, None], slot_first, slot_last)
-    return local, chunks, sums
+    return BackwardTiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 16, 4, 2), 512)
 
 
 def _shared_heads(heads: int, rows: int) -> int:
@@ -729,9 +596,9 @@ def _shared_heads(heads: int, rows: int) -> int:
     return math.gcd(heads, max(1, rows // 8))
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, tile: Tile) -> dict:
     """What both kernels are launched with."""
-    registers = {} if blocks.max_registers is None or INTERPRETED else {"maxnreg": blocks.max_registers}
+    registers = {} if tile.max_registers is None or INTERPRETED else {"maxnreg": tile.max_registers}
     return {
         **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
         **score_arguments(q.shape[3], scale, softcap),
@@ -741,10 +608,10 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | N
         "H": q.shape[1],
         "KV_GROUP": q.shape[1] // k.shape[1],
         "scale": scale,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
@@ -798,7 +665,8 @@ def attention_backward(
         "local_start": local_start,
         "local_end": local_end,
     }
-    _check(q, k, v, plan, num_sink_tokens)
+    check_qkv(q, k, v)
+    check_plan(q, k, plan, num_sink_tokens)
     for name, tensor, shape, dtype in (
         ("out", out, q.shape, q.dtype),
         ("dout", dout, q.shape, q.dtype),
@@ -876,7 +744,7 @@ def _launch_dq(
     num_sink_tokens: int,
     scale: float,
     softcap: float | None,
-    blocks: Blocks,
+    tile: Tile,
 ) -> Tensor:
     """Write dq, the local pass and then the tree, and return `delta` float32 `[B, H, T]`."""
     B, H, T, _ = q.shape
@@ -884,10 +752,10 @@ def _launch_dq(
     query_order, range_start, range_end, key_order = tree
     document_start, local_start, local_end = local
     kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
-    arguments = _arguments(q, k, v, scale, softcap, blocks) | stride_arguments(o=(out, "bht"), g=(dout, "bht"))
+    arguments = _arguments(q, k, v, scale, softcap, tile) | stride_arguments(o=(out, "bht"), g=(dout, "bht"))
     arguments |= {"num_sink_tokens": num_sink_tokens, "BLOCK_SINK": 16}
-    group = _shared_heads(kv_group, blocks.m)
-    _dq_kernel[(B * (H // group) * triton.cdiv(T, blocks.m // group),)](
+    group = _shared_heads(kv_group, tile.m)
+    _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
         q,
         k,
         v,
@@ -907,8 +775,8 @@ def _launch_dq(
         HAS_ORDER=order is not None,
         **arguments,
     )
-    group = _shared_heads(math.gcd(kv_group, route_group), blocks.m)
-    _dq_kernel[(B * (H // group) * triton.cdiv(T, blocks.m // group),)](
+    group = _shared_heads(math.gcd(kv_group, route_group), tile.m)
+    _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
         q,
         k,
         v,
@@ -944,7 +812,7 @@ def _launch_dkdv(
     heads: int,
     scale: float,
     softcap: float | None,
-    blocks: Blocks,
+    tile: Tile,
     merge: tuple[Tensor, ...] | None = None,
     num_chunks: int = 0,
     num_slots: int = 0,
@@ -953,7 +821,7 @@ def _launch_dkdv(
     B, H = q.shape[:2]
     N, routes = ranges.first.shape[2], ranges.query_order.shape[1]
     tree_slot, tree_dk, tree_dv, *sums = merge or (ranges.first, dk, dv, *[ranges.first] * 3, dk, dv)
-    _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, blocks.n),)](
+    _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, tile.n),)](
         q,
         k,
         v,
@@ -974,12 +842,12 @@ def _launch_dkdv(
         num_chunks=num_chunks,
         num_slots=num_slots,
         HEADS=heads,
-        GROUP=_shared_heads(heads, blocks.m),
+        GROUP=_shared_heads(heads, tile.m),
         ROUTE_GROUP=H // routes,
         TREE_HEADS=heads if merge is None else H // tree_dk.shape[1],
         TREE_ROUTE_GROUP=H // tree_slot.shape[1],
         HAS_ORDER=ranges.key_order is not None,
         MERGE=merge is not None,
         **stride_arguments(g=(dout, "bht"), d=(dk, "bhs")),
-        **_arguments(q, k, v, scale, softcap, blocks),
+        **_arguments(q, k, v, scale, softcap, tile),
     )

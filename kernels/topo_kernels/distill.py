@@ -18,13 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _LOWEST, _NEVER, Blocks, _tanh
-from .backward import inverse_ranges
-from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
-from .leaves import kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
-
-#: Wider leaf distributions do not fit a tile.
-MAX_LEAVES = 256
+from .checks import check_device, check_scoring
+from .launch import Tile, score_arguments, shared_memory, stride_arguments
+from .leaves import (
+    MAX_TILE_LEAVES,
+    gradient_dtype,
+    kept_gradient,
+    kept_of_values,
+    leaf_distributions,
+    leaf_dtype,
+    leaf_gradient,
+)
+from .primitives import LOWEST, NEVER, tanh
+from .ranges import far_ranges
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def _far_run(
         b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         scale = score_scale
         if HAS_CAP:
-            b_s = _tanh(b_s * score_scale)
+            b_s = tanh(b_s * score_scale)
             scale = score_cap
         if MASKED:
             m_causal = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_end[:, None])
@@ -153,17 +159,17 @@ def _far_kernel(
     p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
     b_q = tl.load(p_q, mask=m_some[:, None] & (o_d < D)[None, :], other=0.0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_local = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     # whole tiles of keys that are far from every row, between two stretches that need masks
-    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    lo = tl.min(tl.where(m_some, b_first, NEVER), 0)
     hi = tl.max(tl.where(m_some, b_end, 0), 0)
     lo = tl.minimum(lo, hi)
     near = tl.max(tl.where(m_some, b_far, 0), 0)
     near = tl.minimum(lo + tl.cdiv(tl.maximum(near - lo, 0), BLOCK_N) * BLOCK_N, hi)
-    far = tl.min(tl.where(m_some, b_start, _NEVER), 0)
+    far = tl.min(tl.where(m_some, b_start, NEVER), 0)
     far = near + tl.maximum(tl.minimum(far, hi) - near, 0) // BLOCK_N * BLOCK_N
     p_order = local_order + i_b * S
     p_k = k + i_b * stride_kb + (i_h // KV_GROUP) * stride_kh
@@ -260,7 +266,7 @@ def _far_gradient_run(
             b_g = tl.load(p_g, mask=(o_v < V)[None, :], other=0.0)
         b_s = tl.dot(b_k, b_qt, input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
         if HAS_CAP:
-            b_s = score_cap * _tanh(b_s)
+            b_s = score_cap * tanh(b_s)
         b_probs = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
             m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
@@ -324,12 +330,12 @@ def _far_gradient_kernel(
 
     # whole tiles of queries from which all keys are far, between two stretches that need masks. Keys that are far from
     # no query count as keys here, and are written as 0.
-    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    lo = tl.min(tl.where(m_some, b_first, NEVER), 0)
     hi = tl.max(tl.where(m_some, b_last, 0), 0)
     lo = tl.minimum(lo, hi)
     full = tl.max(tl.where(m_some, b_first, 0), 0)
     full = tl.minimum(lo + tl.cdiv(full - lo, BLOCK_M) * BLOCK_M, hi)
-    rest = tl.min(tl.where(m_some, b_last, _NEVER), 0)
+    rest = tl.min(tl.where(m_some, b_last, NEVER), 0)
     rest = full + tl.maximum(tl.minimum(rest, hi) - full, 0) // BLOCK_M * BLOCK_M
     for i_part in tl.static_range(3):
         if i_part == 0:
@@ -372,29 +378,22 @@ def _far_gradient_kernel(
 class FarTiles(NamedTuple):
     """Tiles (queries x keys) of the forward and of the gradient."""
 
-    forward: Blocks
-    gradient: Blocks
+    forward: Tile
+    gradient: Tile
 
 
 def choose_far_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memory: int) -> FarTiles:
     """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
     if dtype == torch.float32:
-        return FarTiles(Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2))
+        return FarTiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 2))
     if max(head_dim, leaves) > 128:
-        return FarTiles(Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
+        return FarTiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
     if shared_memory < 160 * 1024:
-        return FarTiles(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-    return FarTiles(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+        return FarTiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+    return FarTiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
-        return 99 * 1024
-    return 163 * 1024
-
-
-def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, tile: Tile) -> dict:
     """What both kernels are launched with."""
     return {
         **stride_arguments(q=(q, "bht"), k=(k, "bhs")),
@@ -405,10 +404,10 @@ def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float |
         "KV_GROUP": q.shape[1] // k.shape[1],
         "V": leaves,
         "BLOCK_V": max(16, triton.next_power_of_2(leaves)),
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
@@ -444,9 +443,9 @@ def far_values(
     values = torch.empty(B, H, M, V, dtype=torch.float32, device=q.device)
     local = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     lse = torch.empty_like(local)
-    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).forward
+    tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).forward
     order, *ranges = layout
-    _far_kernel[(B * H * triton.cdiv(M, blocks.m),)](
+    _far_kernel[(B * H * triton.cdiv(M, tile.m),)](
         q,
         k,
         key_leaves,
@@ -457,7 +456,7 @@ def far_values(
         lse,
         num_sink_tokens=num_sink_tokens,
         HAS_ORDER=order is not None,
-        **_arguments(q, k, V, scale, softcap, blocks),
+        **_arguments(q, k, V, scale, softcap, tile),
     )
     return values, local, lse
 
@@ -480,42 +479,24 @@ def far_gradient(
     B, H, _, D = q.shape
     S, V = k.shape[2], dvalues.shape[3]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    local_order, document_start, local_start, local_end = layout
-    far_start, query_order = torch.minimum(document_start + num_sink_tokens, local_start), document_start
-    far_end = local_start
-    if local_order is not None:
-        far_end = torch.where(local_start < local_end, far_end, far_start)  # none in padding
-        place = torch.where(local_start < local_end, local_end, torch.iinfo(torch.int32).max)
-        query_order = place.argsort(1)
-        far_start, far_end = far_start.gather(1, query_order), far_end.gather(1, query_order)
-        query_order = query_order.int()
-    first, last = inverse_ranges(far_start[:, None], far_end[:, None], S)
+    order = layout.local_order
+    far = far_ranges(*layout, num_sink_tokens, S)
     dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
-    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).gradient
-    _far_gradient_kernel[(B * H * triton.cdiv(S, blocks.n),)](
+    tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).gradient
+    _far_gradient_kernel[(B * H * triton.cdiv(S, tile.n),)](
         q,
         k,
         lse,
         dvalues,
-        query_order,
-        query_order if local_order is None else local_order.contiguous(),
-        first,
-        last,
+        far.first if far.query_order is None else far.query_order,
+        far.first if order is None else order.contiguous(),
+        far.first,
+        far.last,
         dleaves,
-        HAS_ORDER=local_order is not None,
-        **_arguments(q, k, V, scale, softcap, blocks),
+        HAS_ORDER=order is not None,
+        **_arguments(q, k, V, scale, softcap, tile),
     )
     return dleaves
-
-
-def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How leaf distributions multiply queries' and keys' attention: float16 has three bits more than bfloat16."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How gradients do: they need bfloat16's range, which the interpreter does not have."""
-    return torch.float32 if dtype == torch.float32 or INTERPRETED else torch.bfloat16
 
 
 @torch.library.custom_op("topo_kernels::far_mass", mutates_args=())
@@ -701,10 +682,7 @@ def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, soft
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}.")
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    check_scoring(scale, softcap)
 
 
 def _check_tokens(
@@ -719,9 +697,9 @@ def _check_tokens(
     B, H, M = q.shape[:3]
     S = k.shape[2]
     depth, arity = probs["query_probs"].shape[-2:] if probs["query_probs"].ndim == 5 else (0, 0)
-    if depth < 1 or arity < 2 or arity**depth > MAX_LEAVES:
+    if depth < 1 or arity < 2 or arity**depth > MAX_TILE_LEAVES:
         raise ValueError(
-            f"query_probs must have shape [B, H, M, L, p] with L >= 1, p >= 2 and p**L up to {MAX_LEAVES}, got "
+            f"query_probs must have shape [B, H, M, L, p] with L >= 1, p >= 2 and p**L up to {MAX_TILE_LEAVES}, got "
             f"{tuple(probs['query_probs'].shape)}."
         )
     needs: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
