@@ -7,11 +7,17 @@ from .distill import far_mass
 from .leaves import MAX_TILE_LEAVES
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
+from .types import LocalPlan, LocalTensors, Plan, PlanTensors, Scoring
 
 __all__ = [
     "MAX_ROUTER_WIDTH",
     "MAX_TILE_LEAVES",
+    "LocalPlan",
+    "LocalTensors",
     "PackedRouter",
+    "Plan",
+    "PlanTensors",
+    "Scoring",
     "bridged_topology_attention",
     "decode_attention",
     "far_mass",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .backward import attention_backward
 from .checks import check_device, check_plan, check_qkv, check_scoring
-from .launch import INTERPRETED, Tile, score_arguments, stride_arguments
+from .launch import INTERPRETED, Tile, attention_arguments
 from .primitives import LOWEST, NEVER, TRUSTED, tanh
+from .types import FLAT, LocalPlan, Plan, PlanTensors, Scores, Scoring, contiguous, flat
 
 
 @triton.jit
@@ -543,17 +544,9 @@ def _fixed_reference(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> dict:
-    """What both kernels are launched with."""
-    return {
-        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
-        "T": q.shape[2],
-        "S": k.shape[2],
-        "H": q.shape[1],
-        "KV_GROUP": q.shape[1] // k.shape[1],
-        "WIDE": k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31,
-    }
+def _wide(k: Tensor, v: Tensor) -> bool:
+    """Whether offsets within a head do not fit an int32."""
+    return k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31
 
 
 def _heads_per_program(shared: int, rows: int) -> int:
@@ -561,19 +554,7 @@ def _heads_per_program(shared: int, rows: int) -> int:
     return max(n for n in range(1, max(1, rows // 8) + 1) if shared % n == 0)
 
 
-def local_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-    tile: Tile,
-) -> tuple[Tensor, Tensor]:
+def local_pass(q: Tensor, k: Tensor, v: Tensor, plan: LocalPlan, scoring: Scoring, tile: Tile) -> tuple[Tensor, Tensor]:
     """Windows and sinks: `out` `[B, T, H, D]` in q's dtype, `lse` `[B, H, T]` fp32 base 2; 0 and -inf in padding."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
@@ -585,44 +566,28 @@ def local_pass(
             q,
             k,
             v,
-            document_start if local_order is None else local_order,
-            document_start,
-            local_start,
-            local_end,
+            plan.document_start if plan.local_order is None else plan.local_order,
+            plan.document_start,
+            plan.local_start,
+            plan.local_end,
             out,
             lse,
-            num_sink_tokens=num_sink_tokens,
+            num_sink_tokens=plan.num_sink_tokens,
             GROUP=group,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             BLOCK_SINK=16,
-            PLAIN=local_order is None,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
-            **_launch_arguments(q, k, v, scale, softcap),
+            PLAIN=plan.local_order is None,
+            WIDE=_wide(k, v),
+            **attention_arguments(q, k, v, scoring, tile),
         )
     return out, lse
 
 
 def tree_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plain: bool,
-    scale: float,
-    softcap: float | None,
-    tile: Tile,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor, scoring: Scoring, tile: Tile
 ) -> None:
     """Balls: merges them into `out` and `lse` of the local pass, in place."""
     B, H, T, _ = q.shape
-    kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
+    kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
     group = _heads_per_program(math.gcd(kv_group, route_group), tile.m)
     grid = (B * (H // group) * triton.cdiv(T, tile.m // group),)
     with torch.cuda.device_of(q):
@@ -630,92 +595,49 @@ def tree_pass(
             q,
             k,
             v,
-            query_order,
-            range_start,
-            range_end,
-            key_order,
+            plan.query_order,
+            plan.range_start,
+            plan.range_end,
+            plan.key_order,
             out,
             lse,
             GROUP=group,
-            PLAIN=plain,
+            PLAIN=plan.local_order is None,
             FIXED=_fixed_reference(q.dtype),
             ROUTE_GROUP=route_group,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
-            **_launch_arguments(q, k, v, scale, softcap),
+            WIDE=_wide(k, v),
+            **attention_arguments(q, k, v, scoring, tile),
         )
 
 
-@torch.library.custom_op("topo_kernels::attention", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "topo_kernels::attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {FLAT}) -> (Tensor, Tensor)"
+)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Both passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    plan, scoring = contiguous(PlanTensors(*arguments[:-2])), Scores(*arguments[-2:])
     hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] == 9
     tiles = choose_forward_tiles(q.shape[3], q.dtype, hopper)
-    out, lse = local_pass(
-        q,
-        k,
-        v,
-        None if local_order is None else local_order.contiguous(),
-        document_start.contiguous(),
-        local_start.contiguous(),
-        local_end.contiguous(),
-        num_sink_tokens,
-        scale,
-        softcap,
-        tiles.local,
-    )
-    tree_pass(
-        q,
-        k,
-        v,
-        query_order.contiguous(),
-        range_start.contiguous(),
-        range_end.contiguous(),
-        key_order.contiguous(),
-        out,
-        lse,
-        local_order is None,
-        scale,
-        softcap,
-        tiles.tree,
-    )
+    out, lse = local_pass(q, k, v, plan, scoring, tiles.local)
+    tree_pass(q, k, v, plan, out, lse, scoring, tiles.tree)
     return out, lse
 
 
 @attention_forward.register_fake
-def _(q, k, v, *_plan):
+def _(q, *_rest):
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *plan, num_sink_tokens, scale, softcap = inputs
-    ctx.save_for_backward(q, k, v, *output, *plan)
-    ctx.options = num_sink_tokens, scale, softcap
+    ctx.save_for_backward(*output, *inputs[:-3])
+    ctx.options = inputs[-3:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-    q, k, v, out, lse, *plan = ctx.saved_tensors
+    out, lse, q, k, v, *plan = ctx.saved_tensors
     gradients = attention_backward(q, k, v, out.transpose(1, 2), lse, dout.transpose(1, 2), *plan, *ctx.options)
     return *gradients, *[None] * (len(plan) + len(ctx.options))
 
@@ -723,64 +645,29 @@ def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
 attention_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def topology_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    *,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
+def topology_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
     """Attention over the visible pairs of docs/method.md, section 2, executed as section 6 says.
 
-    The plan's tensors are those of `topo_adapter.plan.Plan`, int32 and contiguous or made so. Their values are
-    trusted: checking them would wait for the GPU. Differentiable in q, k and v (`backward.py`).
+    Differentiable in q, k and v (`backward.py`).
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
         k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
-        query_order, range_start, range_end: `[B, R, T]`, H a multiple of R; head `h` takes route `h // (H // R)`.
-            Sorted query `i` is query `query_order[i]` and sees `key_order[range_start[i]:range_end[i]]`.
-        key_order: `[B, R, S]`.
-        local_order: `[B, S]`; None is the identity, faster.
-        document_start, local_start, local_end: `[B, T]`; query `i` also sees `local_order[local_start:local_end]`
-            and `local_order[document_start:min(document_start + num_sink_tokens, local_start)]`.
-        num_sink_tokens: >= 0.
-        scale: > 0, factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
+        plan: its tensors are contiguous or made so. H a multiple of its R route heads: head `h` takes route
+            `h // (H // R)`.
 
     Returns:
-        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
-        (`local_start == local_end`) are 0.
+        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries are 0.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    plan: dict[str, Any] = {
-        "query_order": query_order,
-        "range_start": range_start,
-        "range_end": range_end,
-        "key_order": key_order,
-        "local_order": local_order,
-        "document_start": document_start,
-        "local_start": local_start,
-        "local_end": local_end,
-    }
     check_qkv(q, k, v)
-    check_plan(q, k, plan, num_sink_tokens)
-    check_scoring(scale, softcap)
+    check_plan(q, k, plan)
+    check_scoring(scoring)
     check_device("topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q)
-    out, _ = attention_forward(q, k, v, *plan.values(), num_sink_tokens, scale, softcap)
+    out, _ = attention_forward(q, k, v, *flat(plan, scoring))
     return out.transpose(1, 2)

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_device, check_plan, check_qkv
-from .launch import INTERPRETED, Tile, derived, score_arguments, stride_arguments
+from .launch import Tile, attention_arguments, derived, stride_arguments
 from .primitives import NEVER, tanh
-from .ranges import QueryRanges, local_ranges, tree_ranges
+from .ranges import QueryRanges, SinkChunks, local_ranges, tree_ranges
+from .types import FLAT, PlanTensors, Scores, Scoring, contiguous
 
 
 @triton.jit
@@ -596,56 +597,49 @@ def _shared_heads(heads: int, rows: int) -> int:
     return math.gcd(heads, max(1, rows // 8))
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, tile: Tile) -> dict:
-    """What both kernels are launched with."""
-    registers = {} if tile.max_registers is None or INTERPRETED else {"maxnreg": tile.max_registers}
-    return {
-        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
-        **registers,
-        "T": q.shape[2],
-        "S": k.shape[2],
-        "H": q.shape[1],
-        "KV_GROUP": q.shape[1] // k.shape[1],
-        "scale": scale,
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+class _Inputs(NamedTuple):
+    """What all launches read; see `attention_backward`. The last dimensions have stride 1, `lse` is contiguous."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    scoring: Scoring
 
 
-@torch.library.custom_op("topo_kernels::attention_backward", mutates_args=())
+class _Sums(NamedTuple):
+    """What the local pass of dk and dv adds: the tree's gradients and those of the sinks, chunk by chunk."""
+
+    tree_slot: Tensor
+    tree_dk: Tensor
+    tree_dv: Tensor
+    chunks: SinkChunks
+    sink_dk: Tensor
+    sink_dv: Tensor
+    num_chunks: int
+    num_slots: int
+
+
+@torch.library.custom_op(
+    "topo_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, {FLAT}) -> (Tensor, Tensor, Tensor)",
+)
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `topology_attention`.
 
-    The plan's values are trusted, as in the forward. Among the sorted queries whose tree range is not empty, both
-    ends of the ranges must rise; a `Plan`'s do. Entries of `query_order` with an empty range, and of `key_order` in
-    no range, may be anything.
+    Among the plan's sorted queries whose tree range is not empty, both ends of the ranges must rise. Entries of
+    `query_order` with an empty range, and of `key_order` in no range, may be anything.
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. k, v: `[B, H_kv, S, D]`.
         out: `[B, H, T, D]`, q's dtype; lse: float32 `[B, H, T]`, base 2, of all visible keys: the forward's.
         dout: `[B, H, T, D]`, q's dtype: the gradient of `out`. Any strides here and above.
-        query_order ... softcap: as in `topology_attention`.
+        arguments: `flat(plan, scoring)` of `topology_attention`'s.
 
     Returns:
         dq `[B, H, T, D]`, dk and dv `[B, H_kv, S, D]` in q's dtype, the transposed views of contiguous
@@ -655,18 +649,9 @@ def attention_backward(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    plan: dict[str, Any] = {
-        "query_order": query_order,
-        "range_start": range_start,
-        "range_end": range_end,
-        "key_order": key_order,
-        "local_order": local_order,
-        "document_start": document_start,
-        "local_start": local_start,
-        "local_end": local_end,
-    }
+    plan, scoring = PlanTensors(*arguments[:-2]), Scores(*arguments[-2:])
     check_qkv(q, k, v)
-    check_plan(q, k, plan, num_sink_tokens)
+    check_plan(q, k, plan)
     for name, tensor, shape, dtype in (
         ("out", out, q.shape, q.dtype),
         ("dout", dout, q.shape, q.dtype),
@@ -685,40 +670,24 @@ def attention_backward(
     if q.numel() == 0:
         return dq.transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
     q, k, v, out, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out, dout))
-    lse = lse.contiguous()
-    tree = (query_order.contiguous(), range_start.contiguous(), range_end.contiguous(), key_order.contiguous())
-    order = None if local_order is None else local_order.contiguous()
-    local = (document_start.contiguous(), local_start.contiguous(), local_end.contiguous())
+    inputs, plan = _Inputs(q, k, v, out, dout, lse.contiguous(), scoring), contiguous(plan)
     tiles = choose_backward_tiles(D, q.dtype)
-    kv_group, route_group = H // kv_heads, H // query_order.shape[1]
+    kv_group, route_group = H // kv_heads, H // plan.query_order.shape[1]
     shared = math.gcd(kv_group, route_group)  # heads that share route and keys
     with torch.cuda.device_of(q):
-        delta = _launch_dq(q, k, v, out, dout, lse, dq, tree, order, local, num_sink_tokens, scale, softcap, tiles.dq)
-        arguments = (q, k, v, dout, lse, delta)
-        by_key, tree_slot = tree_ranges(*tree)
+        delta = _launch_dq(inputs, plan, dq, tiles.dq)
+        by_key, tree_slot = tree_ranges(plan)
         tree_dk, tree_dv = q.new_empty(B, H // shared, S, D), q.new_empty(B, H // shared, S, D)
-        _launch_dkdv(*arguments, by_key, tree_dk, tree_dv, shared, scale, softcap, tiles.dkdv)
-        turned = S, num_sink_tokens, tiles.chunk, tiles.sink.n
-        by_rank, by_chunk, sums = derived(local_ranges, (order, *local), *turned)
-        sink_dk, sink_dv, num_slots = tree_dk, tree_dv, 0
+        _launch_dkdv(inputs, delta, by_key, tree_dk, tree_dv, shared, tiles.dkdv)
+        by_rank, by_chunk, chunks = derived(local_ranges, plan, S, tiles.chunk, tiles.sink.n)
+        sink_dk, sink_dv, num_chunks, num_slots = tree_dk, tree_dv, triton.cdiv(T, tiles.chunk), 0
         if by_chunk is not None:
             slots = by_chunk.first.shape[2]
-            num_slots = slots // triton.cdiv(T, tiles.chunk)
+            num_slots = slots // num_chunks
             sink_dk, sink_dv = torch.empty(2, B, kv_heads, slots, D, dtype=torch.float32, device=q.device)
-            _launch_dkdv(*arguments, by_chunk, sink_dk, sink_dv, kv_group, scale, softcap, tiles.sink)
-        _launch_dkdv(
-            *arguments,
-            by_rank,
-            dk.transpose(1, 2),
-            dv.transpose(1, 2),
-            kv_group,
-            scale,
-            softcap,
-            tiles.dkdv,
-            merge=(tree_slot, tree_dk, tree_dv, *sums, sink_dk, sink_dv),
-            num_slots=num_slots,
-            num_chunks=triton.cdiv(T, tiles.chunk),
-        )
+            _launch_dkdv(inputs, delta, by_chunk, sink_dk, sink_dv, kv_group, tiles.sink)
+        sums = _Sums(tree_slot, tree_dk, tree_dv, chunks, sink_dk, sink_dv, num_chunks, num_slots)
+        _launch_dkdv(inputs, delta, by_rank, dk.transpose(1, 2), dv.transpose(1, 2), kv_group, tiles.dkdv, sums)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -730,66 +699,40 @@ def _(q, k, v, *_rest):
     return like(q), like(k), like(v)
 
 
-def _launch_dq(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    tree: tuple[Tensor, Tensor, Tensor, Tensor],
-    order: Tensor | None,
-    local: tuple[Tensor, Tensor, Tensor],
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-    tile: Tile,
-) -> Tensor:
+def _launch_dq(inputs: _Inputs, plan: PlanTensors, dq: Tensor, tile: Tile) -> Tensor:
     """Write dq, the local pass and then the tree, and return `delta` float32 `[B, H, T]`."""
+    q, k, v, out, dout, lse, scoring = inputs
     B, H, T, _ = q.shape
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    query_order, range_start, range_end, key_order = tree
-    document_start, local_start, local_end = local
-    kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
-    arguments = _arguments(q, k, v, scale, softcap, tile) | stride_arguments(o=(out, "bht"), g=(dout, "bht"))
-    arguments |= {"num_sink_tokens": num_sink_tokens, "BLOCK_SINK": 16}
+    kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
+    tensors = q, k, v, out, dout, lse, delta, dq, plan.query_order
+    arguments = {
+        **attention_arguments(q, k, v, scoring, tile),
+        **stride_arguments(o=(out, "bht"), g=(dout, "bht")),
+        "num_sink_tokens": plan.num_sink_tokens,
+        "scale": scoring.scale,
+        "BLOCK_SINK": 16,
+    }
     group = _shared_heads(kv_group, tile.m)
     _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        delta,
-        dq,
-        query_order,
-        document_start if order is None else order,
-        document_start,
-        local_start,
-        local_end,
+        *tensors,
+        plan.document_start if plan.local_order is None else plan.local_order,
+        plan.document_start,
+        plan.local_start,
+        plan.local_end,
         GROUP=group,
         ROUTE_GROUP=H,
         TREE=False,
-        HAS_ORDER=order is not None,
+        HAS_ORDER=plan.local_order is not None,
         **arguments,
     )
     group = _shared_heads(math.gcd(kv_group, route_group), tile.m)
     _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        delta,
-        dq,
-        query_order,
-        key_order,
-        document_start,
-        range_start,
-        range_end,
+        *tensors,
+        plan.key_order,
+        plan.document_start,
+        plan.range_start,
+        plan.range_end,
         GROUP=group,
         ROUTE_GROUP=route_group,
         TREE=True,
@@ -800,27 +743,22 @@ def _launch_dq(
 
 
 def _launch_dkdv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
+    inputs: _Inputs,
     delta: Tensor,
     ranges: QueryRanges,
     dk: Tensor,
     dv: Tensor,
     heads: int,
-    scale: float,
-    softcap: float | None,
     tile: Tile,
-    merge: tuple[Tensor, ...] | None = None,
-    num_chunks: int = 0,
-    num_slots: int = 0,
+    sums: _Sums | None = None,
 ) -> None:
-    """Write dk and dv `[B, H // heads, rows, D]` of N keys; `merge` are the sums that the local pass adds."""
+    """Write dk and dv `[B, H // heads, rows, D]` of N keys; with `sums` it is the local pass."""
+    q, k, v, _, dout, lse, scoring = inputs
     B, H = q.shape[:2]
     N, routes = ranges.first.shape[2], ranges.query_order.shape[1]
-    tree_slot, tree_dk, tree_dv, *sums = merge or (ranges.first, dk, dv, *[ranges.first] * 3, dk, dv)
+    unused = SinkChunks(ranges.first, ranges.first, ranges.first)
+    tree_slot, tree_dk, tree_dv, chunks, *sinks = sums or _Sums(ranges.first, dk, dv, unused, dk, dv, 0, 0)
+    sink_dk, sink_dv, num_chunks, num_slots = sinks
     _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, tile.n),)](
         q,
         k,
@@ -837,17 +775,20 @@ def _launch_dkdv(
         tree_slot,
         tree_dk,
         tree_dv,
-        *sums,
+        *chunks,
+        sink_dk,
+        sink_dv,
         N=N,
         num_chunks=num_chunks,
         num_slots=num_slots,
+        scale=scoring.scale,
         HEADS=heads,
         GROUP=_shared_heads(heads, tile.m),
         ROUTE_GROUP=H // routes,
-        TREE_HEADS=heads if merge is None else H // tree_dk.shape[1],
+        TREE_HEADS=heads if sums is None else H // tree_dk.shape[1],
         TREE_ROUTE_GROUP=H // tree_slot.shape[1],
         HAS_ORDER=ranges.key_order is not None,
-        MERGE=merge is not None,
+        MERGE=sums is not None,
         **stride_arguments(g=(dout, "bht"), d=(dk, "bhs")),
-        **_arguments(q, k, v, scale, softcap, tile),
+        **attention_arguments(q, k, v, scoring, tile),
     )

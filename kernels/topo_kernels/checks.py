@@ -1,11 +1,10 @@
 """Checks of arguments that public functions share."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .launch import INTERPRETED
+from .types import Plan, PlanTensors, Scoring
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -36,7 +35,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
 
 
-def check_plan(q: Tensor, k: Tensor, plan: dict[str, Any], num_sink_tokens: int) -> None:
+def check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
     """Refuse a plan that does not fit checked queries and keys. Its values are trusted.
 
     Raises:
@@ -44,37 +43,45 @@ def check_plan(q: Tensor, k: Tensor, plan: dict[str, Any], num_sink_tokens: int)
     """
     B, H, T, _ = q.shape
     S = k.shape[2]
-    routes = plan["query_order"].shape[1] if plan["query_order"].ndim == 3 else 0
+    routes = plan.query_order.shape[1] if plan.query_order.ndim == 3 else 0
     if routes == 0 or H % routes:
         raise ValueError(
             f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
-            f"got {tuple(plan['query_order'].shape)}."
+            f"got {tuple(plan.query_order.shape)}."
         )
-    needs: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
-    needs |= {"key_order": (B, routes, S), "local_order": (B, S)}
-    needs |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
-    if plan["local_order"] is None:
-        del needs["local_order"]
-    for name, shape in needs.items():
-        if plan[name].shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(plan[name].shape)}.")
-        if plan[name].dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {plan[name].dtype}.")
-    for name, tensor in plan.items():
-        if tensor is not None and tensor.device != q.device:
+    by_query, by_key, local = (B, routes, T), (B, routes, S), (B, T)
+    shapes = by_query, by_query, by_query, by_key, (B, S), local, local, local
+    tensors = {name: getattr(plan, name) for name in PlanTensors._fields[: len(shapes)]}
+    given = [
+        (name, tensor, shape)
+        for (name, tensor), shape in zip(tensors.items(), shapes, strict=True)
+        if tensor is not None
+    ]
+    for name, tensor, shape in given:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {tensor.dtype}.")
+        if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
+    check_sinks(plan.num_sink_tokens)
+
+
+def check_sinks(num_sink_tokens: int) -> None:
+    """Refuse a negative number of sinks with a ValueError."""
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
 
 
-def check_scoring(scale: float, softcap: float | None) -> None:
-    """Refuse scores that the kernels cannot compute.
+def check_scoring(scoring: Scoring) -> None:
+    """Refuse a scale or softcap that is not positive with a ValueError."""
+    if not scoring.scale > 0:
+        raise ValueError(f"scale must be > 0, got {scoring.scale}.")
+    check_softcap(scoring.softcap)
 
-    Raises:
-        ValueError: `scale` or `softcap` is not positive.
-    """
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
+
+def check_softcap(softcap: float | None) -> None:
+    """Refuse a softcap that is not positive with a ValueError."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}.")
 

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device, check_qkv
+from .checks import check_device, check_qkv, check_sinks, check_softcap
 from .launch import overlap, score_arguments, stride_arguments
 from .primitives import LOWEST, let_next_start, tanh, wait_for_previous
+from .types import Scores, Scoring
 
 _MAX_CHUNKS = 256  # a program of the attend kernel holds the counts of all chunks
 _MAX_HEADS = 16  # per list: one bit each in the upper half of an entry, one row each of the smallest matrix product
@@ -425,7 +426,7 @@ def _decode(
             split_max,
             split_sum,
             **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-            **score_arguments(D, scale, softcap),
+            **score_arguments(D, Scores(scale, softcap)),
             T=T,
             chunks=chunks,
             chunk=chunk,
@@ -513,11 +514,10 @@ def decode_attention(
     key_position: Tensor,
     key_document: Tensor,
     balls: Tensor,
+    scoring: Scoring,
     *,
     local_window: int,
     num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention of new tokens over a cache, over the visible pairs of docs/method.md, section 2.
 
@@ -540,8 +540,6 @@ def decode_attention(
         balls: int32 `[R]`, number of balls at each route's visible depth, 1 (dense) to 2^15: the ball of an address is
             its remainder by this.
         local_window: >= 1. num_sink_tokens: >= 0.
-        scale: factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
         `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries are 0.
@@ -553,10 +551,8 @@ def decode_attention(
     query = {"query_address": query_address, "query_position": query_position, "query_document": query_document}
     key = {"key_address": key_address, "key_position": key_position, "key_document": key_document}
     _check(q, k, v, query, key, balls, local_window)
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    check_sinks(num_sink_tokens)
+    check_softcap(scoring.softcap)
     check_device("decode_attention", q=q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError(
@@ -565,6 +561,6 @@ def decode_attention(
         )
     if q.numel() == 0:
         return torch.empty_like(q)
-    options = (local_window, num_sink_tokens, scale, softcap)
+    options = (local_window, num_sink_tokens, scoring.scale, scoring.softcap)
     out = _decode(q, k, v, *query.values(), *key.values(), balls, *options)
     return out.transpose(1, 2)

@@ -11,15 +11,15 @@ them to the kept mass. It owns the gradient of the whole chain, so that few tens
 forward the keys' distributions and the values, backward the gradients of both.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device, check_scoring
-from .launch import Tile, score_arguments, shared_memory, stride_arguments
+from .checks import check_device, check_scoring, check_sinks
+from .launch import Tile, score_arguments, shared_memory, stride_arguments, tile_arguments
 from .leaves import (
     MAX_TILE_LEAVES,
     gradient_dtype,
@@ -31,6 +31,7 @@ from .leaves import (
 )
 from .primitives import LOWEST, NEVER, tanh
 from .ranges import far_ranges
+from .types import FLAT_LOCAL, LocalPlan, LocalTensors, Scores, Scoring, contiguous, flat_local
 
 
 @triton.jit
@@ -393,41 +394,23 @@ def choose_far_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memo
     return FarTiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
 
 
-def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, tile: Tile) -> dict:
+def _arguments(q: Tensor, k: Tensor, leaves: int, scoring: Scoring, tile: Tile) -> dict:
     """What both kernels are launched with."""
     return {
         **stride_arguments(q=(q, "bht"), k=(k, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
+        **score_arguments(q.shape[3], scoring),
+        **tile_arguments(tile),
         "M": q.shape[2],
         "S": k.shape[2],
         "H": q.shape[1],
         "KV_GROUP": q.shape[1] // k.shape[1],
         "V": leaves,
         "BLOCK_V": max(16, triton.next_power_of_2(leaves)),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
     }
 
 
-class Layout(NamedTuple):
-    """Which keys a query attends to; see `far_mass`."""
-
-    local_order: Tensor | None  # int32 [B, S]
-    document_start: Tensor  # int32 [B, M]
-    local_start: Tensor
-    local_end: Tensor
-
-
 def far_values(
-    q: Tensor,
-    k: Tensor,
-    key_leaves: Tensor,
-    layout: Layout,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, key_leaves: Tensor, plan: LocalTensors, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What queries collect from the leaf distributions of far keys, and the mass they leave on local ones.
 
@@ -444,33 +427,26 @@ def far_values(
     local = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     lse = torch.empty_like(local)
     tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).forward
-    order, *ranges = layout
+    plan = contiguous(plan)
     _far_kernel[(B * H * triton.cdiv(M, tile.m),)](
         q,
         k,
         key_leaves,
-        layout.document_start if order is None else order.contiguous(),
-        *(t.contiguous() for t in ranges),
+        plan.document_start if plan.local_order is None else plan.local_order,
+        plan.document_start,
+        plan.local_start,
+        plan.local_end,
         values,
         local,
         lse,
-        num_sink_tokens=num_sink_tokens,
-        HAS_ORDER=order is not None,
-        **_arguments(q, k, V, scale, softcap, tile),
+        num_sink_tokens=plan.num_sink_tokens,
+        HAS_ORDER=plan.local_order is not None,
+        **_arguments(q, k, V, scoring, tile),
     )
     return values, local, lse
 
 
-def far_gradient(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    dvalues: Tensor,
-    layout: Layout,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+def far_gradient(q: Tensor, k: Tensor, lse: Tensor, dvalues: Tensor, plan: LocalPlan, scoring: Scoring) -> Tensor:
     """float32 `[B, H, S, V]`: the gradient of `far_values` in its leaves.
 
     Args:
@@ -479,8 +455,8 @@ def far_gradient(
     B, H, _, D = q.shape
     S, V = k.shape[2], dvalues.shape[3]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    order = layout.local_order
-    far = far_ranges(*layout, num_sink_tokens, S)
+    order = plan.local_order
+    far = far_ranges(plan, S)
     dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
     tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).gradient
     _far_gradient_kernel[(B * H * triton.cdiv(S, tile.n),)](
@@ -494,32 +470,31 @@ def far_gradient(
         far.last,
         dleaves,
         HAS_ORDER=order is not None,
-        **_arguments(q, k, V, scale, softcap, tile),
+        **_arguments(q, k, V, scoring, tile),
     )
     return dleaves
 
 
-@torch.library.custom_op("topo_kernels::far_mass", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::far_mass",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
+    f"{FLAT_LOCAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _far_mass(
     q: Tensor,
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`far_mass` of checked arguments, and what its gradient needs: values and log-sum-exp."""
-    layout = Layout(local_order, document_start, local_start, local_end)
+    plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     with torch.cuda.device_of(q):
         leaves, key_mean = leaf_distributions(key_probs, key_weight, leaf_dtype(q.dtype))
-        values, local, lse = far_values(q, k, leaves, layout, num_sink_tokens, scale, softcap)
+        values, local, lse = far_values(q, k, leaves, plan, scoring)
         kept, query_mean = kept_of_values(query_probs, query_weight, values, local)
     return kept, query_mean, key_mean, values, lse
 
@@ -532,7 +507,13 @@ def _(q, k, query_probs, *_rest):
     return tuple(query_probs.new_empty(shape) for shape in shapes)
 
 
-@torch.library.custom_op("topo_kernels::far_mass_gradient", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::far_mass_gradient",
+    mutates_args=(),
+    schema="(Tensor dkept, Tensor dquery_mean, Tensor dkey_mean, Tensor values, Tensor lse, Tensor q, Tensor k, "
+    "Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
+    f"{FLAT_LOCAL}) -> (Tensor, Tensor)",
+)
 def _far_mass_gradient(
     dkept: Tensor,
     dquery_mean: Tensor,
@@ -543,23 +524,17 @@ def _far_mass_gradient(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query_probs` and `key_probs`: float32, contiguous."""
-    layout = Layout(local_order, document_start, local_start, local_end)
+    plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     with torch.cuda.device_of(q):
         dquery_probs, dvalues = kept_gradient(
             query_probs, query_weight, values, dkept, dquery_mean, gradient_dtype(q.dtype)
         )
-        dleaves = far_gradient(q, k, lse, dvalues, layout, num_sink_tokens, scale, softcap)
+        dleaves = far_gradient(q, k, lse, dvalues, plan, scoring)
         del dvalues  # memory peaks here
         return dquery_probs, leaf_gradient(key_probs, key_weight, dleaves, dkey_mean)
 
@@ -570,10 +545,9 @@ def _(dkept, dquery_mean, dkey_mean, values, lse, q, k, query_probs, key_probs, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, num_sink_tokens, scale, softcap = inputs
     values, lse = output[3:]
-    ctx.save_for_backward(values, lse, *tensors)
-    ctx.options = num_sink_tokens, scale, softcap
+    ctx.save_for_backward(values, lse, *inputs[:-3])
+    ctx.options = inputs[-3:]
     ctx.mark_non_differentiable(values, lse)
     ctx.set_materialize_grads(False)  # zeros for the values would take as much memory as they do
 
@@ -602,16 +576,10 @@ def far_mass(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
+    plan: LocalPlan,
     query_weight: Tensor,
     key_weight: Tensor,
-    *,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mass that dense causal attention keeps at every depth of the tree, and the mean leaf distributions.
 
@@ -628,13 +596,10 @@ def far_mass(
             float16, and their gradients as bfloat16.
         query_probs, key_probs: float32 `[B, H, M, L, p]`, `[B, H, S, L, p]`, `p**L` from 2 to 256. Any strides here and
             above.
-        local_order: int32 `[B, S]`, keys by local rank; None is the identity, and then there is no padding and
-            `local_end` rises along the queries.
-        document_start, local_start, local_end: int32 `[B, M]`, as in `topology_attention`, of these queries.
+        plan: of these M queries. A `local_order` of None also says that there is no padding and that `local_end` rises
+            along the queries.
         query_weight, key_weight: float32 `[B, M]`, `[B, S]`, >= 0, of tokens in the means. Weight 0 is padding: no
             probability of these tokens is read, and they get a gradient of 0.
-        num_sink_tokens: >= 0. scale: > 0, factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
         kept: float32 `[L, B, H, M]`, for the depths `1..L`; 0 in rows of padding (`local_start == local_end`).
@@ -644,27 +609,19 @@ def far_mass(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    layout = {"document_start": document_start, "local_start": local_start, "local_end": local_end}
     probs = {"query_probs": query_probs, "key_probs": key_probs}
     weights = {"query_weight": query_weight, "key_weight": key_weight}
-    _check_scores(q, k, num_sink_tokens, scale, softcap)
-    _check_tokens(q, k, probs, weights, local_order, layout)
+    _check_scores(q, k)
+    check_sinks(plan.num_sink_tokens)
+    check_scoring(scoring)
+    _check_tokens(q, k, probs, weights, plan)
     check_device("far_mass", q=q)
-    kept, query_mean, key_mean, _, _ = _far_mass(
-        q.detach(),
-        k.detach(),
-        *probs.values(),
-        local_order,
-        *layout.values(),
-        *weights.values(),
-        num_sink_tokens,
-        scale,
-        softcap,
-    )
+    arguments = *probs.values(), *weights.values(), *flat_local(plan, scoring)
+    kept, query_mean, key_mean, _, _ = _far_mass(q.detach(), k.detach(), *arguments)
     return kept, query_mean, key_mean
 
 
-def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, softcap: float | None) -> None:
+def _check_scores(q: Tensor, k: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k)):
         if tensor.ndim != 4 or tensor.numel() == 0:
             raise ValueError(f"{name} must have four dimensions, none of them 0, got {tuple(tensor.shape)}.")
@@ -680,19 +637,9 @@ def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, soft
         )
     if k.dtype != q.dtype:
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    check_scoring(scale, softcap)
 
 
-def _check_tokens(
-    q: Tensor,
-    k: Tensor,
-    probs: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    local_order: Tensor | None,
-    layout: dict[str, Tensor],
-) -> None:
+def _check_tokens(q: Tensor, k: Tensor, probs: dict[str, Tensor], weights: dict[str, Tensor], plan: LocalPlan) -> None:
     """Refuse what does not fit the checked q and k."""
     B, H, M = q.shape[:3]
     S = k.shape[2]
@@ -706,10 +653,10 @@ def _check_tokens(
         ("k", k, q.dtype, tuple(k.shape)),
         *((name, probs[name], torch.float32, (B, H, n, depth, arity)) for name, n in zip(probs, (M, S), strict=True)),
         *((name, weights[name], torch.float32, (B, n)) for name, n in zip(weights, (M, S), strict=True)),
-        *((name, tensor, torch.int32, (B, M)) for name, tensor in layout.items()),
+        *((name, getattr(plan, name), torch.int32, (B, M)) for name in ("document_start", "local_start", "local_end")),
     ]
-    if local_order is not None:
-        needs.append(("local_order", local_order, torch.int32, (B, S)))
+    if plan.local_order is not None:
+        needs.append(("local_order", plan.local_order, torch.int32, (B, S)))
     for name, tensor, dtype, shape in needs:
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")

@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .types import LocalPlan, Scoring
+
 INTERPRETED = triton.knobs.runtime.interpret  # read before the kernels are decorated
 
 
@@ -50,9 +52,10 @@ def stride_arguments(**tensors: tuple[Tensor, str]) -> dict[str, int]:
     }
 
 
-def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[str, int | float]:
+def score_arguments(head_dim: int, scoring: Scoring) -> dict[str, int | float]:
     """Head dimension and scores in base 2: `score * score_scale`, or `score_cap * tanh(score * score_scale)`."""
     log2e = 1 / math.log(2)
+    scale, softcap = scoring.scale, scoring.softcap
     return {
         "score_scale": scale * log2e if softcap is None else scale / softcap,
         "score_cap": 0.0 if softcap is None else softcap * log2e,
@@ -62,19 +65,45 @@ def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[
     }
 
 
-_DERIVED = WeakTensorKeyDictionary()  # of the last tensor: what it was derived from, and the result
+def tile_arguments(tile: Tile) -> dict[str, int | None]:
+    """What a kernel of one tile per program is launched with."""
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
+    }
 
 
-def derived(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: int) -> Any:
-    """`make(*tensors, *options)`, made once for tensors that many layers share: those of a local plan.
+def attention_arguments(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, tile: Tile) -> dict[str, Any]:
+    """What the hard attention's kernels, forward and backward, are launched with."""
+    return {
+        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
+        **score_arguments(q.shape[3], scoring),
+        **tile_arguments(tile),
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "H": q.shape[1],
+        "KV_GROUP": q.shape[1] // k.shape[1],
+    }
 
-    Kept for as long as the last of `tensors` lives and none of them is written to; so the result may not hold that one.
+
+_DERIVED = WeakTensorKeyDictionary()  # of a local_end: what was derived from its plan, and the result
+
+
+def derived(make: Callable[..., Any], plan: LocalPlan, *options: int) -> Any:
+    """`make(plan, *options)`, made once for what many layers share: the tensors of a local plan.
+
+    Kept for as long as `local_end` lives and none of the tensors is written to; so the result may not hold that one.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return make(*tensors, *options)
+        return make(plan, *options)
+    tensors = plan.local_order, plan.document_start, plan.local_start, plan.local_end
+    options_in_all = make, plan.num_sink_tokens, *options
     versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
     known = _DERIVED.setdefault(tensors[-1], {})
-    found = known.get((make, options))
+    found = known.get(options_in_all)
     if found is None or found[1] != versions or any(a is not b for a, b in zip(found[0], tensors[:-1], strict=True)):
-        found = known[make, options] = tensors[:-1], versions, make(*tensors, *options)
+        found = known[options_in_all] = tensors[:-1], versions, make(plan, *options)
     return found[2]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device
+from .checks import check_device, check_sinks
 
 MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 
@@ -387,8 +387,7 @@ def _check(tensors: dict[str, Tensor], max_balls: int, num_sink_tokens: int) -> 
             raise ValueError(f"{name} must be on query_address's device {query_address.device}, got {tensor.device}.")
     if not 1 <= max_balls <= MAX_BALLS:
         raise ValueError(f"max_balls must be from 1 to {MAX_BALLS}, got {max_balls}.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
+    check_sinks(num_sink_tokens)
     check_device("tree_plan", query_address=query_address)
 
 

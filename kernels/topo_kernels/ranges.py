@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .types import LocalPlan, Plan
+
 _ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
 
 
@@ -51,33 +53,25 @@ def inverse_ranges(range_start: Tensor, range_end: Tensor, num_keys: int) -> tup
     return first, torch.searchsorted(starts.contiguous(), rank, right=True, out_int32=True)
 
 
-def tree_ranges(
-    query_order: Tensor, range_start: Tensor, range_end: Tensor, key_order: Tensor
-) -> tuple[QueryRanges, Tensor]:
+def tree_ranges(plan: Plan) -> tuple[QueryRanges, Tensor]:
     """Turn the tree's ranges around.
 
     Returns:
         The ranges, and int32 `[B, R, S]`: the rank of each key in `key_order`, -1 if no query sees it.
     """
+    key_order = plan.key_order
     B, R, S = key_order.shape
-    first, last = inverse_ranges(range_start, range_end, S)
+    first, last = inverse_ranges(plan.range_start, plan.range_end, S)
     seen = first < last
     slot = torch.full((B, R, S + 1), -1, dtype=torch.int32, device=key_order.device)
     index = torch.where(seen, key_order, S).long()  # entries that are in no range share a column
     rank = torch.arange(S, dtype=torch.int32, device=key_order.device)
     slot.scatter_(2, index, torch.where(seen, rank, -1))
-    return QueryRanges(query_order, key_order, first, last), slot[..., :-1].contiguous()
+    return QueryRanges(plan.query_order, key_order, first, last), slot[..., :-1].contiguous()
 
 
 def local_ranges(
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_keys: int,
-    num_sink_tokens: int,
-    chunk: int,
-    block: int,
+    plan: LocalPlan, num_keys: int, chunk: int, block: int
 ) -> tuple[QueryRanges, QueryRanges | None, SinkChunks]:
     """Turn windows and sinks around: for each key, by local rank, the queries, by local rank, that see it.
 
@@ -93,11 +87,12 @@ def local_ranges(
         The local pass, the chunks' pass with `[B, 1, chunks * slots]` keys (None: no chunks), and where that leaves
         the sums.
     """
-    B, T = local_end.shape
-    real = local_start < local_end
-    own, query_order = torch.where(real, local_end - 1, _ABSENT).sort(-1)
-    starts = torch.where(real, local_start, _ABSENT).gather(1, query_order)
-    documents = torch.where(real, document_start, _ABSENT).gather(1, query_order)
+    local_order, num_sink_tokens = plan.local_order, plan.num_sink_tokens
+    B, T = plan.local_end.shape
+    real = plan.local_start < plan.local_end
+    own, query_order = torch.where(real, plan.local_end - 1, _ABSENT).sort(-1)
+    starts = torch.where(real, plan.local_start, _ABSENT).gather(1, query_order)
+    documents = torch.where(real, plan.document_start, _ABSENT).gather(1, query_order)
     query_order = query_order.int()[:, None]
     rank = torch.arange(num_keys, dtype=torch.int32, device=own.device).expand(B, num_keys).contiguous()
 
@@ -152,22 +147,15 @@ class FarRanges(NamedTuple):
     last: Tensor
 
 
-def far_ranges(
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    num_keys: int,
-) -> FarRanges:
+def far_ranges(plan: LocalPlan, num_keys: int) -> FarRanges:
     """The far keys of each query, between its document's sinks and its window, and the queries far from each key."""
-    start, end = torch.minimum(document_start + num_sink_tokens, local_start), local_start
+    start, end = torch.minimum(plan.document_start + plan.num_sink_tokens, plan.local_start), plan.local_start
     query_order = None
-    if local_order is None:
+    if plan.local_order is None:
         start, end = start.contiguous(), end.contiguous()
     else:
-        real = local_start < local_end
-        query_order = torch.where(real, local_end, _ABSENT).argsort(1)
+        real = plan.local_start < plan.local_end
+        query_order = torch.where(real, plan.local_end, _ABSENT).argsort(1)
         start, end = start.gather(1, query_order), torch.where(real, end, start).gather(1, query_order)
         query_order = query_order.int()
     first, last = inverse_ranges(start[:, None], end[:, None], num_keys)
