@@ -30,16 +30,17 @@ from topo_adapter.layout import SequenceLayout
 from topo_adapter.plan import Plan
 from topo_adapter.visibility import visible_pairs
 from topo_kernels import backward
-from topo_kernels.attention import Blocks
 from topo_kernels.backward import BackwardTiles, attention_backward
+from topo_kernels.launch import Tile
+from topo_kernels.types import flat
 
 # ---------------------------------------------------------------- running and comparing
 
 
 @contextmanager
 def tile(size: int, chunk: int) -> Iterator[None]:
-    blocks = Blocks(size, size, 4, 2)
-    tiles = BackwardTiles(blocks, blocks, Blocks(size, 16, 4, 2), chunk)
+    square = Tile(size, size, 4, 2)
+    tiles = BackwardTiles(square, square, Tile(size, 16, 4, 2), chunk)
     with mock.patch.object(backward, "choose_backward_tiles", lambda *_: tiles):
         yield
 
@@ -110,17 +111,7 @@ def differentiate(
             out,
             lse,
             dout,
-            plan.query_order,
-            plan.range_start,
-            plan.range_end,
-            plan.key_order,
-            plan.local_order,
-            plan.document_start,
-            plan.local_start,
-            plan.local_end,
-            plan.num_sink_tokens,
-            problem.scale,
-            problem.case.softcap,
+            *flat(plan, problem.scoring),
         )
 
 
@@ -349,8 +340,6 @@ def test_fake_implementation() -> None:
     problem = make(Case(length=20))
     plan, dout = problem.plan(), cotangent(problem)
     out, lse = forward(problem, dout)
-    arguments = [problem.q, problem.k, problem.v, out, lse, dout, *(getattr(plan, name) for name in PLAN_TENSORS)]
+    arguments = problem.q, problem.k, problem.v, out, lse, dout, *flat(plan, problem.scoring)
     with tile(64, 64):
-        torch.library.opcheck(
-            attention_backward, (*arguments, plan.num_sink_tokens, problem.scale, None), test_utils="test_faketensor"
-        )
+        torch.library.opcheck(attention_backward, arguments, test_utils="test_faketensor")

@@ -16,7 +16,7 @@ import torch
 from helpers import bridged, bridged_and_far_pairs, make_problem, widened
 from hypothesis import given, settings
 from peft import get_peft_model
-from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned
+from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned, whole
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,10 +29,11 @@ from topo_adapter.relaxation import bridged_attention, leaf_distribution
 from topo_adapter.router import RoleDigits, Routes
 from topo_adapter.tree import digits_to_address
 from topo_adapter.visibility import always_visible, visible_pairs
-from topo_kernels import backward, bridge, bridged_topology_attention, launch, topology_attention
-from topo_kernels.attention import Blocks, Tiles
+from topo_kernels import LocalTensors, backward, bridge, bridged_topology_attention, launch, topology_attention
+from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
+from topo_kernels.launch import Tile
 from topo_kernels.leaves import Rows
 
 MAX_GAP = relaxation._MAX_GAP
@@ -125,12 +126,12 @@ def make(case: Case, seed: int = 0) -> Problem:
 @contextmanager
 def tile(size: int) -> Iterator[None]:
     """Tiles of the bridge, and large ones of the attention's kernels: the interpreter pays per tile."""
-    blocks = Blocks(64, 64, 4, 2)
-    backwards = BackwardTiles(blocks, blocks, Blocks(64, 16, 4, 2), 64)
-    bridges = BridgeTiles(*[Blocks(size, size, 4, 2)] * 2)
+    square = Tile(64, 64, 4, 2)
+    backwards = BackwardTiles(square, square, Tile(64, 16, 4, 2), 64)
+    bridges = BridgeTiles(*[Tile(size, size, 4, 2)] * 2)
     with ExitStack() as stack:
         for module, name, tiles in (
-            (topo_kernels.attention, "choose_tiles", Tiles(blocks, blocks)),
+            (topo_kernels.attention, "choose_forward_tiles", ForwardTiles(square, square)),
             (backward, "choose_backward_tiles", backwards),
             (bridge, "choose_bridge_tiles", bridges),
         ):
@@ -151,7 +152,7 @@ def run(problem: Problem, tile_size: int | None = None, **changed: Any) -> tuple
     with ExitStack() as stack:
         if size is not None:
             stack.enter_context(tile(size))
-        out, far_pairs = bridged_topology_attention(**arguments)
+        out, far_pairs = bridged_topology_attention(**whole(arguments))
         gradients = torch.autograd.grad((out, far_pairs), probs, (dout, dpairs))
     return out.detach(), far_pairs.detach(), *gradients
 
@@ -321,13 +322,13 @@ def test_the_cap_binds() -> None:
 def test_attention_is_the_hard_one(case: Case) -> None:
     """`out`, dq, dk and dv have the bits of `topology_attention`, and are those of the definition."""
     problem = make(case)
-    plan, options = problem.plan(), problem.options
+    given = whole(problem.plan() | problem.options)
     probs = [t.requires_grad_() for t in (problem.query_probs, problem.key_probs)]
     results = []
     for attend, extra in ((topology_attention, {}), (bridged_topology_attention, {"max_gap": MAX_GAP})):
         q, k, v = inputs = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
         with tile(64):
-            out = attend(q, k, v, *(probs if extra else ()), **plan, **options, **extra)
+            out = attend(q, k, v, *(probs if extra else ()), **given, **extra)
             out = out[0] if extra else out
             results.append([out.detach(), *torch.autograd.grad(out, inputs, problem.dout)])
     exact = definition(problem)
@@ -449,7 +450,7 @@ def test_refuses(argument: str, change, message: str) -> None:
     arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs")}
     arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls}
     with pytest.raises(ValueError, match=message):
-        bridged_topology_attention(**(arguments | {argument: change(arguments[argument])}))
+        bridged_topology_attention(**whole(arguments | {argument: change(arguments[argument])}))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
@@ -457,18 +458,16 @@ def test_operators(masked: bool) -> None:
     """Fake implementations and autograd registration."""
     problem = make(Case(length=20, masked=masked))
     balls = problem.balls or (None, None)
-    plan = problem.plan()
-    tree = [plan[name] for name in ("query_order", "range_start", "range_end", "key_order")]
-    local = [plan[name] for name in ("local_order", "document_start", "local_start", "local_end")]
+    flat = *problem.plan().values(), 1.0, None
     qkv = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
     probs = [t.detach().clone().requires_grad_() for t in (problem.query_probs, problem.key_probs)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     with tile(64):
-        arguments = (*qkv, *probs, *balls, *tree, *local, 4, 1.0, None, 10.0)
+        arguments = (*qkv, *probs, *balls, 10.0, *flat)
         torch.library.opcheck(bridge._bridged_attention, arguments, test_utils=tests)
         statistics = problem.q, problem.q[..., 0].float().contiguous(), problem.dout, problem.dpairs
         fixed = [t.detach() for t in probs]
-        arguments = (*(t.detach() for t in qkv), *statistics, *fixed, *balls, *local, 4, 1.0, None, 10.0)
+        arguments = (*(t.detach() for t in qkv), *statistics, *fixed, *balls, 10.0, *flat[4:])
         torch.library.opcheck(bridge._bridge_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -490,19 +489,19 @@ def test_tiles_fit(dim: int, leaves: int, dtype: torch.dtype) -> None:
 def test_what_layers_share_is_derived_once() -> None:
     """Layers of one local plan turn its ranges around once; another plan, or one written to, has its own."""
     problem, made = make(Case(length=20, layout="packed")), []
-    tensors = tuple(problem.plan()[name] for name in ("local_order", "document_start", "local_start", "local_end"))
+    plan = LocalTensors(*(problem.plan()[name] for name in LocalTensors._fields))
 
     def ranges(*arguments: Any) -> object:
         made.append(arguments)
         return object()
 
-    first = launch.derived(ranges, tensors, 4, 20)
-    assert launch.derived(ranges, tensors, 4, 20) is first and len(made) == 1
-    assert launch.derived(ranges, tensors, 5, 20) is not first
-    assert launch.derived(ranges, (*tensors[:2], tensors[2].clone(), tensors[3]), 4, 20) is not first
-    first = launch.derived(ranges, tensors, 4, 20)
-    tensors[1].add_(1)
-    assert launch.derived(ranges, tensors, 4, 20) is not first and len(made) == 5
+    first = launch.derived(ranges, plan, 20)
+    assert launch.derived(ranges, plan, 20) is first and len(made) == 1
+    assert launch.derived(ranges, plan._replace(num_sink_tokens=5), 20) is not first
+    assert launch.derived(ranges, plan._replace(local_start=plan.local_start.clone()), 20) is not first
+    first = launch.derived(ranges, plan, 20)
+    plan.document_start.add_(1)
+    assert launch.derived(ranges, plan, 20) is not first and len(made) == 5
 
 
 @pytest.mark.parametrize("identity", [True, False])
@@ -528,9 +527,9 @@ def kernels(planning: bool = GPU) -> Iterator[mock.Mock]:
             stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
         if not GPU:
             stack.enter_context(tile(64))
-            blocks = topo_kernels.plan.choose_blocks
+            choose = topo_kernels.plan.choose_plan_tiles
             small = {"chunk": 64, "sort_warps": 1, "place": 64}
-            patch = mock.patch.object(topo_kernels.plan, "choose_blocks", lambda n: blocks(n)._replace(**small))
+            patch = mock.patch.object(topo_kernels.plan, "choose_plan_tiles", lambda n: choose(n)._replace(**small))
             stack.enter_context(patch)
         spy = mock.Mock(wraps=bridged_topology_attention)
         stack.enter_context(mock.patch.object(topo_kernels, "bridged_topology_attention", spy))

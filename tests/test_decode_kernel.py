@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topo_adapter.cache import Records, pack_records
 from topo_adapter.layout import contiguous_layout
+from topo_adapter.scoring import Scoring
 from topo_kernels import decode
 from topo_kernels.decode import decode_attention
 
@@ -49,8 +50,7 @@ class Step:
             "balls": self.balls,
             "local_window": case.window,
             "num_sink_tokens": case.sinks,
-            "scale": problem.scale,
-            "softcap": case.softcap,
+            "scoring": problem.scoring,
         }
 
 
@@ -92,9 +92,9 @@ def attend(step: Step, **changes: Any) -> Tensor:
 @contextmanager
 def small_tiles(max_chunks: int = 16) -> Iterator[None]:
     """Many tiles, chunks and splits in short caches."""
-    tiles = decode.Tiles(16, 1, 1, 6, map_keys=32, scan_keys=32, scan_warps=1)
+    tiles = decode.DecodeTiles(16, 1, 1, 6, map_keys=32, scan_keys=32, scan_warps=1)
     with (
-        mock.patch.object(decode, "choose_tiles", lambda *_: tiles),
+        mock.patch.object(decode, "choose_decode_tiles", lambda *_: tiles),
         mock.patch.object(decode, "_MAX_CHUNKS", max_chunks),
     ):
         yield
@@ -234,9 +234,9 @@ def test_every_ball(balls: int) -> None:
         *(t.to(DEVICE) for t in (q, k, v, query[None, None].int(), position, torch.zeros_like(position))),
         *(t.to(DEVICE) for t in (records.address, records.position, records.document)),
         torch.tensor([balls], dtype=torch.int32, device=DEVICE),
+        Scoring(1.0),
         local_window=1,
         num_sink_tokens=0,
-        scale=1.0,
     )
     seen = (query[:, None] % balls == key % balls).double()
     expected = seen @ v[0, 0].double() / seen.sum(1, keepdim=True).clamp(min=1)
@@ -377,8 +377,9 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_custom_op() -> None:
     given = step(replace(ONE, length=40, queries=(-2, None)))
-    arguments = tuple(given.arguments.values())
-    torch.library.opcheck(decode._decode, arguments, test_utils=("test_schema", "test_faketensor"))
+    *arguments, scoring = given.arguments.values()
+    arguments += [scoring.scale, scoring.softcap]
+    torch.library.opcheck(decode._decode, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
@@ -430,7 +431,7 @@ def test_compiles_without_a_break() -> None:
         ("balls", lambda t: t.repeat(3), r"balls must have shape \[R\] with R a divisor of q's 2 heads, got \(6,\)"),
         ("local_window", lambda n: 0, "local_window must be >= 1, got 0"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
-        ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
+        ("scoring", lambda _: Scoring(1.0, 0.0), "softcap must be None or > 0, got 0.0"),
     ],
 )
 def test_refuses(argument: str, change: Any, message: str) -> None:

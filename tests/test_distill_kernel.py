@@ -9,17 +9,19 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned
+from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned, whole
 from test_leaves_kernel import coarsened, leaves_by_definition, rows
 from torch import Tensor
 
 from topo_adapter.layout import SequenceLayout, causal_pairs
 from topo_adapter.plan import build_plan
 from topo_adapter.relaxation import scaled_scores
+from topo_adapter.scoring import Scoring
 from topo_adapter.visibility import always_visible
-from topo_kernels import distill, far_mass
-from topo_kernels.attention import Blocks
-from topo_kernels.distill import FarTiles, Layout, far_gradient, far_values, gradient_dtype, leaf_dtype
+from topo_kernels import LocalTensors, distill, far_mass
+from topo_kernels.distill import FarTiles, far_gradient, far_values
+from topo_kernels.launch import Tile
+from topo_kernels.leaves import gradient_dtype, leaf_dtype
 
 # ---------------------------------------------------------------- cases
 
@@ -65,8 +67,7 @@ class Problem:
         """The plan's local part for these queries."""
         ball = torch.zeros_like(self.key.position)[:, None], torch.zeros_like(self.query.position)[:, None]
         plan = build_plan(ball[1], ball[0], self.query, self.key, self.case.window, self.case.sinks)
-        names = ("local_order", "document_start", "local_start", "local_end")
-        ranges: dict[str, Tensor | None] = {name: getattr(plan, name) for name in names}
+        ranges: dict[str, Tensor | None] = {name: getattr(plan, name) for name in LocalTensors._fields[:-1]}
         return ranges | {"local_order": None} if self.case.identity else ranges
 
 
@@ -96,8 +97,8 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 @contextmanager
 def tile(size: int) -> Iterator[None]:
-    blocks = Blocks(size, size, 4, 2)
-    with mock.patch.object(distill, "choose_far_tiles", lambda *_: FarTiles(blocks, blocks)):
+    square = Tile(size, size, 4, 2)
+    with mock.patch.object(distill, "choose_far_tiles", lambda *_: FarTiles(square, square)):
         yield
 
 
@@ -106,12 +107,12 @@ def run(problem: Problem, tile_size: int | None = None, **tensors: Tensor | None
     size = tile_size or (None if GPU else 64)
     case = problem.case
     x = {"q": problem.q, "k": problem.k, "leaves": problem.leaves, "grad": problem.grad, **problem.ranges(), **tensors}
-    layout = Layout(*(x[name] for name in Layout._fields))
+    plan = LocalTensors(*(x[name] for name in LocalTensors._fields[:-1]), case.sinks)
     leaves, grad = x["leaves"].to(leaf_dtype(case.dtype)), x["grad"].to(gradient_dtype(case.dtype))
-    options = case.sinks, problem.scale, case.softcap
+    scoring = Scoring(problem.scale, case.softcap)
     with nullcontext() if size is None else tile(size):
-        values, local, lse = far_values(x["q"], x["k"], leaves.contiguous(), layout, *options)
-        return values, local, far_gradient(x["q"], x["k"], lse, grad.contiguous(), layout, *options)
+        values, local, lse = far_values(x["q"], x["k"], leaves.contiguous(), plan, scoring)
+        return values, local, far_gradient(x["q"], x["k"], lse, grad.contiguous(), plan, scoring)
 
 
 def formula(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +320,7 @@ def run_mass(mass: Mass, **changes: Tensor | tuple[Tensor, ...] | None) -> list[
     for name in ("query_probs", "key_probs"):
         arguments[name] = arguments[name].detach().requires_grad_()
     with nullcontext() if GPU else tile(64), nullcontext() if GPU else rows(32, 2):
-        outputs = far_mass(**arguments)
+        outputs = far_mass(**whole(arguments, LocalTensors))
         dprobs = torch.autograd.grad(outputs, [arguments["query_probs"], arguments["key_probs"]], grads)
     return [t.detach() for t in (*outputs, *dprobs)]
 
@@ -403,7 +404,7 @@ def test_far_mass_without_the_gradient_of_one_output(missing: int) -> None:
     arguments = mass.arguments()
     probs = [arguments[name].requires_grad_() for name in ("query_probs", "key_probs")]
     with tile(64), rows(32, 2):
-        outputs = far_mass(**arguments)
+        outputs = far_mass(**whole(arguments, LocalTensors))
         used = [i for i in range(3) if i != missing]
         found = torch.autograd.grad([outputs[i] for i in used], probs, [grads[i] for i in used])
     for got, right in zip(found, run_mass(mass, grads=grads)[3:], strict=True):
@@ -415,7 +416,7 @@ def test_far_mass_of_tied_probabilities() -> None:
     mass = replace(mass, query_probs=mass.key_probs)
     shared = mass.key_probs.clone().requires_grad_()
     with tile(64), rows(32, 2):
-        outputs = far_mass(**(mass.arguments() | {"query_probs": shared, "key_probs": shared}))
+        outputs = far_mass(**whole(mass.arguments() | {"query_probs": shared, "key_probs": shared}, LocalTensors))
         (found,) = torch.autograd.grad(outputs, shared, mass.grads)
     *_, query, key = run_mass(mass)
     torch.testing.assert_close(found, query + key, rtol=1e-5, atol=1e-6)  # other tiles
@@ -493,7 +494,7 @@ def test_no_gradient_to_queries_and_keys() -> None:
     arguments = mass.arguments()
     tensors = {name: arguments[name].clone().requires_grad_() for name in ("q", "k", "query_probs", "key_probs")}
     with tile(64), rows(32, 2):
-        kept, query_mean, key_mean = far_mass(**(arguments | tensors))
+        kept, query_mean, key_mean = far_mass(**whole(arguments | tensors, LocalTensors))
         (kept.sum() + query_mean.sum() + key_mean.sum()).backward()
     assert [t.grad is None for t in tensors.values()] == [True, True, False, False]
 
@@ -524,7 +525,7 @@ def test_no_gradient_to_queries_and_keys() -> None:
 def test_refuses(argument: str, change, message: str) -> None:
     arguments = make_mass(Case(length=20)).arguments()
     with pytest.raises(ValueError, match=message):
-        far_mass(**(arguments | {argument: change(arguments[argument])}))
+        far_mass(**whole(arguments | {argument: change(arguments[argument])}, LocalTensors))
 
 
 def test_operators() -> None:
@@ -532,7 +533,7 @@ def test_operators() -> None:
     mass = make_mass(Case(length=20), 2, 3)
     arguments = mass.arguments()
     probs = {name: arguments[name].contiguous().requires_grad_() for name in ("query_probs", "key_probs")}
-    names = ("q", "k", "query_probs", "key_probs", *Layout._fields, "query_weight", "key_weight")
+    names = ("q", "k", "query_probs", "key_probs", "query_weight", "key_weight", *LocalTensors._fields[:-1])
     inputs = [(arguments | probs)[name] for name in names]
     options = arguments["num_sink_tokens"], arguments["scale"], arguments["softcap"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -32,9 +32,10 @@ from topo_adapter.attention import hard_attention
 from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
 from topo_adapter.torch_attention import torch_attention
-from topo_kernels.attention import Blocks, Tiles
+from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
+from topo_kernels.launch import Tile
 from topo_kernels.leaves import Rows
 
 MODULES = (attention, objective, plan, relaxation, router)
@@ -49,24 +50,26 @@ def kernels() -> Iterator[None]:
         for module in MODULES:
             stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
         if DEVICE == "cpu":  # the interpreter pays per tile
-            small = BridgeTiles(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2))
+            small = BridgeTiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
             stack.enter_context(mock.patch.object(topo_kernels.bridge, "choose_bridge_tiles", lambda *_: small))
             stack.enter_context(mock.patch.object(topo_kernels.leaves, "choose_rows", lambda _: Rows(32, 2)))
-            blocks = Blocks(64, 64, 4, 2)
-            tiles = mock.patch.object(topo_kernels.attention, "choose_tiles", lambda *_: Tiles(blocks, blocks))
+            square = Tile(64, 64, 4, 2)
+            tiles = mock.patch.object(
+                topo_kernels.attention, "choose_forward_tiles", lambda *_: ForwardTiles(square, square)
+            )
             stack.enter_context(tiles)
-            backwards = BackwardTiles(blocks, blocks, Blocks(64, 16, 4, 2), 64)
+            backwards = BackwardTiles(square, square, Tile(64, 16, 4, 2), 64)
             tiles = mock.patch.object(topo_kernels.backward, "choose_backward_tiles", lambda *_: backwards)
             stack.enter_context(tiles)
             sizes = replace_blocks(chunk=64, sort_warps=1, place=64)
-            stack.enter_context(mock.patch.object(topo_kernels.plan, "choose_blocks", sizes))
-            decode = topo_kernels.decode.Tiles(16, 1, 1, 2, map_keys=32, scan_keys=32, scan_warps=1)
-            stack.enter_context(mock.patch.object(topo_kernels.decode, "choose_tiles", lambda *_: decode))
+            stack.enter_context(mock.patch.object(topo_kernels.plan, "choose_plan_tiles", sizes))
+            decode = topo_kernels.decode.DecodeTiles(16, 1, 1, 2, map_keys=32, scan_keys=32, scan_warps=1)
+            stack.enter_context(mock.patch.object(topo_kernels.decode, "choose_decode_tiles", lambda *_: decode))
         yield
 
 
 def replace_blocks(**sizes: int) -> Any:
-    choose = topo_kernels.plan.choose_blocks
+    choose = topo_kernels.plan.choose_plan_tiles
     return lambda max_balls: choose(max_balls)._replace(**sizes)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -14,8 +15,10 @@ from torch import Tensor
 from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan
 from topo_adapter.reference import reference_attention
+from topo_adapter.scoring import Scoring
 from topo_adapter.visibility import visible_pairs
-from topo_kernels import attention, topology_attention
+from topo_kernels import LocalTensors, PlanTensors, attention, topology_attention
+from topo_kernels.launch import Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -138,6 +141,10 @@ class Problem:
     def scale(self) -> float:
         return self.case.dim**-0.5
 
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.scale, self.case.softcap)
+
     def plan(self, extra_window: int = 0, extra_sinks: int = 0) -> Plan:
         window, sinks = self.case.window + extra_window, self.case.sinks + extra_sinks
         return build_plan(self.query_ball, self.key_ball, self.query, self.key, window, sinks)
@@ -171,8 +178,8 @@ def make(case: Case, seed: int = 0) -> Problem:
 
 @contextmanager
 def tile(size: int) -> Iterator[None]:
-    blocks = attention.Blocks(size, size, 4, 2)
-    with mock.patch.object(attention, "choose_tiles", lambda *_: attention.Tiles(blocks, blocks)):
+    square = Tile(size, size, 4, 2)
+    with mock.patch.object(attention, "choose_forward_tiles", lambda *_: attention.ForwardTiles(square, square)):
         yield
 
 
@@ -185,18 +192,16 @@ def attend(problem: Problem, plan: Plan | None = None, tile_size: int | None = N
             tensors.get("q", problem.q),
             tensors.get("k", problem.k),
             tensors.get("v", problem.v),
-            plan.query_order,
-            plan.range_start,
-            plan.range_end,
-            plan.key_order,
-            plan.local_order,
-            plan.document_start,
-            plan.local_start,
-            plan.local_end,
-            num_sink_tokens=plan.num_sink_tokens,
-            scale=problem.scale,
-            softcap=problem.case.softcap,
+            plan,
+            problem.scoring,
         )
+
+
+def whole(arguments: dict[str, Any], kind: type[PlanTensors] | type[LocalTensors] = PlanTensors) -> dict[str, Any]:
+    """Arguments with the parts of a plan and of a scoring among them, as public functions take them."""
+    parts = {name: arguments[name] for name in kind._fields}
+    rest = {name: value for name, value in arguments.items() if name not in (*parts, "scale", "softcap")}
+    return rest | {"plan": kind(**parts), "scoring": Scoring(arguments["scale"], arguments["softcap"])}
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -516,7 +521,7 @@ def test_refuses(argument: str, change, message: str) -> None:
     arguments = {name: getattr(plan, name) for name in (*PLAN_TENSORS, "num_sink_tokens")}
     arguments |= {"q": problem.q, "k": problem.k, "v": problem.v, "scale": 1.0, "softcap": None}
     with pytest.raises(ValueError, match=message):
-        topology_attention(**(arguments | {argument: change(arguments[argument])}))
+        topology_attention(**whole(arguments | {argument: change(arguments[argument])}))
 
 
 def test_refuses_wide_heads() -> None:

@@ -114,7 +114,7 @@ Tensors = tuple[Tensor, ...]  # query_order, range_start, range_end, key_order
 def chunks(size: int) -> Iterator[None]:
     """Chunks of so many tokens, so that a short sequence has several."""
     with mock.patch.object(
-        kernels, "choose_blocks", lambda _: kernels.Blocks(size, 1, 2, 16, 4, min(size, 32), min(size, 32) // 16)
+        kernels, "choose_plan_tiles", lambda _: kernels.PlanTiles(size, 1, 2, 16, 4, min(size, 32), min(size, 32) // 16)
     ):
         yield
 

@@ -11,6 +11,7 @@ from .backend import kernels_serve
 from .cache import Records
 from .layout import SequenceLayout
 from .plan import Plan
+from .scoring import Scoring
 from .torch_attention import scanned_attention, torch_attention
 from .visibility import visible_pairs
 
@@ -44,22 +45,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, so
     if _kernels_attend(q, k, v):
         from topo_kernels import topology_attention
 
-        return topology_attention(
-            q,
-            k,
-            v,
-            plan.query_order,
-            plan.range_start,
-            plan.range_end,
-            plan.key_order,
-            plan.local_order,
-            plan.document_start,
-            plan.local_start,
-            plan.local_end,
-            num_sink_tokens=plan.num_sink_tokens,
-            scale=scale,
-            softcap=softcap,
-        )
+        return topology_attention(q, k, v, plan, Scoring(scale, softcap))
     return torch_attention(q, k, v, plan, scale, softcap)
 
 
@@ -118,8 +104,7 @@ def decode_attention(
         key.position,
         key.document,
         balls,
+        Scoring(scale, softcap),
         local_window=local_window,
         num_sink_tokens=num_sink_tokens,
-        scale=scale,
-        softcap=softcap,
     )

@@ -12,6 +12,7 @@ from .layout import SequenceLayout, causal_pairs
 from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
+from .scoring import Scoring
 from .visibility import always_visible
 
 
@@ -155,23 +156,19 @@ def _triton_far_mass(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_torch_far_mass`."""
-    from topo_kernels import far_mass
+    from topo_kernels import LocalTensors, far_mass
 
     plan = local_plan(layout, layout, local_window, num_sink_tokens)
+    sampled = plan.document_start[:, rows], plan.start[:, rows], plan.end[:, rows]
     return far_mass(
         q,
         k,
         query_probs,
         key_probs,
-        plan.order,
-        plan.document_start[:, rows],
-        plan.start[:, rows],
-        plan.end[:, rows],
+        LocalTensors(plan.order, *sampled, num_sink_tokens),
         query_weight,
         key_weight,
-        num_sink_tokens=num_sink_tokens,
-        scale=scale,
-        softcap=softcap,
+        Scoring(scale, softcap),
     )
 
 

@@ -15,6 +15,7 @@ from .backend import kernels_serve, sent
 from .layout import SequenceLayout, causal_pairs
 from .plan import Plan, make_plan
 from .router import Routes
+from .scoring import Scoring
 from .tree import num_balls, role_balls
 from .visibility import always_visible
 
@@ -232,12 +233,12 @@ def _router_learns(routes: Routes | None) -> bool:
 def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arity: int, depths: Sequence[int]) -> bool:
     if not (kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
         return False
-    from topo_kernels.bridge import MAX_LEAVES
+    from topo_kernels import MAX_TILE_LEAVES
 
     if routes is None or not _router_learns(routes):
         return True
     deepest = max(_depths_in_the_tree(depths, routes.query.probs.shape[-2]))
-    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_LEAVES
+    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_TILE_LEAVES
 
 
 def _bridged_by_kernels(
@@ -266,17 +267,8 @@ def _bridged_by_kernels(
             v,
             levels_at_depths(query_probs, depths),
             levels_at_depths(routes.key.probs, depths),
-            plan.query_order,
-            plan.range_start,
-            plan.range_end,
-            plan.key_order,
-            plan.local_order,
-            plan.document_start,
-            plan.local_start,
-            plan.local_end,
-            num_sink_tokens=plan.num_sink_tokens,
-            scale=scale,
-            softcap=softcap,
+            plan,
+            Scoring(scale, softcap),
             max_gap=_MAX_GAP,
             balls=None if balls is None else (balls[0].int(), balls[1].int()),
         )

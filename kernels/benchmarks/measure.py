@@ -50,6 +50,7 @@ from transformers import HfArgumentParser
 from topo_adapter.cache import Records, pack_records
 from topo_adapter.layout import SequenceLayout, contiguous_layout
 from topo_adapter.router import TopologyRouter
+from topo_adapter.scoring import Scoring
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 8, 128, 4096
 ROUTER_DIM = 32
@@ -143,10 +144,9 @@ def decode(
 
     return decode_attention(
         *(q, k, v, query_address, query.position, query.document),
-        *(records.address, records.position, records.document, balls),
+        *(records.address, records.position, records.document, balls, Scoring(SCALE)),
         local_window=WINDOW,
         num_sink_tokens=SINKS,
-        scale=SCALE,
     )
 
 
@@ -160,7 +160,8 @@ def far_passes(q: Tensor, k: Tensor) -> tuple[Callable[[Tensor], Any], Callable[
 
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
     local = local_plan(layout, layout, WINDOW, SINKS)
-    options = kernels.Layout(local.order, local.document_start, local.start, local.end), SINKS, SCALE, None
+    plan = kernels.LocalTensors(local.order, local.document_start, local.start, local.end, SINKS)
+    options = plan, Scoring(SCALE)
 
     def forward(key_leaves: Tensor) -> Any:
         return kernels.far_values(q, k, key_leaves.to(kernels.leaf_dtype(q.dtype)), *options)

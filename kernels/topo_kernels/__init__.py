@@ -4,12 +4,20 @@ from .attention import topology_attention
 from .bridge import bridged_topology_attention
 from .decode import decode_attention
 from .distill import far_mass
+from .leaves import MAX_TILE_LEAVES
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
+from .types import LocalPlan, LocalTensors, Plan, PlanTensors, Scoring
 
 __all__ = [
     "MAX_ROUTER_WIDTH",
+    "MAX_TILE_LEAVES",
+    "LocalPlan",
+    "LocalTensors",
     "PackedRouter",
+    "Plan",
+    "PlanTensors",
+    "Scoring",
     "bridged_topology_attention",
     "decode_attention",
     "far_mass",

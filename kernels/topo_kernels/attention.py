@@ -14,27 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, check_device, check_qkv, score_arguments, stride_arguments
-
-_NEVER = tl.constexpr(2**31 - 1)  # above any rank
-_LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
-_TRUSTED = tl.constexpr(2.0**60)  # sums of exponentials relative to a fixed reference stay below this, or are redone
-_LOG2E = tl.constexpr(1 / math.log(2))
-
-
-@triton.jit
-def _tanh(b_x):
-    """tanh in float32: Cephes' polynomial near 0, where the quotient of exponentials cancels."""
-    b_z = b_x * b_x
-    b_poly = -5.70498872745e-3 * b_z + 2.06390887954e-2
-    b_poly = b_poly * b_z - 5.37397155531e-2
-    b_poly = b_poly * b_z + 1.33314422036e-1
-    b_poly = b_poly * b_z - 3.33332819422e-1
-    b_near = b_poly * b_z * b_x + b_x
-    # the tensor first: in the interpreter a constexpr times a tensor is a constexpr, which Triton 3.9 refuses
-    b_decay = tl.exp2(tl.abs(b_x) * (-2 * _LOG2E))  # in (0, 1]: never overflows
-    b_far = (1 - b_decay) / (1 + b_decay)
-    return tl.where(tl.abs(b_x) < 0.625, b_near, tl.where(b_x < 0, -b_far, b_far))
+from .backward import attention_backward
+from .checks import check_device, check_plan, check_qkv, check_scoring
+from .launch import INTERPRETED, Tile, attention_arguments
+from .primitives import LOWEST, NEVER, TRUSTED, tanh
+from .types import FLAT, LocalPlan, Plan, PlanTensors, Scores, Scoring, contiguous, flat
 
 
 @triton.jit
@@ -92,7 +76,7 @@ def _attend_run(
             b_kt = tl.load(p_kt, mask=m_d[:, None], other=0.0)
         b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
-            b_s = score_cap * _tanh(b_s * score_scale)
+            b_s = score_cap * tanh(b_s * score_scale)
         if EDGES == 2:
             # start <= rank < end in one comparison
             m_s = (o_rank[None, :] - b_start[:, None]).to(tl.uint32) < (b_end - b_start).to(tl.uint32)[:, None]
@@ -144,9 +128,9 @@ def _attend(
 ):
     """Go on with the softmax over each row's own range `[b_start, b_end)`."""
     b_end = tl.maximum(b_start, b_end)
-    b_first = tl.where(b_start < b_end, b_start, _NEVER)
+    b_first = tl.where(b_start < b_end, b_start, NEVER)
     lo = tl.min(b_first, 0)
-    while lo < _NEVER:
+    while lo < NEVER:
         # one run: grow it until the next row's range starts more than a tile away, so that a block which
         # straddles a ball nobody asks for jumps over that ball
         hi = lo
@@ -179,7 +163,7 @@ def _attend(
             FIXED,
             2,
         )
-        lo = tl.min(tl.where(b_first > hi, b_first, _NEVER), 0)
+        lo = tl.min(tl.where(b_first > hi, b_first, NEVER), 0)
     return b_acc, b_max, b_sum
 
 
@@ -245,7 +229,7 @@ def _local_kernel(
     p_v = v + i_b * stride_vb + i_kv * stride_vh
     p_order = local_order + i_b * S
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if PLAIN:  # windows and sinks of neighbours overlap: one run each, with scalar bounds
         p_last = i_b * T + tl.minimum(i_m * TOKENS + TOKENS, T) - 1
@@ -503,7 +487,7 @@ def _tree_kernel(
                 WIDE,
                 FIXED,
             )
-        if tl.max(b_sum, 0) >= _TRUSTED if FIXED else False:
+        if tl.max(b_sum, 0) >= TRUSTED if FIXED else False:
             b_acc = tl.load(p_out, mask=m_md, other=0.0).to(tl.float32)
             b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
             b_acc, b_max, b_sum = _attend(
@@ -532,55 +516,37 @@ def _tree_kernel(
         tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_md)
 
 
-class Blocks(NamedTuple):
-    """Tile of one program (rows x keys) and how it is compiled."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-
-class Tiles(NamedTuple):
+class ForwardTiles(NamedTuple):
     """Tiles of the two passes."""
 
-    local: Blocks
-    tree: Blocks
+    local: Tile
+    tree: Tile
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, hopper: bool) -> Tiles:
+def choose_forward_tiles(head_dim: int, dtype: torch.dtype, hopper: bool) -> ForwardTiles:
     """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
     if dtype == torch.float32:
-        return Tiles(Blocks(32, 16, 8, 2), Blocks(32, 16, 8, 2))
+        return ForwardTiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2))
     if head_dim > 128:
-        return Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 3))
+        return ForwardTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 3))
     # small tiles and, where operands come from shared memory, a cap on registers: four programs to a multiprocessor
     # hide each other's gathers
     cap = 128 if hopper else None
-    return Tiles(Blocks(64, 32, 4, 2, cap), Blocks(64, 32, 4, 3, cap))
+    return ForwardTiles(Tile(64, 32, 4, 2, cap), Tile(64, 32, 4, 3, cap))
 
 
 def _fixed_reference(dtype: torch.dtype) -> bool:
     """Whether exponentials may be taken relative to a score fixed beforehand.
 
     That spares the running maximum and the rescaling of the output, a third of the instructions of a tile. Sums that
-    outgrow `_TRUSTED` are done again with the running maximum. float16 has too little range for it.
+    outgrow `TRUSTED` are done again with the running maximum. float16 has too little range for it.
     """
     return dtype == torch.bfloat16
 
 
-def _launch_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> dict:
-    """What both kernels are launched with."""
-    return {
-        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
-        "T": q.shape[2],
-        "S": k.shape[2],
-        "H": q.shape[1],
-        "KV_GROUP": q.shape[1] // k.shape[1],
-        "WIDE": k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31,
-    }
+def _wide(k: Tensor, v: Tensor) -> bool:
+    """Whether offsets within a head do not fit an int32."""
+    return k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31
 
 
 def _heads_per_program(shared: int, rows: int) -> int:
@@ -588,257 +554,120 @@ def _heads_per_program(shared: int, rows: int) -> int:
     return max(n for n in range(1, max(1, rows // 8) + 1) if shared % n == 0)
 
 
-def local_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
-) -> tuple[Tensor, Tensor]:
+def local_pass(q: Tensor, k: Tensor, v: Tensor, plan: LocalPlan, scoring: Scoring, tile: Tile) -> tuple[Tensor, Tensor]:
     """Windows and sinks: `out` `[B, T, H, D]` in q's dtype, `lse` `[B, H, T]` fp32 base 2; 0 and -inf in padding."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    group = _heads_per_program(H // k.shape[1], blocks.m)
-    grid = (B * (H // group) * triton.cdiv(T, blocks.m // group),)
+    group = _heads_per_program(H // k.shape[1], tile.m)
+    grid = (B * (H // group) * triton.cdiv(T, tile.m // group),)
     with torch.cuda.device_of(q):
         _local_kernel[grid](
             q,
             k,
             v,
-            document_start if local_order is None else local_order,
-            document_start,
-            local_start,
-            local_end,
+            plan.document_start if plan.local_order is None else plan.local_order,
+            plan.document_start,
+            plan.local_start,
+            plan.local_end,
             out,
             lse,
-            num_sink_tokens=num_sink_tokens,
+            num_sink_tokens=plan.num_sink_tokens,
             GROUP=group,
-            BLOCK_M=blocks.m,
-            BLOCK_N=blocks.n,
             BLOCK_SINK=16,
-            PLAIN=local_order is None,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            maxnreg=blocks.max_registers,
-            **_launch_arguments(q, k, v, scale, softcap),
+            PLAIN=plan.local_order is None,
+            WIDE=_wide(k, v),
+            **attention_arguments(q, k, v, scoring, tile),
         )
     return out, lse
 
 
 def tree_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plain: bool,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor, scoring: Scoring, tile: Tile
 ) -> None:
     """Balls: merges them into `out` and `lse` of the local pass, in place."""
     B, H, T, _ = q.shape
-    kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
-    group = _heads_per_program(math.gcd(kv_group, route_group), blocks.m)
-    grid = (B * (H // group) * triton.cdiv(T, blocks.m // group),)
+    kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
+    group = _heads_per_program(math.gcd(kv_group, route_group), tile.m)
+    grid = (B * (H // group) * triton.cdiv(T, tile.m // group),)
     with torch.cuda.device_of(q):
         _tree_kernel[grid](
             q,
             k,
             v,
-            query_order,
-            range_start,
-            range_end,
-            key_order,
+            plan.query_order,
+            plan.range_start,
+            plan.range_end,
+            plan.key_order,
             out,
             lse,
             GROUP=group,
-            PLAIN=plain,
+            PLAIN=plan.local_order is None,
             FIXED=_fixed_reference(q.dtype),
             ROUTE_GROUP=route_group,
-            BLOCK_M=blocks.m,
-            BLOCK_N=blocks.n,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            maxnreg=blocks.max_registers,
-            **_launch_arguments(q, k, v, scale, softcap),
+            WIDE=_wide(k, v),
+            **attention_arguments(q, k, v, scoring, tile),
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], num_sink_tokens: int) -> None:
-    check_qkv(q, k, v)
-    B, H, T, _ = q.shape
-    S = k.shape[2]
-    routes = plan["query_order"].shape[1] if plan["query_order"].ndim == 3 else 0
-    if routes == 0 or H % routes:
-        raise ValueError(
-            f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
-            f"got {tuple(plan['query_order'].shape)}."
-        )
-    needs: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
-    needs |= {"key_order": (B, routes, S), "local_order": (B, S)}
-    needs |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
-    if plan["local_order"] is None:
-        del needs["local_order"]
-    for name, shape in needs.items():
-        if plan[name].shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(plan[name].shape)}.")
-        if plan[name].dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {plan[name].dtype}.")
-    for name, tensor in plan.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-
-
-@torch.library.custom_op("topo_kernels::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "topo_kernels::attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {FLAT}) -> (Tensor, Tensor)"
+)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Both passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    plan, scoring = contiguous(PlanTensors(*arguments[:-2])), Scores(*arguments[-2:])
     hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] == 9
-    tiles = choose_tiles(q.shape[3], q.dtype, hopper)
-    out, lse = local_pass(
-        q,
-        k,
-        v,
-        None if local_order is None else local_order.contiguous(),
-        document_start.contiguous(),
-        local_start.contiguous(),
-        local_end.contiguous(),
-        num_sink_tokens,
-        scale,
-        softcap,
-        tiles.local,
-    )
-    tree_pass(
-        q,
-        k,
-        v,
-        query_order.contiguous(),
-        range_start.contiguous(),
-        range_end.contiguous(),
-        key_order.contiguous(),
-        out,
-        lse,
-        local_order is None,
-        scale,
-        softcap,
-        tiles.tree,
-    )
+    tiles = choose_forward_tiles(q.shape[3], q.dtype, hopper)
+    out, lse = local_pass(q, k, v, plan, scoring, tiles.local)
+    tree_pass(q, k, v, plan, out, lse, scoring, tiles.tree)
     return out, lse
 
 
-@_attention.register_fake
-def _(q, k, v, *_plan):
+@attention_forward.register_fake
+def _(q, *_rest):
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *plan, num_sink_tokens, scale, softcap = inputs
-    ctx.save_for_backward(q, k, v, *output, *plan)
-    ctx.options = num_sink_tokens, scale, softcap
+    ctx.save_for_backward(*output, *inputs[:-3])
+    ctx.options = inputs[-3:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-    from .backward import attention_backward  # imports this module
-
-    q, k, v, out, lse, *plan = ctx.saved_tensors
+    out, lse, q, k, v, *plan = ctx.saved_tensors
     gradients = attention_backward(q, k, v, out.transpose(1, 2), lse, dout.transpose(1, 2), *plan, *ctx.options)
     return *gradients, *[None] * (len(plan) + len(ctx.options))
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+attention_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def topology_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    *,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
+def topology_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
     """Attention over the visible pairs of docs/method.md, section 2, executed as section 6 says.
 
-    The plan's tensors are those of `topo_adapter.plan.Plan`, int32 and contiguous or made so. Their values are
-    trusted: checking them would wait for the GPU. Differentiable in q, k and v (`backward.py`).
+    Differentiable in q, k and v (`backward.py`).
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
         k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
-        query_order, range_start, range_end: `[B, R, T]`, H a multiple of R; head `h` takes route `h // (H // R)`.
-            Sorted query `i` is query `query_order[i]` and sees `key_order[range_start[i]:range_end[i]]`.
-        key_order: `[B, R, S]`.
-        local_order: `[B, S]`; None is the identity, faster.
-        document_start, local_start, local_end: `[B, T]`; query `i` also sees `local_order[local_start:local_end]`
-            and `local_order[document_start:min(document_start + num_sink_tokens, local_start)]`.
-        num_sink_tokens: >= 0.
-        scale: > 0, factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
+        plan: its tensors are contiguous or made so. H a multiple of its R route heads: head `h` takes route
+            `h // (H // R)`.
 
     Returns:
-        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
-        (`local_start == local_end`) are 0.
+        `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries are 0.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    plan: dict[str, Any] = {
-        "query_order": query_order,
-        "range_start": range_start,
-        "range_end": range_end,
-        "key_order": key_order,
-        "local_order": local_order,
-        "document_start": document_start,
-        "local_start": local_start,
-        "local_end": local_end,
-    }
-    _check(q, k, v, plan, num_sink_tokens)
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    check_qkv(q, k, v)
+    check_plan(q, k, plan)
+    check_scoring(scoring)
     check_device("topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q)
-    out, _ = _attention(q, k, v, *plan.values(), num_sink_tokens, scale, softcap)
+    out, _ = attention_forward(q, k, v, *flat(plan, scoring))
     return out.transpose(1, 2)

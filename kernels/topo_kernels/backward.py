@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, Blocks, _check, _tanh
-from .launch import INTERPRETED, check_device, derived, score_arguments, stride_arguments
-
-_ABSENT = torch.iinfo(torch.int32).max  # sorts after every rank
+from .checks import check_device, check_plan, check_qkv
+from .launch import Tile, attention_arguments, derived, stride_arguments
+from .primitives import NEVER, tanh
+from .ranges import QueryRanges, SinkChunks, local_ranges, tree_ranges
+from .types import FLAT, PlanTensors, Scores, Scoring, contiguous
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _dq_run(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         b_t = b_s
         if HAS_CAP:
-            b_t = _tanh(b_s)
+            b_t = tanh(b_s)
             b_s = score_cap * b_t
         b_probs = tl.exp2(b_s - b_lse[:, None])
         if MASKED:
@@ -102,9 +103,9 @@ def _dq_ranges(
     HAS_CAP: tl.constexpr,
 ):
     """Add each row's own range `[b_start, b_end)`, in runs as `_attend` does."""
-    b_start = tl.where(b_start < b_end, b_start, _NEVER)
+    b_start = tl.where(b_start < b_end, b_start, NEVER)
     lo = tl.min(b_start, 0)
-    while lo < _NEVER:
+    while lo < NEVER:
         hi = lo
         reach = tl.max(tl.where(b_start <= lo, b_end, 0), 0)
         while reach > hi:
@@ -134,7 +135,7 @@ def _dq_ranges(
             HAS_CAP,
             True,
         )
-        lo = tl.min(tl.where(b_start > hi, b_start, _NEVER), 0)
+        lo = tl.min(tl.where(b_start > hi, b_start, NEVER), 0)
     return b_dq
 
 
@@ -226,8 +227,8 @@ def _dq_kernel(
         if TREE:
             b_delta = tl.load(delta + o_stat, mask=m_some, other=0.0)
             # whole tiles that every row sees, then what is left, as in the forward
-            lo = tl.min(tl.where(m_some, b_start, _NEVER), 0)
-            common = tl.minimum(tl.min(tl.where(m_row, b_end, _NEVER), 0), tl.max(b_end, 0))
+            lo = tl.min(tl.where(m_some, b_start, NEVER), 0)
+            common = tl.minimum(tl.min(tl.where(m_row, b_end, NEVER), 0), tl.max(b_end, 0))
             common = tl.where(tl.max(b_start, 0) == lo, tl.maximum(common - lo, 0) // BLOCK_N * BLOCK_N, 0)
             b_dq = _dq_run(
                 b_q,
@@ -354,7 +355,7 @@ def _dkdv_run(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
         b_t = b_s
         if HAS_CAP:
-            b_t = _tanh(b_s)
+            b_t = tanh(b_s)
             b_s = score_cap * b_t
         b_probs = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
@@ -466,7 +467,7 @@ def _dkdv_kernel(
         latest = tl.max(tl.where(m_some, b_first, 0), 0)
         common = tl.where(same, tl.maximum(top - latest, 0) // TOKENS * TOKENS, 0)
     b_rest = tl.minimum(b_last, top - common)
-    b_from = tl.where(b_first < b_rest, b_first, _NEVER)
+    b_from = tl.where(b_first < b_rest, b_first, NEVER)
 
     for i_h in range(0, HEADS, GROUP):
         o_h = (i_g * HEADS + i_h).to(tl.int64)
@@ -475,7 +476,7 @@ def _dkdv_kernel(
         p_lse = lse + (i_b * H + o_h) * T
         p_delta = delta + (i_b * H + o_h) * T
         lo = tl.min(b_from, 0)
-        while lo < _NEVER:
+        while lo < NEVER:
             # one run, as in `_attend`: the union of the keys' ranges has gaps where keys are sorted by ball
             hi = lo
             reach = tl.max(tl.where(b_from <= lo, b_rest, 0), 0)
@@ -510,7 +511,7 @@ def _dkdv_kernel(
                 HAS_CAP,
                 True,
             )
-            lo = tl.min(tl.where(b_from > hi, b_from, _NEVER), 0)
+            lo = tl.min(tl.where(b_from > hi, b_from, NEVER), 0)
         if not MERGE:
             b_dk, b_dv = _dkdv_run(
                 b_k,
@@ -554,7 +555,7 @@ def _dkdv_kernel(
         b_low = tl.load(chunk_first + i_b * S + o_n, mask=m_n, other=0)
         b_high = tl.load(chunk_last + i_b * S + o_n, mask=m_n, other=0)
         o_sink = tl.load(sink_index + i_b * S + o_n, mask=m_n, other=0)
-        for i_c in range(tl.min(tl.where(b_low < b_high, b_low, _NEVER), 0), tl.max(b_high, 0)):
+        for i_c in range(tl.min(tl.where(b_low < b_high, b_low, NEVER), 0), tl.max(b_high, 0)):
             m_chunk = ((b_low <= i_c) & (i_c < b_high))[:, None] & m_d[None, :]
             o_chunk = (((i_b * (H // KV_GROUP) + i_kv) * num_chunks + i_c) * num_slots + o_sink)[:, None] * D
             b_dk += tl.load(sink_dk + o_chunk + o_d[None, :], mask=m_chunk, other=0.0)
@@ -574,154 +575,21 @@ def _dkdv_kernel(
 class BackwardTiles(NamedTuple):
     """Tiles (queries x keys) of the three launches, and how many queries share a partial sum of the sinks."""
 
-    dq: Blocks
-    dkdv: Blocks
-    sink: Blocks
+    dq: Tile
+    dkdv: Tile
+    sink: Tile
     chunk: int
 
 
 def choose_backward_tiles(head_dim: int, dtype: torch.dtype) -> BackwardTiles:
     """Tiles that fit the 99 KB of shared memory every GPU from compute capability 8.0 on has."""
     if dtype == torch.float32:
-        small = Blocks(16, 16, 4, 2) if head_dim > 128 else Blocks(32, 32, 8, 2)
-        return BackwardTiles(small, small, Blocks(16, 16, 4, 2), 512)
+        small = Tile(16, 16, 4, 2) if head_dim > 128 else Tile(32, 32, 8, 2)
+        return BackwardTiles(small, small, Tile(16, 16, 4, 2), 512)
     if head_dim > 128:
-        return BackwardTiles(Blocks(64, 16, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 16, 4, 2), 512)
+        return BackwardTiles(Tile(64, 16, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 4, 2), 512)
     # as in the forward: several small programs to a multiprocessor hide each other's gathers
-    return BackwardTiles(Blocks(64, 32, 4, 3), Blocks(32, 64, 4, 3), Blocks(64, 16, 4, 2), 512)
-
-
-class QueryRanges(NamedTuple):
-    """The queries that see each of N keys: `query_order[first:last]`.
-
-    query_order: int32 `[B, R, T]`. first, last: int32 `[B, R, N]`.
-    key_order: int32 `[B, R, N]`, the keys; None for the identity.
-    """
-
-    query_order: Tensor
-    key_order: Tensor | None
-    first: Tensor
-    last: Tensor
-
-
-class SinkChunks(NamedTuple):
-    """Where the gradients of sinks are summed: slot `sink_index` of each chunk in `[chunk_first, chunk_last)`.
-
-    All int32 `[B, S]`, by local rank; an empty range for other keys.
-    """
-
-    chunk_first: Tensor
-    chunk_last: Tensor
-    sink_index: Tensor
-
-
-def inverse_ranges(range_start: Tensor, range_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """For each sorted key the sorted queries that see it: int32 `[B, R, S]` first, and one past the last.
-
-    Among the queries with a range that is not empty, starts and ends must rise. The others take the end before them
-    and the start after them, so that no key counts them.
-
-    Args:
-        range_start, range_end: int32 `[B, R, T]`; sorted query `i` sees the sorted keys `[start, end)`.
-    """
-    some = range_start < range_end
-    ends = torch.where(some, range_end, 0).cummax(-1).values
-    starts = torch.where(some, range_start, _ABSENT).flip(-1).cummin(-1).values.flip(-1)
-    rank = torch.arange(num_keys, dtype=torch.int32, device=starts.device)
-    rank = rank.expand(*starts.shape[:2], num_keys).contiguous()
-    first = torch.searchsorted(ends, rank, right=True, out_int32=True)
-    return first, torch.searchsorted(starts.contiguous(), rank, right=True, out_int32=True)
-
-
-def tree_ranges(
-    query_order: Tensor, range_start: Tensor, range_end: Tensor, key_order: Tensor
-) -> tuple[QueryRanges, Tensor]:
-    """Turn the tree's ranges around.
-
-    Returns:
-        The ranges, and int32 `[B, R, S]`: the rank of each key in `key_order`, -1 if no query sees it.
-    """
-    B, R, S = key_order.shape
-    first, last = inverse_ranges(range_start, range_end, S)
-    seen = first < last
-    slot = torch.full((B, R, S + 1), -1, dtype=torch.int32, device=key_order.device)
-    index = torch.where(seen, key_order, S).long()  # entries that are in no range share a column
-    rank = torch.arange(S, dtype=torch.int32, device=key_order.device)
-    slot.scatter_(2, index, torch.where(seen, rank, -1))
-    return QueryRanges(query_order, key_order, first, last), slot[..., :-1].contiguous()
-
-
-def local_ranges(
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_keys: int,
-    num_sink_tokens: int,
-    chunk: int,
-    block: int,
-) -> tuple[QueryRanges, QueryRanges | None, SinkChunks]:
-    """Turn windows and sinks around: for each key, by local rank, the queries, by local rank, that see it.
-
-    First come the queries with the key in their window; where the key is a sink, the rest of its document follows.
-    A chunk is `chunk` queries in a row. Its first query's document has the chunk to itself as far as its sinks are
-    concerned, so there is one set of sinks per chunk; documents that begin within a chunk are left to the local pass
-    there, at most `chunk` queries for each key.
-
-    Args:
-        block: slots of a chunk are a multiple of it, so that no block of slots lies in two chunks.
-
-    Returns:
-        The local pass, the chunks' pass with `[B, 1, chunks * slots]` keys (None: no chunks), and where that leaves
-        the sums.
-    """
-    B, T = local_end.shape
-    real = local_start < local_end
-    own, query_order = torch.where(real, local_end - 1, _ABSENT).sort(-1)
-    starts = torch.where(real, local_start, _ABSENT).gather(1, query_order)
-    documents = torch.where(real, document_start, _ABSENT).gather(1, query_order)
-    query_order = query_order.int()[:, None]
-    rank = torch.arange(num_keys, dtype=torch.int32, device=own.device).expand(B, num_keys).contiguous()
-
-    def count(values: Tensor, right: bool) -> Tensor:
-        return torch.searchsorted(values, rank, right=right, out_int32=True)
-
-    first, window, last = count(own, False), count(starts, True), count(documents, True)
-    begin = documents.gather(1, window.clamp(max=T - 1).long())  # of the document, if anything follows the window
-    sink = (window < last) & (rank - begin < num_sink_tokens)
-    zero = torch.zeros_like(rank)
-    key_order = None if local_order is None else local_order[:, None]
-    if num_sink_tokens == 0 or chunk >= T:
-        local = QueryRanges(query_order, key_order, first[:, None], torch.where(sink, last, window)[:, None])
-        return local, None, SinkChunks(zero, zero, zero)
-
-    num_chunks, num_slots = triton.cdiv(T, chunk), triton.cdiv(min(num_sink_tokens, num_keys), block) * block
-    begin = torch.where(sink, begin, 0)
-    # the first query of each key's document, and the first chunk that begins in it
-    document_first = torch.searchsorted(documents, begin.contiguous(), out_int32=True)
-    chunk_first = (document_first + chunk - 1) // chunk
-    chunk_last = (last + chunk - 1) // chunk
-    near = torch.where(sink, torch.maximum(window, torch.minimum(last, chunk_first * chunk)), window)
-    local = QueryRanges(query_order, key_order, first[:, None], near[:, None])
-    sums = SinkChunks(
-        torch.where(sink, chunk_first, 0), torch.where(sink, chunk_last, 0), torch.where(sink, rank - begin, 0)
-    )
-    # slot s of a chunk is sink s of the document of the chunk's first query
-    owner = documents[:, ::chunk]  # [B, chunks]
-    index = torch.arange(num_slots, dtype=torch.int32, device=own.device)
-    exists = (owner < _ABSENT)[..., None] & (index < num_sink_tokens)
-    place = torch.where(exists, owner[..., None] + index, num_keys).clamp(max=num_keys)
-    exists = (place < num_keys).flatten(1)
-    place = place.clamp(max=num_keys - 1).flatten(1).long()
-    begins = torch.arange(0, T, chunk, dtype=torch.int32, device=own.device)[:, None]
-    document_last = last.gather(1, owner.clamp(max=num_keys - 1).long())[..., None]
-    slot_first = torch.maximum(window.gather(1, place).view(B, num_chunks, num_slots), begins)
-    slot_last = torch.minimum(document_last, begins + chunk).expand_as(slot_first)
-    slot_last = torch.where(exists.view_as(slot_first), slot_last, 0)
-    slot_first, slot_last = (t.flatten(1)[:, None].contiguous() for t in (slot_first, slot_last))
-    keys = place.int() if local_order is None else local_order.gather(1, place)
-    chunks = QueryRanges(query_order, keys[:, None], slot_first, slot_last)
-    return local, chunks, sums
+    return BackwardTiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 16, 4, 2), 512)
 
 
 def _shared_heads(heads: int, rows: int) -> int:
@@ -729,56 +597,49 @@ def _shared_heads(heads: int, rows: int) -> int:
     return math.gcd(heads, max(1, rows // 8))
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, blocks: Blocks) -> dict:
-    """What both kernels are launched with."""
-    registers = {} if blocks.max_registers is None or INTERPRETED else {"maxnreg": blocks.max_registers}
-    return {
-        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
-        **registers,
-        "T": q.shape[2],
-        "S": k.shape[2],
-        "H": q.shape[1],
-        "KV_GROUP": q.shape[1] // k.shape[1],
-        "scale": scale,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
-    }
+class _Inputs(NamedTuple):
+    """What all launches read; see `attention_backward`. The last dimensions have stride 1, `lse` is contiguous."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    scoring: Scoring
 
 
-@torch.library.custom_op("topo_kernels::attention_backward", mutates_args=())
+class _Sums(NamedTuple):
+    """What the local pass of dk and dv adds: the tree's gradients and those of the sinks, chunk by chunk."""
+
+    tree_slot: Tensor
+    tree_dk: Tensor
+    tree_dv: Tensor
+    chunks: SinkChunks
+    sink_dk: Tensor
+    sink_dv: Tensor
+    num_chunks: int
+    num_slots: int
+
+
+@torch.library.custom_op(
+    "topo_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, {FLAT}) -> (Tensor, Tensor, Tensor)",
+)
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `topology_attention`.
 
-    The plan's values are trusted, as in the forward. Among the sorted queries whose tree range is not empty, both
-    ends of the ranges must rise; a `Plan`'s do. Entries of `query_order` with an empty range, and of `key_order` in
-    no range, may be anything.
+    Among the plan's sorted queries whose tree range is not empty, both ends of the ranges must rise. Entries of
+    `query_order` with an empty range, and of `key_order` in no range, may be anything.
 
     Args:
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. k, v: `[B, H_kv, S, D]`.
         out: `[B, H, T, D]`, q's dtype; lse: float32 `[B, H, T]`, base 2, of all visible keys: the forward's.
         dout: `[B, H, T, D]`, q's dtype: the gradient of `out`. Any strides here and above.
-        query_order ... softcap: as in `topology_attention`.
+        arguments: `flat(plan, scoring)` of `topology_attention`'s.
 
     Returns:
         dq `[B, H, T, D]`, dk and dv `[B, H_kv, S, D]` in q's dtype, the transposed views of contiguous
@@ -788,17 +649,9 @@ def attention_backward(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    plan: dict[str, Any] = {
-        "query_order": query_order,
-        "range_start": range_start,
-        "range_end": range_end,
-        "key_order": key_order,
-        "local_order": local_order,
-        "document_start": document_start,
-        "local_start": local_start,
-        "local_end": local_end,
-    }
-    _check(q, k, v, plan, num_sink_tokens)
+    plan, scoring = PlanTensors(*arguments[:-2]), Scores(*arguments[-2:])
+    check_qkv(q, k, v)
+    check_plan(q, k, plan)
     for name, tensor, shape, dtype in (
         ("out", out, q.shape, q.dtype),
         ("dout", dout, q.shape, q.dtype),
@@ -817,40 +670,24 @@ def attention_backward(
     if q.numel() == 0:
         return dq.transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
     q, k, v, out, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out, dout))
-    lse = lse.contiguous()
-    tree = (query_order.contiguous(), range_start.contiguous(), range_end.contiguous(), key_order.contiguous())
-    order = None if local_order is None else local_order.contiguous()
-    local = (document_start.contiguous(), local_start.contiguous(), local_end.contiguous())
+    inputs, plan = _Inputs(q, k, v, out, dout, lse.contiguous(), scoring), contiguous(plan)
     tiles = choose_backward_tiles(D, q.dtype)
-    kv_group, route_group = H // kv_heads, H // query_order.shape[1]
+    kv_group, route_group = H // kv_heads, H // plan.query_order.shape[1]
     shared = math.gcd(kv_group, route_group)  # heads that share route and keys
     with torch.cuda.device_of(q):
-        delta = _launch_dq(q, k, v, out, dout, lse, dq, tree, order, local, num_sink_tokens, scale, softcap, tiles.dq)
-        arguments = (q, k, v, dout, lse, delta)
-        by_key, tree_slot = tree_ranges(*tree)
+        delta = _launch_dq(inputs, plan, dq, tiles.dq)
+        by_key, tree_slot = tree_ranges(plan)
         tree_dk, tree_dv = q.new_empty(B, H // shared, S, D), q.new_empty(B, H // shared, S, D)
-        _launch_dkdv(*arguments, by_key, tree_dk, tree_dv, shared, scale, softcap, tiles.dkdv)
-        turned = S, num_sink_tokens, tiles.chunk, tiles.sink.n
-        by_rank, by_chunk, sums = derived(local_ranges, (order, *local), *turned)
-        sink_dk, sink_dv, num_slots = tree_dk, tree_dv, 0
+        _launch_dkdv(inputs, delta, by_key, tree_dk, tree_dv, shared, tiles.dkdv)
+        by_rank, by_chunk, chunks = derived(local_ranges, plan, S, tiles.chunk, tiles.sink.n)
+        sink_dk, sink_dv, num_chunks, num_slots = tree_dk, tree_dv, triton.cdiv(T, tiles.chunk), 0
         if by_chunk is not None:
             slots = by_chunk.first.shape[2]
-            num_slots = slots // triton.cdiv(T, tiles.chunk)
+            num_slots = slots // num_chunks
             sink_dk, sink_dv = torch.empty(2, B, kv_heads, slots, D, dtype=torch.float32, device=q.device)
-            _launch_dkdv(*arguments, by_chunk, sink_dk, sink_dv, kv_group, scale, softcap, tiles.sink)
-        _launch_dkdv(
-            *arguments,
-            by_rank,
-            dk.transpose(1, 2),
-            dv.transpose(1, 2),
-            kv_group,
-            scale,
-            softcap,
-            tiles.dkdv,
-            merge=(tree_slot, tree_dk, tree_dv, *sums, sink_dk, sink_dv),
-            num_slots=num_slots,
-            num_chunks=triton.cdiv(T, tiles.chunk),
-        )
+            _launch_dkdv(inputs, delta, by_chunk, sink_dk, sink_dv, kv_group, tiles.sink)
+        sums = _Sums(tree_slot, tree_dk, tree_dv, chunks, sink_dk, sink_dv, num_chunks, num_slots)
+        _launch_dkdv(inputs, delta, by_rank, dk.transpose(1, 2), dv.transpose(1, 2), kv_group, tiles.dkdv, sums)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -862,66 +699,40 @@ def _(q, k, v, *_rest):
     return like(q), like(k), like(v)
 
 
-def _launch_dq(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    tree: tuple[Tensor, Tensor, Tensor, Tensor],
-    order: Tensor | None,
-    local: tuple[Tensor, Tensor, Tensor],
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
-) -> Tensor:
+def _launch_dq(inputs: _Inputs, plan: PlanTensors, dq: Tensor, tile: Tile) -> Tensor:
     """Write dq, the local pass and then the tree, and return `delta` float32 `[B, H, T]`."""
+    q, k, v, out, dout, lse, scoring = inputs
     B, H, T, _ = q.shape
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    query_order, range_start, range_end, key_order = tree
-    document_start, local_start, local_end = local
-    kv_group, route_group = H // k.shape[1], H // query_order.shape[1]
-    arguments = _arguments(q, k, v, scale, softcap, blocks) | stride_arguments(o=(out, "bht"), g=(dout, "bht"))
-    arguments |= {"num_sink_tokens": num_sink_tokens, "BLOCK_SINK": 16}
-    group = _shared_heads(kv_group, blocks.m)
-    _dq_kernel[(B * (H // group) * triton.cdiv(T, blocks.m // group),)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        delta,
-        dq,
-        query_order,
-        document_start if order is None else order,
-        document_start,
-        local_start,
-        local_end,
+    kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
+    tensors = q, k, v, out, dout, lse, delta, dq, plan.query_order
+    arguments = {
+        **attention_arguments(q, k, v, scoring, tile),
+        **stride_arguments(o=(out, "bht"), g=(dout, "bht")),
+        "num_sink_tokens": plan.num_sink_tokens,
+        "scale": scoring.scale,
+        "BLOCK_SINK": 16,
+    }
+    group = _shared_heads(kv_group, tile.m)
+    _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
+        *tensors,
+        plan.document_start if plan.local_order is None else plan.local_order,
+        plan.document_start,
+        plan.local_start,
+        plan.local_end,
         GROUP=group,
         ROUTE_GROUP=H,
         TREE=False,
-        HAS_ORDER=order is not None,
+        HAS_ORDER=plan.local_order is not None,
         **arguments,
     )
-    group = _shared_heads(math.gcd(kv_group, route_group), blocks.m)
-    _dq_kernel[(B * (H // group) * triton.cdiv(T, blocks.m // group),)](
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        delta,
-        dq,
-        query_order,
-        key_order,
-        document_start,
-        range_start,
-        range_end,
+    group = _shared_heads(math.gcd(kv_group, route_group), tile.m)
+    _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
+        *tensors,
+        plan.key_order,
+        plan.document_start,
+        plan.range_start,
+        plan.range_end,
         GROUP=group,
         ROUTE_GROUP=route_group,
         TREE=True,
@@ -932,28 +743,23 @@ def _launch_dq(
 
 
 def _launch_dkdv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    lse: Tensor,
+    inputs: _Inputs,
     delta: Tensor,
     ranges: QueryRanges,
     dk: Tensor,
     dv: Tensor,
     heads: int,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
-    merge: tuple[Tensor, ...] | None = None,
-    num_chunks: int = 0,
-    num_slots: int = 0,
+    tile: Tile,
+    sums: _Sums | None = None,
 ) -> None:
-    """Write dk and dv `[B, H // heads, rows, D]` of N keys; `merge` are the sums that the local pass adds."""
+    """Write dk and dv `[B, H // heads, rows, D]` of N keys; with `sums` it is the local pass."""
+    q, k, v, _, dout, lse, scoring = inputs
     B, H = q.shape[:2]
     N, routes = ranges.first.shape[2], ranges.query_order.shape[1]
-    tree_slot, tree_dk, tree_dv, *sums = merge or (ranges.first, dk, dv, *[ranges.first] * 3, dk, dv)
-    _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, blocks.n),)](
+    unused = SinkChunks(ranges.first, ranges.first, ranges.first)
+    tree_slot, tree_dk, tree_dv, chunks, *sinks = sums or _Sums(ranges.first, dk, dv, unused, dk, dv, 0, 0)
+    sink_dk, sink_dv, num_chunks, num_slots = sinks
+    _dkdv_kernel[(B * (H // heads) * triton.cdiv(N, tile.n),)](
         q,
         k,
         v,
@@ -969,17 +775,20 @@ def _launch_dkdv(
         tree_slot,
         tree_dk,
         tree_dv,
-        *sums,
+        *chunks,
+        sink_dk,
+        sink_dv,
         N=N,
         num_chunks=num_chunks,
         num_slots=num_slots,
+        scale=scoring.scale,
         HEADS=heads,
-        GROUP=_shared_heads(heads, blocks.m),
+        GROUP=_shared_heads(heads, tile.m),
         ROUTE_GROUP=H // routes,
-        TREE_HEADS=heads if merge is None else H // tree_dk.shape[1],
+        TREE_HEADS=heads if sums is None else H // tree_dk.shape[1],
         TREE_ROUTE_GROUP=H // tree_slot.shape[1],
         HAS_ORDER=ranges.key_order is not None,
-        MERGE=merge is not None,
+        MERGE=sums is not None,
         **stride_arguments(g=(dout, "bht"), d=(dk, "bhs")),
-        **_arguments(q, k, v, scale, softcap, blocks),
+        **attention_arguments(q, k, v, scoring, tile),
     )

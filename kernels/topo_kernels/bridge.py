@@ -26,11 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _NEVER, Blocks, _attention, _check, _tanh
-from .backward import attention_backward, inverse_ranges
-from .distill import MAX_LEAVES
-from .launch import INTERPRETED, check_device, derived, score_arguments, stride_arguments
-from .leaves import leaf_distributions, leaf_gradient
+from .attention import attention_forward
+from .backward import attention_backward
+from .checks import check_device, check_plan, check_qkv, check_scoring
+from .launch import Tile, derived, score_arguments, shared_memory, stride_arguments
+from .leaves import MAX_TILE_LEAVES, gradient_dtype, leaf_distributions, leaf_gradient
+from .primitives import NEVER, tanh
+from .ranges import FarRanges, far_ranges
+from .types import FLAT, FLAT_LOCAL, LocalPlan, LocalTensors, Plan, PlanTensors, Scores, Scoring, flat
 
 
 @triton.jit
@@ -88,7 +91,7 @@ def _far_run(
         b_s = tl.dot(b_x, tl.trans(b_u), input_precision="ieee") * score_scale  # [BLOCK_R, BLOCK_C]
         b_t = tl.dot(b_y, tl.trans(b_w), input_precision="ieee")
         if HAS_CAP:
-            b_s = score_cap * _tanh(b_s)
+            b_s = score_cap * tanh(b_s)
         if BY_QUERY:
             b_gap = b_s - b_lse[:, None]
             b_t -= b_delta[:, None]
@@ -199,12 +202,12 @@ def _far_kernel(
 
     # whole tiles of columns that are far from every row, between two stretches that need masks. Rows that nothing is
     # far from bound no loop, take part in whole tiles, and are written as 0.
-    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    lo = tl.min(tl.where(m_some, b_first, NEVER), 0)
     hi = tl.max(tl.where(m_some, b_last, 0), 0)
     lo = tl.minimum(lo, hi)
     full = tl.max(tl.where(m_some, b_first, 0), 0)
     full = tl.minimum(lo + tl.cdiv(full - lo, BLOCK_C) * BLOCK_C, hi)
-    rest = tl.min(tl.where(m_some, b_last, _NEVER), 0)
+    rest = tl.min(tl.where(m_some, b_last, NEVER), 0)
     rest = full + tl.maximum(tl.minimum(rest, hi) - full, 0) // BLOCK_C * BLOCK_C
     for i_part in tl.static_range(3):
         if i_part == 0:
@@ -259,8 +262,8 @@ def _far_kernel(
 class BridgeTiles(NamedTuple):
     """Tiles (queries x keys) of the two launches: a block of queries per program, a block of keys per program."""
 
-    query: Blocks
-    key: Blocks
+    query: Tile
+    key: Tile
 
 
 def choose_bridge_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memory: int) -> BridgeTiles:
@@ -276,56 +279,34 @@ def choose_bridge_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_m
         return item * (2 * rows * width + stages * columns * (2 * width + values)) + 2048
 
     rows, columns, num_warps, num_stages = next((t for t in tiles if size(*t) <= shared_memory), tiles[-1])
-    return BridgeTiles(Blocks(rows, columns, num_warps, num_stages), Blocks(columns, rows, num_warps, num_stages))
+    return BridgeTiles(Tile(rows, columns, num_warps, num_stages), Tile(columns, rows, num_warps, num_stages))
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have; what every GPU from compute capability 8.0 on has, if interpreted."""
-    if INTERPRETED:
-        return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+class _FarPairs(NamedTuple):
+    """The far pairs, and which tokens have any: float32 `[B, T]` and `[B, S]`, by index, 1 or 0."""
+
+    ranges: FarRanges
+    some_key: Tensor
+    some_query: Tensor
 
 
-class _FarRanges(NamedTuple):
-    """Both sides of the far pairs, by local rank: of each query the range of keys, of each key the range of queries."""
-
-    query_order: Tensor | None  # [B, T], padding last; None: the identity
-    start: Tensor  # [B, T]
-    end: Tensor
-    first: Tensor  # [B, 1, S]
-    last: Tensor
-    some_key: Tensor  # float32 [B, T], by index: 1 where the query has far keys
-    some_query: Tensor  # float32 [B, S], by index
-
-
-def _far_ranges(
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    num_keys: int,
-) -> _FarRanges:
-    start, end = torch.minimum(document_start + num_sink_tokens, local_start), local_start
-    query_order = None
-    if local_order is None:
-        start, end = start.contiguous(), end.contiguous()
-    else:
-        real = local_start < local_end
-        query_order = torch.where(real, local_end, torch.iinfo(torch.int32).max).argsort(1)
-        start, end = start.gather(1, query_order), torch.where(real, end, start).gather(1, query_order)
-    first, last = inverse_ranges(start[:, None], end[:, None], num_keys)
+def _far_pairs(plan: LocalPlan, num_keys: int) -> _FarPairs:
+    ranges = far_ranges(plan, num_keys)
 
     def by_index(some: Tensor, order: Tensor | None) -> Tensor:
         some = some.float()
         return some if order is None else torch.zeros_like(some).scatter_(1, order.long(), some)
 
-    some_key, some_query = by_index(start < end, query_order), by_index((first < last)[:, 0], local_order)
-    order = None if query_order is None else query_order.int()
-    return _FarRanges(order, start, end, first, last, some_key, some_query)
+    some_key = by_index(ranges.start < ranges.end, ranges.query_order)
+    return _FarPairs(ranges, some_key, by_index((ranges.first < ranges.last)[:, 0], plan.local_order))
 
 
-@torch.library.custom_op("topo_kernels::bridge_gradients", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::bridge_gradients",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor dpairs, Tensor query_probs, "
+    f"Tensor key_probs, Tensor? query_ball, Tensor? key_ball, float max_gap, {FLAT_LOCAL}) -> (Tensor, Tensor)",
+)
 def _bridge_gradients(
     q: Tensor,
     k: Tensor,
@@ -338,44 +319,35 @@ def _bridge_gradients(
     key_probs: Tensor,
     query_ball: Tensor | None,
     key_ball: Tensor | None,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
     max_gap: float,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the query and key probabilities, float32 and in their shapes, of checked arguments."""
+    plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     B, H, T, D = q.shape
     S, V = k.shape[2], query_probs.shape[4] ** query_probs.shape[3]
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
     delta = (out.float() * dout.float()).sum(-1).contiguous()
     dpairs = dpairs.float().contiguous()  # an expanded scalar, as a rule
-    # dS needs bfloat16's range, which the interpreter does not have
-    half = torch.float32 if INTERPRETED else torch.bfloat16
-    dtype = torch.float32 if q.dtype == torch.float32 else half
-    local = local_order, document_start, local_start, local_end
-    far = derived(_far_ranges, local, num_sink_tokens, S)
-    query_order, start, end, first, last = far[:5]
+    far = derived(_far_pairs, plan, S)
+    query_order, start, end, first, last = far.ranges
     with torch.cuda.device_of(q):
         query_leaves, key_leaves = (
-            leaf_distributions(probs, some, dtype)[0]
+            leaf_distributions(probs, some, gradient_dtype(q.dtype))[0]  # they meet dS
             for probs, some in ((query_probs, far.some_key), (key_probs, far.some_query))
         )
-    key_order = None if local_order is None else local_order.contiguous()
+    key_order = None if plan.local_order is None else plan.local_order.contiguous()
     dquery = torch.empty(B, H, T, V, dtype=torch.float32, device=q.device)
     dkey = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
-    tiles = choose_bridge_tiles(D, V, q.dtype, _shared_memory(q.device))
+    tiles = choose_bridge_tiles(D, V, q.dtype, shared_memory(q.device))
     queries, keys = (q, dout, query_order, query_ball), (k, v, key_order, key_ball)
-    for by_query, rows, columns, leaves, ranges, gradient, blocks in (
+    for by_query, rows, columns, leaves, ranges, gradient, tile in (
         (True, queries, keys, key_leaves, (start, end), dquery, tiles.query),
         (False, keys, queries, query_leaves, (first, last), dkey, tiles.key),
     ):
         x, y, row_order, row_ball = rows
         u, w, column_order, column_ball = columns
-        block_r, block_c = (blocks.m, blocks.n) if by_query else (blocks.n, blocks.m)
+        block_r, block_c = (tile.m, tile.n) if by_query else (tile.n, tile.m)
         with torch.cuda.device_of(q):
             _far_kernel[(B * H * triton.cdiv(x.shape[2], block_r),)](
                 x,
@@ -402,12 +374,12 @@ def _bridge_gradients(
                 BLOCK_R=block_r,
                 BLOCK_C=block_c,
                 BY_QUERY=by_query,
-                HAS_ORDER=local_order is not None,
+                HAS_ORDER=plan.local_order is not None,
                 HAS_BALLS=query_ball is not None,
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
                 **stride_arguments(x=(x, "bhr"), y=(y, "bhr"), u=(u, "bhc"), w=(w, "bhc")),
-                **score_arguments(D, scale, softcap),
+                **score_arguments(D, scoring),
             )
     nothing = dquery.new_zeros(H, V)
     with torch.cuda.device_of(q):
@@ -422,7 +394,12 @@ def _(q, k, v, out, lse, dout, dpairs, query_probs, key_probs, *_rest):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query_probs, key_probs))
 
 
-@torch.library.custom_op("topo_kernels::bridged_attention", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::bridged_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor query_probs, Tensor key_probs, Tensor? query_ball, Tensor? key_ball, "
+    f"float max_gap, {FLAT}) -> (Tensor, Tensor, Tensor)",
+)
 def _bridged_attention(
     q: Tensor,
     k: Tensor,
@@ -431,24 +408,13 @@ def _bridged_attention(
     key_probs: Tensor,
     query_ball: Tensor | None,
     key_ball: Tensor | None,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
     max_gap: float,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hard attention, which no probability enters: `out` `[B, T, H, D]`, `lse` `[B, H, T]`, far pairs `[H]`."""
-    tree = query_order, range_start, range_end, key_order
-    local = local_order, document_start, local_start, local_end
-    out, lse = _attention(q, k, v, *tree, *local, num_sink_tokens, scale, softcap)
-    pairs = (range_end - range_start).sum((0, 2)).float()
+    out, lse = attention_forward(q, k, v, *arguments)
+    plan = PlanTensors(*arguments[:-2])
+    pairs = (plan.range_end - plan.range_start).sum((0, 2)).float()
     return out, lse, pairs.repeat_interleave(q.shape[1] // pairs.shape[0])
 
 
@@ -459,9 +425,8 @@ def _(q, *_rest):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, num_sink_tokens, scale, softcap, max_gap = inputs
-    ctx.save_for_backward(*output[:2], *tensors)
-    ctx.options, ctx.max_gap = (num_sink_tokens, scale, softcap), max_gap
+    tensors, ctx.max_gap, plan, ctx.options = inputs[:7], inputs[7], inputs[8:-3], inputs[-3:]
+    ctx.save_for_backward(*output[:2], *tensors, *plan)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -474,7 +439,7 @@ def _gradients(ctx: Any, dout: Tensor, _: Any, dpairs: Tensor) -> tuple[Any, ...
         of_attention = attention_backward(q, k, v, out, lse, dout, *plan, *ctx.options)
     if any(ctx.needs_input_grad[3:5]):
         tree = query_probs, key_probs, query_ball, key_ball
-        of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *tree, *plan[4:], *ctx.options, ctx.max_gap)
+        of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *tree, ctx.max_gap, *plan[4:], *ctx.options)
     return *of_attention, *of_probs, *[None] * (len(plan) + 6)
 
 
@@ -487,18 +452,9 @@ def bridged_topology_attention(
     v: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    query_order: Tensor,
-    range_start: Tensor,
-    range_end: Tensor,
-    key_order: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
+    plan: Plan,
+    scoring: Scoring,
     *,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
     max_gap: float,
     balls: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -513,8 +469,8 @@ def bridged_topology_attention(
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
         k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv.
         query_probs, key_probs: float32 `[B, H, T, L, p]` and `[B, H, S, L, p]`, `p**L` from 1 to 256; any strides.
-        query_order ... softcap: as in `topology_attention`. A `local_order` of None also says that there is no padding
-            and that `local_end` rises along the queries.
+        plan, scoring: as in `topology_attention`. A `local_order` of None also says that there is no padding and that
+            `local_end` rises along the queries.
         max_gap: a far key's score counts in the gradient as at most the log-sum-exp of the query's visible scores plus
             `max_gap`: a hidden key that the dense model attends to would otherwise have an unbounded weight.
         balls: None, or int32 `[B, H, T]` of the queries and `[B, H, S]` of the keys: the gradient of `out` then reaches
@@ -530,22 +486,10 @@ def bridged_topology_attention(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    plan: dict[str, Any] = {
-        "query_order": query_order,
-        "range_start": range_start,
-        "range_end": range_end,
-        "key_order": key_order,
-        "local_order": local_order,
-        "document_start": document_start,
-        "local_start": local_start,
-        "local_end": local_end,
-    }
-    _check(q, k, v, plan, num_sink_tokens)
+    check_qkv(q, k, v)
+    check_plan(q, k, plan)
     _check_probs(q, k, query_probs, key_probs)
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    check_scoring(scoring)
     if not 0 <= max_gap <= 60:
         raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
     for name, ball, probs in zip(("queries", "keys"), balls or (), (query_probs, key_probs), strict=False):
@@ -557,10 +501,9 @@ def bridged_topology_attention(
     check_device("bridged_topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros(q.shape[1], device=q.device)
-    options = num_sink_tokens, scale, softcap, max_gap
     query_ball, key_ball = (None, None) if balls is None else (ball.contiguous() for ball in balls)
     tree = query_probs, key_probs, query_ball, key_ball
-    out, _, pairs = _bridged_attention(q, k, v, *tree, *plan.values(), *options)
+    out, _, pairs = _bridged_attention(q, k, v, *tree, max_gap, *flat(plan, scoring))
     return out.transpose(1, 2), pairs
 
 
@@ -568,10 +511,10 @@ def _check_probs(q: Tensor, k: Tensor, query_probs: Tensor, key_probs: Tensor) -
     levels = query_probs.shape[3:]
     for name, tensor, length in (("query_probs", query_probs, q.shape[2]), ("key_probs", key_probs, k.shape[2])):
         expected = (*q.shape[:2], length, *levels)
-        if tensor.ndim != 5 or tensor.shape != expected or not 1 <= levels[1] ** levels[0] <= MAX_LEAVES:
+        if tensor.ndim != 5 or tensor.shape != expected or not 1 <= levels[1] ** levels[0] <= MAX_TILE_LEAVES:
             raise ValueError(
-                f"{name} must have shape {[*expected[:3], 'L', 'p']} with p**L from 1 to {MAX_LEAVES}, the same for "
-                f"queries and keys, got {list(tensor.shape)}."
+                f"{name} must have shape {[*expected[:3], 'L', 'p']} with p**L from 1 to {MAX_TILE_LEAVES}, the same "
+                f"for queries and keys, got {list(tensor.shape)}."
             )
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {tensor.dtype}.")

@@ -19,18 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _tanh
-from .launch import (
-    check_device,
-    check_qkv,
-    let_next_start,
-    overlap,
-    score_arguments,
-    stride_arguments,
-    wait_for_previous,
-)
+from .checks import check_device, check_qkv, check_sinks, check_softcap
+from .launch import overlap, score_arguments, stride_arguments
+from .primitives import LOWEST, let_next_start, tanh, wait_for_previous
+from .types import Scores, Scoring
 
-_LOWEST = tl.constexpr(-1e30)  # below any score; finite, because -inf - -inf is NaN
 _MAX_CHUNKS = 256  # a program of the attend kernel holds the counts of all chunks
 _MAX_HEADS = 16  # per list: one bit each in the upper half of an entry, one row each of the smallest matrix product
 _MAX_SPLITS = 128
@@ -234,7 +227,7 @@ def _attend_kernel(
     p_k = k + i_b * stride_kb + i_kv * stride_kh
     p_v = v + i_b * stride_vb + i_kv * stride_vh
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     o_map = tl.arange(0, MAP)
     for i_map in range(lo, hi, MAP):
@@ -257,7 +250,7 @@ def _attend_kernel(
             b_v = tl.load(p_vt, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_s = tl.dot(b_q, b_kt, input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
             if HAS_CAP:
-                b_s = score_cap * _tanh(b_s)
+                b_s = score_cap * tanh(b_s)
             m_s = m_n[None, :]
             if BITS > 1:
                 b_entry = tl.gather(b_entries, o_map_n, 0)
@@ -306,7 +299,7 @@ def _combine_kernel(
     m_s = o_s < splits
     wait_for_previous(OVERLAP)
     b_sum = tl.load(split_sum + i_in * splits + o_s, mask=m_s, other=0.0)
-    b_max = tl.load(split_max + i_in * splits + o_s, mask=m_s, other=_LOWEST)
+    b_max = tl.load(split_max + i_in * splits + o_s, mask=m_s, other=LOWEST)
     m_some = b_sum > 0
     b_weight = tl.where(m_some, tl.exp2(b_max - tl.max(b_max, 0)), 0.0)
     p_split = split_out + (i_in * splits + o_s)[:, None] * D + o_d[None, :]
@@ -317,7 +310,7 @@ def _combine_kernel(
     tl.store(out + o_out * D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < D)
 
 
-class Tiles(NamedTuple):
+class DecodeTiles(NamedTuple):
     """Work of one program and how it is compiled."""
 
     attend_keys: int
@@ -329,11 +322,11 @@ class Tiles(NamedTuple):
     scan_warps: int = 4
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+def choose_decode_tiles(head_dim: int, dtype: torch.dtype) -> DecodeTiles:
     """Tiles of about 16 KB of K and V each: several programs share a processor and hide each other's latency."""
     if dtype == torch.float32:
-        return Tiles(32 if head_dim <= 128 else 16, 8, 2, 2)
-    return Tiles(64 if head_dim <= 128 else 32, 4, 2, 3)
+        return DecodeTiles(32 if head_dim <= 128 else 16, 8, 2, 2)
+    return DecodeTiles(64 if head_dim <= 128 else 32, 4, 2, 3)
 
 
 def _heads_per_list(group: int) -> int:
@@ -367,7 +360,7 @@ def _decode(
     query = [t.contiguous() for t in (query_address, query_position, query_document)]
     B, H, T, D = q.shape
     S, R = k.shape[2], balls.shape[0]
-    tiles = choose_tiles(D, q.dtype)
+    tiles = choose_decode_tiles(D, q.dtype)
     kv_group, route_group = H // k.shape[1], H // R
     heads = _heads_per_list(kv_group)
     lists = H // heads
@@ -433,7 +426,7 @@ def _decode(
             split_max,
             split_sum,
             **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
-            **score_arguments(D, scale, softcap),
+            **score_arguments(D, Scores(scale, softcap)),
             T=T,
             chunks=chunks,
             chunk=chunk,
@@ -521,11 +514,10 @@ def decode_attention(
     key_position: Tensor,
     key_document: Tensor,
     balls: Tensor,
+    scoring: Scoring,
     *,
     local_window: int,
     num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention of new tokens over a cache, over the visible pairs of docs/method.md, section 2.
 
@@ -548,8 +540,6 @@ def decode_attention(
         balls: int32 `[R]`, number of balls at each route's visible depth, 1 (dense) to 2^15: the ball of an address is
             its remainder by this.
         local_window: >= 1. num_sink_tokens: >= 0.
-        scale: factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
         `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries are 0.
@@ -561,10 +551,8 @@ def decode_attention(
     query = {"query_address": query_address, "query_position": query_position, "query_document": query_document}
     key = {"key_address": key_address, "key_position": key_position, "key_document": key_document}
     _check(q, k, v, query, key, balls, local_window)
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    check_sinks(num_sink_tokens)
+    check_softcap(scoring.softcap)
     check_device("decode_attention", q=q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError(
@@ -573,6 +561,6 @@ def decode_attention(
         )
     if q.numel() == 0:
         return torch.empty_like(q)
-    options = (local_window, num_sink_tokens, scale, softcap)
+    options = (local_window, num_sink_tokens, scoring.scale, scoring.softcap)
     out = _decode(q, k, v, *query.values(), *key.values(), balls, *options)
     return out.transpose(1, 2)

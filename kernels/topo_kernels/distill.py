@@ -11,20 +11,27 @@ them to the kept mass. It owns the gradient of the whole chain, so that few tens
 forward the keys' distributions and the values, backward the gradients of both.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _LOWEST, _NEVER, Blocks, _tanh
-from .backward import inverse_ranges
-from .launch import INTERPRETED, check_device, score_arguments, stride_arguments
-from .leaves import kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
-
-#: Wider leaf distributions do not fit a tile.
-MAX_LEAVES = 256
+from .checks import check_device, check_scoring, check_sinks
+from .launch import Tile, score_arguments, shared_memory, stride_arguments, tile_arguments
+from .leaves import (
+    MAX_TILE_LEAVES,
+    gradient_dtype,
+    kept_gradient,
+    kept_of_values,
+    leaf_distributions,
+    leaf_dtype,
+    leaf_gradient,
+)
+from .primitives import LOWEST, NEVER, tanh
+from .ranges import far_ranges
+from .types import FLAT_LOCAL, LocalPlan, LocalTensors, Scores, Scoring, contiguous, flat_local
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def _far_run(
         b_s = tl.dot(b_q, b_kt, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         scale = score_scale
         if HAS_CAP:
-            b_s = _tanh(b_s * score_scale)
+            b_s = tanh(b_s * score_scale)
             scale = score_cap
         if MASKED:
             m_causal = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_end[:, None])
@@ -153,17 +160,17 @@ def _far_kernel(
     p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qt + o_d[None, :]
     b_q = tl.load(p_q, mask=m_some[:, None] & (o_d < D)[None, :], other=0.0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_local = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     # whole tiles of keys that are far from every row, between two stretches that need masks
-    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    lo = tl.min(tl.where(m_some, b_first, NEVER), 0)
     hi = tl.max(tl.where(m_some, b_end, 0), 0)
     lo = tl.minimum(lo, hi)
     near = tl.max(tl.where(m_some, b_far, 0), 0)
     near = tl.minimum(lo + tl.cdiv(tl.maximum(near - lo, 0), BLOCK_N) * BLOCK_N, hi)
-    far = tl.min(tl.where(m_some, b_start, _NEVER), 0)
+    far = tl.min(tl.where(m_some, b_start, NEVER), 0)
     far = near + tl.maximum(tl.minimum(far, hi) - near, 0) // BLOCK_N * BLOCK_N
     p_order = local_order + i_b * S
     p_k = k + i_b * stride_kb + (i_h // KV_GROUP) * stride_kh
@@ -260,7 +267,7 @@ def _far_gradient_run(
             b_g = tl.load(p_g, mask=(o_v < V)[None, :], other=0.0)
         b_s = tl.dot(b_k, b_qt, input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
         if HAS_CAP:
-            b_s = score_cap * _tanh(b_s)
+            b_s = score_cap * tanh(b_s)
         b_probs = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
             m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
@@ -324,12 +331,12 @@ def _far_gradient_kernel(
 
     # whole tiles of queries from which all keys are far, between two stretches that need masks. Keys that are far from
     # no query count as keys here, and are written as 0.
-    lo = tl.min(tl.where(m_some, b_first, _NEVER), 0)
+    lo = tl.min(tl.where(m_some, b_first, NEVER), 0)
     hi = tl.max(tl.where(m_some, b_last, 0), 0)
     lo = tl.minimum(lo, hi)
     full = tl.max(tl.where(m_some, b_first, 0), 0)
     full = tl.minimum(lo + tl.cdiv(full - lo, BLOCK_M) * BLOCK_M, hi)
-    rest = tl.min(tl.where(m_some, b_last, _NEVER), 0)
+    rest = tl.min(tl.where(m_some, b_last, NEVER), 0)
     rest = full + tl.maximum(tl.minimum(rest, hi) - full, 0) // BLOCK_M * BLOCK_M
     for i_part in tl.static_range(3):
         if i_part == 0:
@@ -372,63 +379,38 @@ def _far_gradient_kernel(
 class FarTiles(NamedTuple):
     """Tiles (queries x keys) of the forward and of the gradient."""
 
-    forward: Blocks
-    gradient: Blocks
+    forward: Tile
+    gradient: Tile
 
 
 def choose_far_tiles(head_dim: int, leaves: int, dtype: torch.dtype, shared_memory: int) -> FarTiles:
     """Tiles that fit `shared_memory` bytes per program; every GPU from compute capability 8.0 on has 99 KB."""
     if dtype == torch.float32:
-        return FarTiles(Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2))
+        return FarTiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 2))
     if max(head_dim, leaves) > 128:
-        return FarTiles(Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
+        return FarTiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
     if shared_memory < 160 * 1024:
-        return FarTiles(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-    return FarTiles(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+        return FarTiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+    return FarTiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
-        return 99 * 1024
-    return 163 * 1024
-
-
-def _arguments(q: Tensor, k: Tensor, leaves: int, scale: float, softcap: float | None, blocks: Blocks) -> dict:
+def _arguments(q: Tensor, k: Tensor, leaves: int, scoring: Scoring, tile: Tile) -> dict:
     """What both kernels are launched with."""
     return {
         **stride_arguments(q=(q, "bht"), k=(k, "bhs")),
-        **score_arguments(q.shape[3], scale, softcap),
+        **score_arguments(q.shape[3], scoring),
+        **tile_arguments(tile),
         "M": q.shape[2],
         "S": k.shape[2],
         "H": q.shape[1],
         "KV_GROUP": q.shape[1] // k.shape[1],
         "V": leaves,
         "BLOCK_V": max(16, triton.next_power_of_2(leaves)),
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
     }
 
 
-class Layout(NamedTuple):
-    """Which keys a query attends to; see `far_mass`."""
-
-    local_order: Tensor | None  # int32 [B, S]
-    document_start: Tensor  # int32 [B, M]
-    local_start: Tensor
-    local_end: Tensor
-
-
 def far_values(
-    q: Tensor,
-    k: Tensor,
-    key_leaves: Tensor,
-    layout: Layout,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, key_leaves: Tensor, plan: LocalTensors, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What queries collect from the leaf distributions of far keys, and the mass they leave on local ones.
 
@@ -444,34 +426,27 @@ def far_values(
     values = torch.empty(B, H, M, V, dtype=torch.float32, device=q.device)
     local = torch.empty(B, H, M, dtype=torch.float32, device=q.device)
     lse = torch.empty_like(local)
-    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).forward
-    order, *ranges = layout
-    _far_kernel[(B * H * triton.cdiv(M, blocks.m),)](
+    tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).forward
+    plan = contiguous(plan)
+    _far_kernel[(B * H * triton.cdiv(M, tile.m),)](
         q,
         k,
         key_leaves,
-        layout.document_start if order is None else order.contiguous(),
-        *(t.contiguous() for t in ranges),
+        plan.document_start if plan.local_order is None else plan.local_order,
+        plan.document_start,
+        plan.local_start,
+        plan.local_end,
         values,
         local,
         lse,
-        num_sink_tokens=num_sink_tokens,
-        HAS_ORDER=order is not None,
-        **_arguments(q, k, V, scale, softcap, blocks),
+        num_sink_tokens=plan.num_sink_tokens,
+        HAS_ORDER=plan.local_order is not None,
+        **_arguments(q, k, V, scoring, tile),
     )
     return values, local, lse
 
 
-def far_gradient(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    dvalues: Tensor,
-    layout: Layout,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+def far_gradient(q: Tensor, k: Tensor, lse: Tensor, dvalues: Tensor, plan: LocalPlan, scoring: Scoring) -> Tensor:
     """float32 `[B, H, S, V]`: the gradient of `far_values` in its leaves.
 
     Args:
@@ -480,65 +455,46 @@ def far_gradient(
     B, H, _, D = q.shape
     S, V = k.shape[2], dvalues.shape[3]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    local_order, document_start, local_start, local_end = layout
-    far_start, query_order = torch.minimum(document_start + num_sink_tokens, local_start), document_start
-    far_end = local_start
-    if local_order is not None:
-        far_end = torch.where(local_start < local_end, far_end, far_start)  # none in padding
-        place = torch.where(local_start < local_end, local_end, torch.iinfo(torch.int32).max)
-        query_order = place.argsort(1)
-        far_start, far_end = far_start.gather(1, query_order), far_end.gather(1, query_order)
-        query_order = query_order.int()
-    first, last = inverse_ranges(far_start[:, None], far_end[:, None], S)
+    order = plan.local_order
+    far = far_ranges(plan, S)
     dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
-    blocks = choose_far_tiles(D, V, q.dtype, _shared_memory(q.device)).gradient
-    _far_gradient_kernel[(B * H * triton.cdiv(S, blocks.n),)](
+    tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).gradient
+    _far_gradient_kernel[(B * H * triton.cdiv(S, tile.n),)](
         q,
         k,
         lse,
         dvalues,
-        query_order,
-        query_order if local_order is None else local_order.contiguous(),
-        first,
-        last,
+        far.first if far.query_order is None else far.query_order,
+        far.first if order is None else order.contiguous(),
+        far.first,
+        far.last,
         dleaves,
-        HAS_ORDER=local_order is not None,
-        **_arguments(q, k, V, scale, softcap, blocks),
+        HAS_ORDER=order is not None,
+        **_arguments(q, k, V, scoring, tile),
     )
     return dleaves
 
 
-def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How leaf distributions multiply queries' and keys' attention: float16 has three bits more than bfloat16."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How gradients do: they need bfloat16's range, which the interpreter does not have."""
-    return torch.float32 if dtype == torch.float32 or INTERPRETED else torch.bfloat16
-
-
-@torch.library.custom_op("topo_kernels::far_mass", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::far_mass",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
+    f"{FLAT_LOCAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _far_mass(
     q: Tensor,
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`far_mass` of checked arguments, and what its gradient needs: values and log-sum-exp."""
-    layout = Layout(local_order, document_start, local_start, local_end)
+    plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     with torch.cuda.device_of(q):
         leaves, key_mean = leaf_distributions(key_probs, key_weight, leaf_dtype(q.dtype))
-        values, local, lse = far_values(q, k, leaves, layout, num_sink_tokens, scale, softcap)
+        values, local, lse = far_values(q, k, leaves, plan, scoring)
         kept, query_mean = kept_of_values(query_probs, query_weight, values, local)
     return kept, query_mean, key_mean, values, lse
 
@@ -551,7 +507,13 @@ def _(q, k, query_probs, *_rest):
     return tuple(query_probs.new_empty(shape) for shape in shapes)
 
 
-@torch.library.custom_op("topo_kernels::far_mass_gradient", mutates_args=())
+@torch.library.custom_op(
+    "topo_kernels::far_mass_gradient",
+    mutates_args=(),
+    schema="(Tensor dkept, Tensor dquery_mean, Tensor dkey_mean, Tensor values, Tensor lse, Tensor q, Tensor k, "
+    "Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
+    f"{FLAT_LOCAL}) -> (Tensor, Tensor)",
+)
 def _far_mass_gradient(
     dkept: Tensor,
     dquery_mean: Tensor,
@@ -562,23 +524,17 @@ def _far_mass_gradient(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query_probs` and `key_probs`: float32, contiguous."""
-    layout = Layout(local_order, document_start, local_start, local_end)
+    plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     with torch.cuda.device_of(q):
         dquery_probs, dvalues = kept_gradient(
             query_probs, query_weight, values, dkept, dquery_mean, gradient_dtype(q.dtype)
         )
-        dleaves = far_gradient(q, k, lse, dvalues, layout, num_sink_tokens, scale, softcap)
+        dleaves = far_gradient(q, k, lse, dvalues, plan, scoring)
         del dvalues  # memory peaks here
         return dquery_probs, leaf_gradient(key_probs, key_weight, dleaves, dkey_mean)
 
@@ -589,10 +545,9 @@ def _(dkept, dquery_mean, dkey_mean, values, lse, q, k, query_probs, key_probs, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, num_sink_tokens, scale, softcap = inputs
     values, lse = output[3:]
-    ctx.save_for_backward(values, lse, *tensors)
-    ctx.options = num_sink_tokens, scale, softcap
+    ctx.save_for_backward(values, lse, *inputs[:-3])
+    ctx.options = inputs[-3:]
     ctx.mark_non_differentiable(values, lse)
     ctx.set_materialize_grads(False)  # zeros for the values would take as much memory as they do
 
@@ -621,16 +576,10 @@ def far_mass(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    local_order: Tensor | None,
-    document_start: Tensor,
-    local_start: Tensor,
-    local_end: Tensor,
+    plan: LocalPlan,
     query_weight: Tensor,
     key_weight: Tensor,
-    *,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mass that dense causal attention keeps at every depth of the tree, and the mean leaf distributions.
 
@@ -647,13 +596,10 @@ def far_mass(
             float16, and their gradients as bfloat16.
         query_probs, key_probs: float32 `[B, H, M, L, p]`, `[B, H, S, L, p]`, `p**L` from 2 to 256. Any strides here and
             above.
-        local_order: int32 `[B, S]`, keys by local rank; None is the identity, and then there is no padding and
-            `local_end` rises along the queries.
-        document_start, local_start, local_end: int32 `[B, M]`, as in `topology_attention`, of these queries.
+        plan: of these M queries. A `local_order` of None also says that there is no padding and that `local_end` rises
+            along the queries.
         query_weight, key_weight: float32 `[B, M]`, `[B, S]`, >= 0, of tokens in the means. Weight 0 is padding: no
             probability of these tokens is read, and they get a gradient of 0.
-        num_sink_tokens: >= 0. scale: > 0, factor on the scores.
-        softcap: if given, > 0; scores become `softcap * tanh(score / softcap)`.
 
     Returns:
         kept: float32 `[L, B, H, M]`, for the depths `1..L`; 0 in rows of padding (`local_start == local_end`).
@@ -663,27 +609,19 @@ def far_mass(
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernels.
     """
-    layout = {"document_start": document_start, "local_start": local_start, "local_end": local_end}
     probs = {"query_probs": query_probs, "key_probs": key_probs}
     weights = {"query_weight": query_weight, "key_weight": key_weight}
-    _check_scores(q, k, num_sink_tokens, scale, softcap)
-    _check_tokens(q, k, probs, weights, local_order, layout)
+    _check_scores(q, k)
+    check_sinks(plan.num_sink_tokens)
+    check_scoring(scoring)
+    _check_tokens(q, k, probs, weights, plan)
     check_device("far_mass", q=q)
-    kept, query_mean, key_mean, _, _ = _far_mass(
-        q.detach(),
-        k.detach(),
-        *probs.values(),
-        local_order,
-        *layout.values(),
-        *weights.values(),
-        num_sink_tokens,
-        scale,
-        softcap,
-    )
+    arguments = *probs.values(), *weights.values(), *flat_local(plan, scoring)
+    kept, query_mean, key_mean, _, _ = _far_mass(q.detach(), k.detach(), *arguments)
     return kept, query_mean, key_mean
 
 
-def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, softcap: float | None) -> None:
+def _check_scores(q: Tensor, k: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k)):
         if tensor.ndim != 4 or tensor.numel() == 0:
             raise ValueError(f"{name} must have four dimensions, none of them 0, got {tuple(tensor.shape)}.")
@@ -699,39 +637,26 @@ def _check_scores(q: Tensor, k: Tensor, num_sink_tokens: int, scale: float, soft
         )
     if k.dtype != q.dtype:
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
-    if not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
 
 
-def _check_tokens(
-    q: Tensor,
-    k: Tensor,
-    probs: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    local_order: Tensor | None,
-    layout: dict[str, Tensor],
-) -> None:
+def _check_tokens(q: Tensor, k: Tensor, probs: dict[str, Tensor], weights: dict[str, Tensor], plan: LocalPlan) -> None:
     """Refuse what does not fit the checked q and k."""
     B, H, M = q.shape[:3]
     S = k.shape[2]
     depth, arity = probs["query_probs"].shape[-2:] if probs["query_probs"].ndim == 5 else (0, 0)
-    if depth < 1 or arity < 2 or arity**depth > MAX_LEAVES:
+    if depth < 1 or arity < 2 or arity**depth > MAX_TILE_LEAVES:
         raise ValueError(
-            f"query_probs must have shape [B, H, M, L, p] with L >= 1, p >= 2 and p**L up to {MAX_LEAVES}, got "
+            f"query_probs must have shape [B, H, M, L, p] with L >= 1, p >= 2 and p**L up to {MAX_TILE_LEAVES}, got "
             f"{tuple(probs['query_probs'].shape)}."
         )
     needs: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
         ("k", k, q.dtype, tuple(k.shape)),
         *((name, probs[name], torch.float32, (B, H, n, depth, arity)) for name, n in zip(probs, (M, S), strict=True)),
         *((name, weights[name], torch.float32, (B, n)) for name, n in zip(weights, (M, S), strict=True)),
-        *((name, tensor, torch.int32, (B, M)) for name, tensor in layout.items()),
+        *((name, getattr(plan, name), torch.int32, (B, M)) for name in ("document_start", "local_start", "local_end")),
     ]
-    if local_order is not None:
-        needs.append(("local_order", local_order, torch.int32, (B, S)))
+    if plan.local_order is not None:
+        needs.append(("local_order", plan.local_order, torch.int32, (B, S)))
     for name, tensor, dtype, shape in needs:
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")

@@ -1,17 +1,35 @@
-"""What the kernels' launches and checks have in common."""
+"""What launches of the kernels have in common."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .types import LocalPlan, Scoring
+
 INTERPRETED = triton.knobs.runtime.interpret  # read before the kernels are decorated
+
+
+class Tile(NamedTuple):
+    """Tile of one program (rows x keys) and how it is compiled."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; what every GPU from compute capability 8.0 on has, if interpreted."""
+    if INTERPRETED:
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -25,18 +43,6 @@ def overlap(device: torch.device) -> dict[str, Any]:
     return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
-@triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def let_next_start(OVERLAP: tl.constexpr):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 def stride_arguments(**tensors: tuple[Tensor, str]) -> dict[str, int]:
     """`stride_<name><axis>` for each tensor and the letters of its leading axes."""
     return {
@@ -46,9 +52,10 @@ def stride_arguments(**tensors: tuple[Tensor, str]) -> dict[str, int]:
     }
 
 
-def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[str, int | float]:
+def score_arguments(head_dim: int, scoring: Scoring) -> dict[str, int | float]:
     """Head dimension and scores in base 2: `score * score_scale`, or `score_cap * tanh(score * score_scale)`."""
     log2e = 1 / math.log(2)
+    scale, softcap = scoring.scale, scoring.softcap
     return {
         "score_scale": scale * log2e if softcap is None else scale / softcap,
         "score_cap": 0.0 if softcap is None else softcap * log2e,
@@ -58,70 +65,45 @@ def score_arguments(head_dim: int, scale: float, softcap: float | None) -> dict[
     }
 
 
-_DERIVED = WeakTensorKeyDictionary()  # of the last tensor: what it was derived from, and the result
+def tile_arguments(tile: Tile) -> dict[str, int | None]:
+    """What a kernel of one tile per program is launched with."""
+    return {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
+    }
 
 
-def derived(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: int) -> Any:
-    """`make(*tensors, *options)`, made once for tensors that many layers share: those of a local plan.
+def attention_arguments(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, tile: Tile) -> dict[str, Any]:
+    """What the hard attention's kernels, forward and backward, are launched with."""
+    return {
+        **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
+        **score_arguments(q.shape[3], scoring),
+        **tile_arguments(tile),
+        "T": q.shape[2],
+        "S": k.shape[2],
+        "H": q.shape[1],
+        "KV_GROUP": q.shape[1] // k.shape[1],
+    }
 
-    Kept for as long as the last of `tensors` lives and none of them is written to; so the result may not hold that one.
+
+_DERIVED = WeakTensorKeyDictionary()  # of a local_end: what was derived from its plan, and the result
+
+
+def derived(make: Callable[..., Any], plan: LocalPlan, *options: int) -> Any:
+    """`make(plan, *options)`, made once for what many layers share: the tensors of a local plan.
+
+    Kept for as long as `local_end` lives and none of the tensors is written to; so the result may not hold that one.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return make(*tensors, *options)
+        return make(plan, *options)
+    tensors = plan.local_order, plan.document_start, plan.local_start, plan.local_end
+    options_in_all = make, plan.num_sink_tokens, *options
     versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
     known = _DERIVED.setdefault(tensors[-1], {})
-    found = known.get((make, options))
+    found = known.get(options_in_all)
     if found is None or found[1] != versions or any(a is not b for a, b in zip(found[0], tensors[:-1], strict=True)):
-        found = known[make, options] = tensors[:-1], versions, make(*tensors, *options)
+        found = known[options_in_all] = tensors[:-1], versions, make(plan, *options)
     return found[2]
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse queries, keys and values that do not fit together.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
-    """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, heads, length, D], got {tuple(tensor.shape)}.")
-    B, H, _, D = q.shape
-    kv_heads, S = k.shape[1], k.shape[2]
-    if k.shape != (B, kv_heads, S, D):
-        raise ValueError(f"k must have shape [B={B}, H_kv, S, D={D}] to match q, got {tuple(k.shape)}.")
-    if kv_heads == 0 or H == 0 or H % kv_heads:
-        raise ValueError(f"q must have a multiple of k's heads, got {H} query heads and {kv_heads} key heads.")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}.")
-    if not 16 <= D <= 256:
-        raise ValueError(f"q, k and v must have a head dimension D from 16 to 256, got {D}.")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}.")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}.")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")
-
-
-def check_device(function: str, **tensors: Tensor) -> None:
-    """Refuse what the kernels of a public function cannot run on.
-
-    Raises:
-        RuntimeError: a tensor is not on a GPU, the GPU is too old, or the interpreter would compute wrongly.
-    """
-    for name, tensor in tensors.items():
-        if INTERPRETED:
-            if tensor.dtype == torch.bfloat16:
-                raise RuntimeError("Triton's interpreter computes bfloat16 wrongly: use float16 or float32 with it.")
-        elif not tensor.is_cuda:
-            raise RuntimeError(
-                f"{function} needs CUDA tensors, got {name} on {tensor.device}. Use the torch path, or set "
-                "TRITON_INTERPRET=1 before importing topo_kernels to run the kernels slowly on a CPU."
-            )
-        elif torch.version.cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            major, minor = torch.cuda.get_device_capability(tensor.device)
-            raise RuntimeError(
-                f"{function} needs compute capability 8.0 (Ampere) or newer, got {major}.{minor} "
-                f"({torch.cuda.get_device_name(tensor.device)}). Use the torch path."
-            )

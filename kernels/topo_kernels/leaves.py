@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import INTERPRETED
+
+MAX_TILE_LEAVES = 256  # wider leaf distributions do not fit a tile
 _LENGTHS = ["stride_b", "stride_h", "N", "STEPS"]  # differ between batches of tokens: nothing is compiled for them
 
 
@@ -201,6 +204,16 @@ def _leaf_gradient_kernel(
                 tl.store(dprobs + o_row * (DEPTH * ARITY) + (i_l * ARITY + i_c), b_dprobs, mask=m_n)
             if i_l > 0:
                 b_x *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+
+
+def leaf_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How leaf distributions multiply queries' and keys' attention: float16 has three bits more than bfloat16."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How gradients do: they need bfloat16's range, which the interpreter does not have."""
+    return torch.float32 if dtype == torch.float32 or INTERPRETED else torch.bfloat16
 
 
 class Rows(NamedTuple):

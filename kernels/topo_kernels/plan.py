@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_device
+from .checks import check_device, check_sinks
 
 MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 
@@ -266,7 +266,7 @@ def _place_kernel(
         tl.store(key_order + i_br * S + o_s, 0, mask=m_rest)
 
 
-class Blocks(NamedTuple):
+class PlanTiles(NamedTuple):
     """Sizes of the three launches; all are powers of two."""
 
     chunk: int  # tokens that one program sorts
@@ -278,11 +278,11 @@ class Blocks(NamedTuple):
     place_warps: int
 
 
-def choose_blocks(max_balls: int) -> Blocks:
+def choose_plan_tiles(max_balls: int) -> PlanTiles:
     """A chunk has as many tokens as there are balls, so that the runs take no more memory than the addresses."""
     chunk = max(1024, triton.next_power_of_2(max_balls))
     # place: one token per thread, or Triton would move its loads and stores between layouts
-    return Blocks(chunk, chunk // 256, shift_chunks=64, shift_balls=32, shift_warps=4, place=256, place_warps=8)
+    return PlanTiles(chunk, chunk // 256, shift_chunks=64, shift_balls=32, shift_warps=4, place=256, place_warps=8)
 
 
 @torch.library.custom_op("topo_kernels::tree_plan", mutates_args=())
@@ -302,11 +302,11 @@ def _tree_plan(
     keys = key_address.shape[2]
     if key_address.numel() == 0:
         return outputs
-    blocks = choose_blocks(max_balls)
-    columns = max(blocks.shift_balls, triton.next_power_of_2(max_balls))
-    chunks = triton.cdiv(queries, blocks.chunk) + triton.cdiv(keys, blocks.chunk)
+    tiles = choose_plan_tiles(max_balls)
+    columns = max(tiles.shift_balls, triton.next_power_of_2(max_balls))
+    chunks = triton.cdiv(queries, tiles.chunk) + triton.cdiv(keys, tiles.chunk)
     has_order = tree_keys is not None
-    codes = balls.new_empty(batch, routes, chunks, blocks.chunk)
+    codes = balls.new_empty(batch, routes, chunks, tiles.chunk)
     run_end = balls.new_empty(batch, routes, chunks, columns, dtype=torch.int16)
     shift = balls.new_empty(batch, routes, chunks, columns)
     balls, local_start = balls.contiguous(), local_start.contiguous()
@@ -314,7 +314,7 @@ def _tree_plan(
     document_start, tree_queries, tree_keys = (
         balls if t is None else t.contiguous() for t in (document_start, tree_queries, tree_keys)
     )
-    sizes = {"T": queries, "S": keys, "CHUNK": blocks.chunk, "BALLS": columns}
+    sizes = {"T": queries, "S": keys, "CHUNK": tiles.chunk, "BALLS": columns}
     with torch.cuda.device_of(query_address):
         _sort_kernel[(batch * routes * chunks,)](
             query_address,
@@ -328,21 +328,21 @@ def _tree_plan(
             *key_address.stride(),
             R=routes,
             num_sink_tokens=num_sink_tokens,
-            LOG_CHUNK=blocks.chunk.bit_length() - 1,
-            WIDTH=max(1, blocks.chunk // (32 * blocks.sort_warps)),
+            LOG_CHUNK=tiles.chunk.bit_length() - 1,
+            WIDTH=max(1, tiles.chunk // (32 * tiles.sort_warps)),
             HAS_ORDER=has_order,
-            num_warps=blocks.sort_warps,
+            num_warps=tiles.sort_warps,
             **sizes,
         )
-        _shift_kernel[(batch * routes * 2 * (columns // blocks.shift_balls),)](
+        _shift_kernel[(batch * routes * 2 * (columns // tiles.shift_balls),)](
             run_end,
             shift,
-            BLOCK_C=blocks.shift_chunks,
-            BLOCK_B=blocks.shift_balls,
-            num_warps=blocks.shift_warps,
+            BLOCK_C=tiles.shift_chunks,
+            BLOCK_B=tiles.shift_balls,
+            num_warps=tiles.shift_warps,
             **sizes,
         )
-        _place_kernel[(batch * routes * chunks * (blocks.chunk // blocks.place),)](
+        _place_kernel[(batch * routes * chunks * (tiles.chunk // tiles.place),)](
             codes,
             run_end,
             shift,
@@ -352,9 +352,9 @@ def _tree_plan(
             tree_keys,
             *outputs,
             R=routes,
-            BLOCK=blocks.place,
+            BLOCK=tiles.place,
             HAS_ORDER=has_order,
-            num_warps=blocks.place_warps,
+            num_warps=tiles.place_warps,
             **sizes,
         )
     return outputs
@@ -387,8 +387,7 @@ def _check(tensors: dict[str, Tensor], max_balls: int, num_sink_tokens: int) -> 
             raise ValueError(f"{name} must be on query_address's device {query_address.device}, got {tensor.device}.")
     if not 1 <= max_balls <= MAX_BALLS:
         raise ValueError(f"max_balls must be from 1 to {MAX_BALLS}, got {max_balls}.")
-    if num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
+    check_sinks(num_sink_tokens)
     check_device("tree_plan", query_address=query_address)
 
 

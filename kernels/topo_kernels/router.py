@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, check_device, let_next_start, overlap, wait_for_previous
+from .checks import check_device
+from .launch import INTERPRETED, overlap
+from .primitives import let_next_start, wait_for_previous
 
 MAX_ROUTER_WIDTH = 128  # of the hidden layer; wider ones do not fit into a program's registers
 _SLICE = 128  # channels of one program of the split kernel
@@ -246,7 +248,7 @@ class PackedRouter(NamedTuple):
     tied: bool
 
 
-class Blocks(NamedTuple):
+class RouterTile(NamedTuple):
     """Tile of one fused program and how it is compiled."""
 
     tokens: int
@@ -256,7 +258,7 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
+def choose_router_tile(num_tokens: int, packed: PackedRouter) -> RouterTile:
     """Tiles that fit the 99 KB of shared memory most GPUs from compute capability 8.0 on have.
 
     Args:
@@ -265,15 +267,17 @@ def choose_blocks(num_tokens: int, packed: PackedRouter) -> Blocks:
     width, routes = packed.down.shape[1], packed.bias.shape[2]  # padded
     if width > 64:
         if packed.weight.dtype == torch.bfloat16:
-            return Blocks(64, 32, min(32, routes), 4, 3)
-        return Blocks(64, 32, 16, 8, 3)
+            return RouterTile(64, 32, min(32, routes), 4, 3)
+        return RouterTile(64, 32, 16, 8, 3)
     if packed.down.dtype == torch.float32:
-        return Blocks(64, 32, min(32, routes), 4, 3)
+        return RouterTile(64, 32, min(32, routes), 4, 3)
     if num_tokens <= 16384:
         if packed.down.is_cuda and torch.cuda.get_device_capability(packed.down.device) == (9, 0) and width <= 32:
-            return Blocks(64, 128, min(64 if packed.arity == 2 else 32, routes), 4, 3)  # 123 KB
-        return Blocks(64, 64, min(64 if packed.arity == 2 and width <= 32 else 32, routes), 4, 3 if width <= 32 else 2)
-    return Blocks(128, 64, min(32, routes), 8, 3 if width <= 32 else 2)
+            return RouterTile(64, 128, min(64 if packed.arity == 2 else 32, routes), 4, 3)  # 123 KB
+        return RouterTile(
+            64, 64, min(64 if packed.arity == 2 and width <= 32 else 32, routes), 4, 3 if width <= 32 else 2
+        )
+    return RouterTile(128, 64, min(32, routes), 8, 3 if width <= 32 else 2)
 
 
 def _split(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -367,11 +371,11 @@ def pack_router(
     return PackedRouter(down_parts, down_scale, weight, bias, C, num_routes, depth, arity, tied=key_weight is None)
 
 
-def fused_pass(hidden: Tensor, packed: PackedRouter, out: Tensor, blocks: Blocks) -> None:
+def fused_pass(hidden: Tensor, packed: PackedRouter, out: Tensor, tile: RouterTile) -> None:
     """One program per tile of tokens; `out` `[roles, B, R, T]`."""
     B, T, C = hidden.shape
     parts, width, padded_channels = packed.down.shape
-    _fused_kernel[(B * triton.cdiv(T, blocks.tokens),)](
+    _fused_kernel[(B * triton.cdiv(T, tile.tokens),)](
         hidden,
         packed.down,
         packed.down_scale,
@@ -390,12 +394,12 @@ def fused_pass(hidden: Tensor, packed: PackedRouter, out: Tensor, blocks: Blocks
         DEPTH=packed.depth,
         ARITY=packed.arity,
         PARTS=parts,
-        BLOCK_T=blocks.tokens,
+        BLOCK_T=tile.tokens,
         BLOCK_W=width,
-        BLOCK_C=blocks.channels,
-        BLOCK_R=blocks.routes,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        BLOCK_C=tile.channels,
+        BLOCK_R=tile.routes,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -475,10 +479,10 @@ def _route_addresses(
             split_passes(hidden, packed, out)
         elif T == 1:  # a tile holds tokens of one row: swap batch and length
             swapped = torch.empty(out.shape[0], 1, num_routes, B, dtype=torch.int32, device=hidden.device)
-            fused_pass(hidden.transpose(0, 1), packed, swapped, choose_blocks(B, packed))
+            fused_pass(hidden.transpose(0, 1), packed, swapped, choose_router_tile(B, packed))
             out.copy_(swapped.permute(0, 3, 2, 1))
         else:
-            fused_pass(hidden, packed, out, choose_blocks(B * T, packed))
+            fused_pass(hidden, packed, out, choose_router_tile(B * T, packed))
     return out
 
 
