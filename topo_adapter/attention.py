@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backend import kernels_serve
-from .cache import Records
-from .layout import SequenceLayout
 from .plan import Plan
+from .records import Keys, Records
 from .scoring import Scoring
 from .torch_attention import scanned_attention, torch_attention
-from .visibility import visible_pairs
+from .visibility import Visibility, per_head
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -27,26 +28,26 @@ def _kernels_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v)
 
 
-def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None) -> Tensor:
+def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
     """Attention over exactly the visible pairs of `plan`, without an `N x N` tensor.
 
     Args:
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`; `H` a multiple of `H_kv` and of the plan's route heads.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64
-        and machines without a GPU.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64,
+        several visits and machines without a GPU.
     """
-    if plan.dense and softcap is None:
+    if plan.dense and scoring.softcap is None:
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
+                q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] > k.shape[1]
             )
-    if _kernels_attend(q, k, v):
+    if plan.query_order.shape[2] == 1 and _kernels_attend(q, k, v):
         from topo_kernels import topology_attention
 
-        return topology_attention(q, k, v, plan, Scoring(scale, softcap))
-    return torch_attention(q, k, v, plan, scale, softcap)
+        return topology_attention(q, k, v, plan.of_visit(0), scoring)
+    return torch_attention(q, k, v, plan, scoring)
 
 
 _DECODE_TOKENS = 16  # the cost of scanning the cache grows with the number of new tokens, that of sorting it hardly
@@ -59,52 +60,39 @@ def serves_decode(q: Tensor, k: Tensor, v: Tensor, records: Records | None) -> b
     return few and not needs_grad
 
 
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_address: Tensor,
-    query: SequenceLayout,
-    key_address: Tensor,
-    key: Records,
-    balls: Tensor,
-    *,
-    local_window: int,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scoring: Scoring) -> Tensor:
     """Attention of a few new tokens over a cache: scans the key records for what each token sees.
 
     Args:
-        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`, every slot of the cache. query: layout of the new tokens.
-        query_address: int32 `[B, R, T]`. key_address: uint8 or int16 `[B, S, R]`. key: positions and documents.
-        balls: int32 `[R]`.
+        q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`, every slot of the cache. visibility: its keys have records.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable. The torch path serves float64
-        and machines without a GPU: it scores every key, which for a few tokens is less than to sort them.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable. The torch path serves float64,
+        several visits and machines without a GPU: it scores every key, which for a few tokens is less than to sort
+        them.
     """
-    if not _kernels_attend(q, k, v):
+    records, query = visibility.keys.records, visibility.query
+    assert records is not None  # serves_decode has looked
+    if visibility.visits.shape[2] > 1 or not _kernels_attend(q, k, v):
         # laid out by keys: in the records' order, by routes, each step below is slower
-        by_key = key_address.transpose(1, 2).to(torch.int32, memory_format=torch.contiguous_format)
-        query_ball, key_ball, keys = query_address % balls[:, None], by_key % balls[:, None], key.layout
-        visible = visible_pairs(query_ball, key_ball, query, keys, local_window, num_sink_tokens)
-        return scanned_attention(q, k, v, visible, query.real, keys.real, scale, softcap)
+        address = records.address.transpose(1, 2).to(torch.int32, memory_format=torch.contiguous_format)
+        seen = replace(visibility, keys=Keys(address, records.layout))
+        return scanned_attention(q, k, v, seen.mask(), query.real, seen.keys.layout.real, scoring)
     from topo_kernels import decode_attention as kernel
 
+    visits, sizes = visibility.route_visits()[:, :, 0], tuple(visibility.ball_sizes())
     return kernel(
         q,
         k,
         v,
-        query_address,
+        visits,
         query.position,
         query.document,
-        key_address,
-        key.position,
-        key.document,
-        balls,
-        Scoring(scale, softcap),
-        local_window=local_window,
-        num_sink_tokens=num_sink_tokens,
+        per_head(records.address, len(sizes), dim=2),
+        records.position,
+        records.document,
+        visibility.on_device(sizes, visits.device),
+        scoring,
+        local_window=visibility.local_window,
+        num_sink_tokens=visibility.num_sink_tokens,
     )

@@ -48,7 +48,9 @@ from .config import Calibration, TopologyConfig
 from .dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
 from .fingerprint import fingerprint
-from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating, plan_of
+from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating
+from .plan import make_plan
+from .scoring import Scoring
 from .visibility import always_density
 
 _log = logging.getLogger("topo_adapter")
@@ -230,7 +232,7 @@ class _Pass:
 
     def observer(self, layer: int) -> AttentionObserver:
         def observe(
-            call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
+            call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scoring: Scoring
         ) -> None:
             if not out.requires_grad:  # of the dense reference, or the first of reentrant checkpointing's two forwards
                 return
@@ -241,7 +243,7 @@ class _Pass:
                 gradients = self.gradients.setdefault(layer, [])
                 gradients.append(gradient)
                 if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
-                    rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.depth, scores)
+                    rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.depth, scoring)
                     self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
                     gradients.clear()
 
@@ -398,7 +400,7 @@ def _density_and_loss(
     gradients: list[Tensor],
     draws: int,
     depth: int,
-    scores: dict[str, Any],
+    scoring: Scoring,
 ) -> Tensor:
     """Density and loss, float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
 
@@ -410,12 +412,12 @@ def _density_and_loss(
     exact = torch.promote_types(own.dtype, torch.float32)
     rows = []
     for d in range(depth + 1):
-        plan = plan_of(call, [d] * heads)
+        plan = make_plan(call.visibility.at([d] * heads))
         density = (plan.visible_count() / plan.causal_count()).double()
         density = density.repeat_interleave(heads // density.numel())
         loss = torch.zeros_like(density)
-        if d or any(call.depths):
-            change = hard_attention(query, key, value, plan, **scores).transpose(1, 2).to(exact) - own.to(exact)
+        if d or any(call.visibility.depths):
+            change = hard_attention(query, key, value, plan, scoring).transpose(1, 2).to(exact) - own.to(exact)
             for number, gradient in enumerate(gradients):
                 moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]
                 if number == draws:

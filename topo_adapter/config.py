@@ -116,12 +116,11 @@ class TopologyConfig(PeftConfig):
     gumbel_noise: bool = field(
         default=True, metadata={"help": "Sample digits in training (Gumbel-Softmax); False takes the plain softmax."}
     )
-    gradient_bridge: Literal["full", "masked", "marginal"] = field(
+    gradient_bridge: Literal["full", "masked"] = field(
         default="full",
         metadata={
             "help": "How gradients pass the hard mask. 'full': hard forward, soft gradient for every causal pair. "
-            "'masked': the paper's, hidden pairs get -inf before softmax and no gradient. 'marginal': soft forward, "
-            "log of the shared-prefix probability added to the logits."
+            "'masked': the paper's, hidden pairs get -inf before softmax and no gradient."
         },
     )
     balance_weight: float = field(
@@ -178,7 +177,7 @@ class TopologyConfig(PeftConfig):
         self._check_choice("route_per", self.route_per, ("query_head", "kv_head"))
         self._check_choice("depth_per", self.depth_per, ("route", "query_head"))
         self._check_choice("init_weights", self.init_weights, ("random", "collapse"))
-        self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked", "marginal"))
+        self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked"))
         self._check_bool("tie_query_key", self.tie_query_key)
         self._check_bool("gumbel_noise", self.gumbel_noise)
         self._check_float("homotopy", self.homotopy, 0.0, 1.0)

@@ -282,10 +282,11 @@ def refuse_unmodelled(
             )
     if kwargs.get("output_attentions"):
         raise refused_attentions()
-    if (query.shape[2], key.shape[2]) != (call.query.position.shape[1], call.keys.count):
+    addressed = call.visibility.query.position.shape[1], call.visibility.keys.count
+    if (query.shape[2], key.shape[2]) != addressed:
         raise CacheError(
             f"layer {layer} attends with {query.shape[2]} queries to {key.shape[2]} keys, but the topology has "
-            f"addresses for {call.query.position.shape[1]} and {call.keys.count}: {type(module).__name__} got its "
+            f"addresses for {addressed[0]} and {addressed[1]}: {type(module).__name__} got its "
             "cache under a name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, "
             "or use_cache=False."
         )

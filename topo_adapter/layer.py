@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .attention import decode_attention, hard_attention, serves_decode
 from .backend import graph_is_recorded, sent
-from .cache import KeyRecords, Keys, cache_among
+from .cache import KeyRecords, cache_among
 from .config import TopologyConfig
 from .errors import MergeError, UnsupportedModelError
 from .gates import Geometry, acting_arguments, eager_attention_of, refuse_inputs, refuse_unmodelled
@@ -39,9 +39,12 @@ from .layout import (
 )
 from .objective import attach_loss, balance_loss, distillation_loss, gradient_at_once
 from .plan import Plan, make_plan
+from .records import Keys
 from .relaxation import bridged_attention
-from .router import RoleDigits, Routes, TopologyRouter
-from .tree import address_to_digits, digits_to_address, num_balls, role_balls
+from .router import Routes, TopologyRouter
+from .scoring import Scoring
+from .tree import address_to_digits, digits_to_address
+from .visibility import Visibility, per_head
 
 #: Name of the child module and of the attention implementation. It must contain none of the substrings
 #: that transformers looks for ("flash", "sdpa", "paged", "flex_attention").
@@ -53,17 +56,27 @@ IMPLEMENTATION = "topology"
 class RecordedRoutes:
     """Digits of one layer, for anyone who wants to rebuild the mask of docs/method.md section 2.
 
-    query_digits, key_digits: int64 `[B, H, T, L]`, `H` query heads. visible_depth: int64 `[H]`.
+    visits: int64 `[B, H, m, T]`, `H` query heads: the leaves whose balls a query sees, -1 for none. query_digits,
+    key_digits: int64 `[B, H, T, L]`, those of the first visit and of the keys. visible_depth: int64 `[H]`.
     """
 
     query_digits: Tensor
     key_digits: Tensor
     visible_depth: Tensor
+    visits: Tensor
 
-    def balls(self, arity: int) -> tuple[Tensor, Tensor]:
-        """Query and key balls at the visible depths, int64 `[B, H, T]`: the tree shows a query the keys of its ball."""
-        query, key = (digits_to_address(digits, arity) for digits in (self.query_digits, self.key_digits))
-        return role_balls(query, key, arity, self.query_digits.shape[-1], self.visible_depth[:, None])
+    def visibility(self, layout: SequenceLayout, config: TopologyConfig) -> Visibility:
+        """Who sees whom of these tokens, by the rule of a config."""
+        return Visibility(
+            self.visits,
+            layout,
+            Keys(digits_to_address(self.key_digits, config.arity), layout),
+            config.arity,
+            config.depth,
+            tuple(self.visible_depth.tolist()),
+            config.local_window,
+            config.num_sink_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,16 +92,13 @@ class Distillation:
 class TopologyCall:
     """Everything the attention function needs beside q, k and v.
 
-    depths: visible depth of each query head. mask: what `query` was read from; the attention must be given the same.
+    mask: what the layouts were read from; the attention must be given the same.
     """
 
     host: TopologyHost
     config: TopologyConfig
-    depths: list[int]
+    visibility: Visibility
     routes: Routes | None
-    query_address: Tensor
-    query: SequenceLayout
-    keys: Keys
     merged: bool
     training: bool
     mask: Any
@@ -130,7 +140,7 @@ class AttentionObserver(Protocol):
     """
 
     def __call__(
-        self, call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scores: dict[str, Any]
+        self, call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scoring: Scoring
     ) -> None:
         """query `[B, H, T, D]`; key, value `[B, H_kv, T, D]`; out `[B, T, H, D]`, the attention's output."""
 
@@ -239,7 +249,19 @@ class TopologyHost(nn.Module):
         # cached keys have addresses only: no bridge to them
         routes = chosen if differentiable and (records is None or records.empty) else None
         keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-        return TopologyCall(self, config, depths, routes, query_address, query, keys, merged, training, mask)
+        visibility = Visibility(
+            query_address[:, :, None],
+            query,
+            keys,
+            config.arity,
+            config.depth,
+            tuple(depths),
+            config.local_window,
+            config.num_sink_tokens,
+            # every step of training may have a map of its own: not to be kept
+            self.on_device if merged else sent,
+        )
+        return TopologyCall(self, config, visibility, routes, merged, training, mask)
 
     def _layout(
         self, hidden_states: Tensor, mask: Any, inputs: dict[str, Any], records: KeyRecords | None
@@ -279,11 +301,12 @@ class TopologyHost(nn.Module):
     def _record(
         self, query_address: Tensor, key_address: Tensor, depths: list[int], config: TopologyConfig
     ) -> RecordedRoutes:
+        heads = self.geometry.num_heads
         query, key = (
-            _per_head(address_to_digits(x, config.arity, config.depth), self.geometry.num_heads)
-            for x in (query_address, key_address)
+            per_head(address_to_digits(x, config.arity, config.depth), heads) for x in (query_address, key_address)
         )
-        return RecordedRoutes(query, key, torch.tensor(depths, device=query.device))
+        visits = per_head(query_address.long(), heads)[:, :, None]
+        return RecordedRoutes(query, key, torch.tensor(depths, device=query.device), visits)
 
 
 class TopologyLayer(TopologyHost, BaseTunerLayer):
@@ -503,118 +526,85 @@ def topology_attention_forward(
         return base(module, query, key, value, attention_mask, **kwargs)
     host, config = topology.host, topology.config
     refuse_unmodelled(module, topology, query, key, attention_mask, kwargs)
-    depths = topology.depths
+    visibility = topology.visibility
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    scores: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap")}
+    scoring = Scoring(scale, kwargs.get("softcap"))
 
     if host.observer is None and topology.hard:
-        return _hard_attention(topology, query, key, value, depths, scores).transpose(1, 2).contiguous(), None
+        return _hard_attention(topology, query, key, value, scoring).transpose(1, 2).contiguous(), None
     if host.observer is not None:
-        if any(depths):
-            out, weights = _bridged(topology, query, key, value, depths, scores, None)[0], None
+        if any(visibility.depths):
+            out, weights = _bridged(topology, query, key, value, scoring, None)[0], None
         else:
             out, weights = base(module, query, key, value, attention_mask, **kwargs)
-        host.observer(topology, query, key, value, out, scores)
+        host.observer(topology, query, key, value, out, scoring)
         return out, weights
 
     weights, plan, far_pairs = None, None, None
     if topology.training or host.distillation is not None:
         with torch.no_grad():
-            plan = plan_of(topology, depths)
+            plan = make_plan(visibility)
             host.metrics["density"] = (plan.visible_count() / plan.causal_count().clamp(min=1)).mean()
     if config.homotopy == 0 or host.distillation is not None:
         out, weights = base(module, query, key, value, attention_mask, **kwargs)
         if host.distillation is not None:
-            _report_distillation(topology, query.detach(), key.detach(), scores)
+            _report_distillation(topology, query.detach(), key.detach(), scoring)
         elif topology.routes is not None and topology.routes.query.probs.requires_grad:
             # adds exactly zero to the base's output and the router's gradient to the backward pass
             detached = query.detach(), key.detach(), value.detach()
-            extra, far_pairs = _bridged(topology, *detached, depths, scores, plan)
+            extra, far_pairs = _bridged(topology, *detached, scoring, plan)
             out = out + (extra - extra.detach())
     else:
-        out, far_pairs = _bridged(topology, query, key, value, depths, scores, plan)
+        out, far_pairs = _bridged(topology, query, key, value, scoring, plan)
     if topology.training and topology.routes is not None and far_pairs is not None:
         out = _with_auxiliary_loss(out, topology, far_pairs)
     return out, weights
 
 
-def _hard_attention(
-    call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, depths: list[int], scores: dict[str, Any]
-) -> Tensor:
+def _hard_attention(call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """The hard topology, `[B, H, T, D]`: a few new tokens scan the cache, longer chunks sort it."""
-    if serves_decode(query, key, value, call.keys.records):
-        route = _route_heads(call, depths)
-        assert call.keys.records is not None
-        return decode_attention(
-            query,
-            key,
-            value,
-            route.query_address,
-            call.query,
-            _per_head(call.keys.records.address, route.heads, dim=2),
-            call.keys.records,
-            route.balls,
-            local_window=call.config.local_window,
-            num_sink_tokens=call.config.num_sink_tokens,
-            **scores,
-        )
-    plan = plan_of(call, depths)
+    if serves_decode(query, key, value, call.visibility.keys.records):
+        return decode_attention(query, key, value, call.visibility, scoring)
+    plan = make_plan(call.visibility)
     if call.host.density_recorder is not None:
         call.host.density_recorder(call, plan)
-    return hard_attention(query, key, value, plan, **scores)
+    return hard_attention(query, key, value, plan, scoring)
 
 
 def _bridged(
-    call: TopologyCall,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depths: list[int],
-    scores: dict[str, Any],
-    plan: Plan | None,
+    call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, plan: Plan | None
 ) -> tuple[Tensor, Tensor]:
     """The unmerged topology's attention, `[B, T, H, D]`, and far pairs `[H]`, see `bridged_attention`.
 
     plan: of the same depths, if there is one already.
     """
-    heads, config = len(depths), call.config
     out, far_pairs = bridged_attention(
         query,
         key,
         value,
-        None if call.routes is None else _routes_per_head(call.routes, heads),
-        _per_head(call.query_address, heads),
-        _per_head(call.keys.address, heads),
-        call.query,
-        call.keys.layout,
-        arity=config.arity,
-        num_levels=config.depth,
-        depths=depths,
-        local_window=config.local_window,
-        num_sink_tokens=config.num_sink_tokens,
-        homotopy=config.homotopy,
-        bridge=config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
+        call.routes,
+        call.visibility,
+        scoring,
+        homotopy=call.config.homotopy,
+        bridge=call.config.gradient_bridge if call.training else "full",  # evaluation takes the hard choice
         plan=plan,
-        **scores,
     )
     return out.transpose(1, 2).contiguous(), far_pairs
 
 
-def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scores: dict[str, Any]) -> None:
-    distillation, config = call.host.distillation, call.config
+def _report_distillation(call: TopologyCall, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+    distillation = call.host.distillation
     assert distillation is not None and call.routes is not None  # prepare() keeps the routes when distilling
     learning = torch.is_grad_enabled()
     with torch.enable_grad():
         loss = distillation_loss(
             query,
             key,
-            _routes_per_head(call.routes, query.shape[1]),
-            call.keys.layout,
-            local_window=config.local_window,
-            num_sink_tokens=config.num_sink_tokens,
+            call.routes,
+            call.visibility,
+            scoring,
             num_queries=distillation.num_queries,
             density_weight=distillation.density_weight,
-            **scores,
         )
     active = call.host.in_force()
     assert active is not None  # or there would be no call
@@ -626,72 +616,13 @@ def _with_auxiliary_loss(out: Tensor, call: TopologyCall, far_pairs: Tensor) -> 
     assert routes is not None
     if not far_pairs.requires_grad:  # all heads are dense: the router owes the others a gradient, which is 0
         far_pairs = far_pairs + 0.0 * sum(role.probs.sum() for role in routes)
-    loss = config.density_weight * far_pairs.mean() / call.query.causal_count().clamp(min=1)
+    loss = config.density_weight * far_pairs.mean() / call.visibility.query.causal_count().clamp(min=1)
     if config.balance_weight:
-        balance = balance_loss(routes, call.query.real)
+        balance = balance_loss(routes, call.visibility.query.real)
         host.metrics["balance"] = balance.detach()
         loss = loss + config.balance_weight * balance
     host.metrics["auxiliary_loss"] = loss.detach()
     return attach_loss(out, host.auxiliary_ramp * loss, host) if loss.requires_grad else out
-
-
-@dataclass(frozen=True)
-class RouteHeads:
-    """What decides who shares a ball, for each of `heads` routes or query heads.
-
-    balls: int32 `[heads]`: addresses modulo that are balls. max_balls: the largest.
-    query_address: integer `[B, heads, T]`, without a tree one that no key has (`topo_adapter.tree.role_balls`).
-    """
-
-    heads: int
-    balls: Tensor
-    max_balls: int
-    query_address: Tensor
-
-
-def _route_heads(call: TopologyCall, depths: list[int]) -> RouteHeads:
-    """One per route, or one per query head where depths differ within a route."""
-    routed = call.query_address.shape[1]
-    group = len(depths) // routed
-    shared = [depths[r * group] for r in range(routed)]
-    if any(depths[h] != shared[h // group] for h in range(len(depths))):
-        shared = depths
-    arity, levels, device = call.config.arity, call.config.depth, call.query_address.device
-    # every step of training may have a map of its own: not to be kept
-    make = call.host.on_device if call.merged else sent
-    query_address = _per_head(call.query_address, len(shared))
-    if max(shared) > levels:
-        least = make(tuple(arity**levels if d > levels else 0 for d in shared), device)
-        query_address = torch.maximum(query_address, least[:, None])
-    sizes = tuple(num_balls(arity, levels, d) for d in shared)
-    return RouteHeads(len(shared), make(sizes, device), max(sizes), query_address)
-
-
-def plan_of(call: TopologyCall, depths: list[int]) -> Plan:
-    """The plan of a call, for each of its route heads."""
-    route = _route_heads(call, depths)
-    return make_plan(
-        route.query_address,
-        _per_head(call.keys.address, route.heads),
-        route.balls,
-        route.max_balls,
-        call.query,
-        call.keys.layout,
-        call.config.local_window,
-        call.config.num_sink_tokens,
-    )
-
-
-def _per_head(x: Tensor, heads: int, dim: int = 1) -> Tensor:
-    """Repeat the routes `[B, R, ...]` to `[B, heads, ...]`: the heads of a KV head share its route."""
-    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
-
-
-def _routes_per_head(routes: Routes, heads: int) -> Routes:
-    query = RoleDigits(*(_per_head(x, heads) for x in routes.query))
-    if routes.key is routes.query:
-        return Routes(query, query)
-    return Routes(query, RoleDigits(*(_per_head(x, heads) for x in routes.key)))
 
 
 AttentionInterface.register(IMPLEMENTATION, topology_attention_forward)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .backend import kernels_serve
-from .layout import SequenceLayout, causal_pairs
 from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
 from .scoring import Scoring
-from .visibility import always_visible
+from .visibility import Visibility
 
 
 def balance_loss(routes: Routes, real: Tensor) -> Tensor:
@@ -92,13 +91,9 @@ def kept_mass(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    layout: SequenceLayout,
+    visibility: Visibility,
     rows: Tensor,
-    *,
-    local_window: int,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Share of each sampled query's dense attention that the soft mask keeps at every depth, and mean distributions.
 
@@ -109,6 +104,7 @@ def kept_mass(
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
         query_probs: `[B, H, M, L, p]`, level probabilities of the sampled queries; key_probs: `[B, H, N, L, p]`.
+        visibility: of the `N` tokens; its layouts and rule, not its addresses.
         rows: int64 `[M]`, ascending: the sampled queries' indices.
 
     Returns:
@@ -117,7 +113,7 @@ def kept_mass(
         Memory is `O(N)` on a GPU and `O(M * N)` elsewhere, with `M` fixed by the caller.
     """
     sampled = q if rows.numel() == q.shape[2] else q[:, :, rows]
-    real = layout.real[:, rows]
+    layout, real = visibility.query, visibility.query.real[:, rows]
     query_weight, key_weight = (some.float() / some.sum().clamp(min=1) for some in (real, layout.real))
     depth, arity = key_probs.shape[-2:]
     fits = 16 <= q.shape[-1] <= 256 and arity**depth <= 256
@@ -127,14 +123,11 @@ def kept_mass(
         k,
         query_probs,
         key_probs,
-        layout,
+        visibility,
         rows,
         query_weight,
         key_weight,
-        local_window=local_window,
-        num_sink_tokens=num_sink_tokens,
-        scale=scale,
-        softcap=softcap,
+        scoring,
     )
     # rows of padding have no attention; they count as kept, that is as no loss
     return torch.where(real[:, None], kept, 1.0).clamp(1e-6, 1.0), query_mean, key_mean
@@ -145,30 +138,27 @@ def _triton_far_mass(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    layout: SequenceLayout,
+    visibility: Visibility,
     rows: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    *,
-    local_window: int,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_torch_far_mass`."""
     from topo_kernels import LocalTensors, far_mass
 
-    plan = local_plan(layout, layout, local_window, num_sink_tokens)
+    rule = visibility.local_window, visibility.num_sink_tokens
+    plan = local_plan(visibility.query, visibility.query, *rule)
     sampled = plan.document_start[:, rows], plan.start[:, rows], plan.end[:, rows]
     return far_mass(
         q,
         k,
         query_probs,
         key_probs,
-        LocalTensors(plan.order, *sampled, num_sink_tokens),
+        LocalTensors(plan.order, *sampled, visibility.num_sink_tokens),
         query_weight,
         key_weight,
-        Scoring(scale, softcap),
+        scoring,
     )
 
 
@@ -177,15 +167,11 @@ def _torch_far_mass(
     k: Tensor,
     query_probs: Tensor,
     key_probs: Tensor,
-    layout: SequenceLayout,
+    visibility: Visibility,
     rows: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    *,
-    local_window: int,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kept mass `[L, B, H, M]` of real sampled queries and weighted sums `[H, p**L]` of leaf distributions.
 
@@ -193,11 +179,10 @@ def _torch_far_mass(
         q: `[B, H, M, D]`, of the sampled queries. query_weight, key_weight: `[B, M]`, `[B, N]`, 0 in padding.
         The others as in `kept_mass`.
     """
-    part = SequenceLayout(layout.document[:, rows], layout.position[:, rows])
+    part = visibility.of_rows(rows)
     with torch.no_grad():
-        scores = scaled_scores(q, k, scale, softcap)
-        causal = causal_pairs(part, layout)[:, None]
-        always = always_visible(part, layout, local_window, num_sink_tokens)[:, None]
+        scores = scaled_scores(q, k, scoring)
+        causal, always = part.causal()[:, None], part.always()[:, None]
         attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1).float()
         far = attention.masked_fill(always | ~causal, 0.0)
         local = attention.masked_fill(~always, 0.0).sum(-1)
@@ -214,12 +199,9 @@ def distillation_loss(
     q: Tensor,
     k: Tensor,
     routes: Routes,
-    layout: SequenceLayout,
+    visibility: Visibility,
+    scoring: Scoring,
     *,
-    local_window: int,
-    num_sink_tokens: int,
-    scale: float,
-    softcap: float | None = None,
     num_queries: int = 256,
     density_weight: float = 0.05,
 ) -> Tensor:
@@ -232,12 +214,14 @@ def distillation_loss(
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
     Args:
-        q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`. routes: `[B, H, N, L, p]` per role.
+        q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`. routes: `[B, R, N, L, p]` per role. visibility: of the `N` tokens; its
+            layouts and rule, not its addresses.
 
     Returns:
         float32 scalar.
     """
     length = q.shape[2]
+    routes = routes.per_head(q.shape[1])
     depth, arity = routes.query.probs.shape[-2:]
     rows = torch.randperm(length, device=q.device)[: min(num_queries, length)].sort().values
     kept, query_mean, key_mean = kept_mass(
@@ -245,12 +229,9 @@ def distillation_loss(
         k,
         routes.query.probs if num_queries >= length else routes.query.probs[:, :, rows],
         routes.key.probs,
-        layout,
+        visibility,
         rows,
-        local_window=local_window,
-        num_sink_tokens=num_sink_tokens,
-        scale=scale,
-        softcap=softcap,
+        scoring,
     )
     price = torch.zeros_like(kept[0, 0, 0, 0])
     for balls in (arity**d for d in range(1, depth + 1)):

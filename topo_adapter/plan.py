@@ -9,7 +9,7 @@ memory, no host synchronisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .backend import kernels_serve
 from .layout import SequenceLayout
+from .visibility import Visibility, per_head
 
 _EXCLUDED = torch.iinfo(torch.int64).max
 
@@ -44,11 +45,11 @@ class LocalPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the hard attention executes. All tensors are int32; `R` is the number of route heads.
+    """What the hard attention executes. All tensors are int32; `R` is the number of route heads, `m` of visits.
 
-    Tree pass, in sorted query order:
-        query_order: `[B, R, T]`; sorted rank -> query index. Padding queries come last, as their index or -1.
-        range_start, range_end: `[B, R, T]`; the sorted query's keys are `key_order[start:end]`.
+    Tree pass, in sorted query order of each visit; the balls of a query's visits are disjoint:
+        query_order: `[B, R, m, T]`; sorted rank -> query index. Padding queries come last, as their index or -1.
+        range_start, range_end: `[B, R, m, T]`; the sorted query's keys are `key_order[start:end]`.
         key_order: `[B, R, S]`; sorted rank -> key index. What follows the keys of the tree is in no range.
     Local pass, in original query order, shared by all heads: see `LocalPlan`.
 
@@ -66,9 +67,14 @@ class Plan:
     num_sink_tokens: int
     dense: bool = False
 
+    def of_visit(self, visit: int) -> Plan:
+        """The tree pass of one visit, whose tensors `[B, R, T]` the kernels take."""
+        names = ("query_order", "range_start", "range_end")
+        return replace(self, **{name: getattr(self, name)[:, :, visit] for name in names})
+
     def far_count(self) -> Tensor:
         """float64 `[R]`: pairs that the tree alone makes visible, of each route head, summed over the batch."""
-        return (self.range_end - self.range_start).sum((0, 2), dtype=torch.float64)
+        return (self.range_end - self.range_start).sum((0, 2, 3), dtype=torch.float64)
 
     def visible_count(self) -> Tensor:
         """float64 `[R]`: visible pairs of each route head, summed over the batch."""
@@ -81,79 +87,64 @@ class Plan:
         return (self.local_end - self.document_start).sum(dtype=torch.float64)
 
 
-def make_plan(
-    query_address: Tensor,
-    key_address: Tensor,
-    balls: Tensor,
-    max_balls: int,
-    query: SequenceLayout,
-    key: SequenceLayout,
-    local_window: int,
-    num_sink_tokens: int,
-) -> Plan:
+def make_plan(visibility: Visibility) -> Plan:
     """The plan of a forward, by counting sort in Triton on a GPU and by sorting in torch elsewhere.
 
-    Args:
-        query_address, key_address: integer `[B, R, T]`, `[B, R, S]`.
-        balls: int32 `[R]`, `arity**depth` of each route head: its balls are the addresses modulo that.
-        max_balls: the largest of `balls` or more, known on the host.
-        query, key: layouts; within a document positions must be distinct.
-        local_window: >= 1. num_sink_tokens: >= 0.
+    Within a document positions must be distinct.
     """
-    local = local_plan(query, key, local_window, num_sink_tokens)
-    if max_balls == 1 and local.order is None:
-        return _dense_plan(query_address, local, num_sink_tokens)
-    if not kernels_serve(query_address):
-        query_ball, key_ball = (x % balls[:, None] for x in (query_address, key_address))
-        tree = _sorted_tree(query_ball, key_ball, query, key, local_window, num_sink_tokens)
-        return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+    query, key = visibility.query, visibility.keys.layout
+    rule = visibility.local_window, visibility.num_sink_tokens
+    local, sizes = local_plan(query, key, *rule), visibility.ball_sizes()
+    one = visibility.visits.shape[2] == 1  # which a router always makes
+    if max(sizes) == 1 and local.order is None and one:
+        return _dense_plan(visibility.visits, len(sizes), local, visibility.num_sink_tokens)
+    if not (one and kernels_serve(visibility.visits)):
+        tree = _sorted_tree(*visibility.balls(), query, key, *rule)
+        return Plan(*tree, local.order, local.document_start, local.start, local.end, visibility.num_sink_tokens)
     from topo_kernels import tree_plan
 
-    tree = tree_plan(
-        query_address.int(),
-        key_address.int(),
-        balls,
+    *first, key_order = tree_plan(
+        visibility.route_visits()[:, :, 0].int(),
+        per_head(visibility.keys.address, len(sizes)).int(),
+        visibility.on_device(tuple(sizes), visibility.visits.device),
         local.start,
         None if local.order is None else local.document_start,
         local.tree_queries,
         local.tree_keys,
-        max_balls=max_balls,
-        num_sink_tokens=num_sink_tokens,
+        max_balls=max(sizes),
+        num_sink_tokens=visibility.num_sink_tokens,
     )
-    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+    query_order, start, end = (x[:, :, None] for x in first)
+    tree = query_order, start, end, key_order
+    return Plan(*tree, local.order, local.document_start, local.start, local.end, visibility.num_sink_tokens)
 
 
-def _dense_plan(query_address: Tensor, local: LocalPlan, num_sink_tokens: int) -> Plan:
+def _dense_plan(visits: Tensor, routes: int, local: LocalPlan, num_sink_tokens: int) -> Plan:
     """What sorting plain rows of one ball would give, without sorting."""
-    order = torch.arange(query_address.shape[2], dtype=torch.int32, device=query_address.device)
-    end = (local.start - num_sink_tokens).clamp(min=0)[:, None].expand(query_address.shape)
+    shape = visits.shape[0], routes, 1, visits.shape[3]
+    order = torch.arange(shape[3], dtype=torch.int32, device=visits.device)
+    end = (local.start - num_sink_tokens).clamp(min=0)[:, None, None].expand(shape)
     key_order = torch.where(order + num_sink_tokens < order.numel(), order + num_sink_tokens, 0)
-    tree = order.expand(end.shape), torch.zeros_like(end), end, key_order.expand(end.shape)
+    tree = order.expand(shape), torch.zeros_like(end), end, key_order.expand(*shape[:2], -1)
     return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens, dense=True)
 
 
 def build_plan(
-    query_ball: Tensor,
+    query_balls: Tensor,
     key_ball: Tensor,
     query: SequenceLayout,
     key: SequenceLayout,
     local_window: int,
     num_sink_tokens: int,
 ) -> Plan:
-    """The plan of a forward from balls, in torch.
-
-    Args:
-        query_ball, key_ball: integer `[B, R, T]`, `[B, R, S]`; balls at each head's visible depth.
-        query, key: layouts; within a document positions must be distinct.
-        local_window: >= 1. num_sink_tokens: >= 0.
-    """
-    tree = _sorted_tree(query_ball, key_ball, query, key, local_window, num_sink_tokens)
+    """The plan of a forward from balls, in torch; arguments as `topo_adapter.visibility.visible_pairs`."""
+    tree = _sorted_tree(query_balls, key_ball, query, key, local_window, num_sink_tokens)
     local = _general_local_plan(query, key, local_window, num_sink_tokens)
     return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
 
 
 def _sorted_tree(
-    query_ball: Tensor,
+    query_balls: Tensor,
     key_ball: Tensor,
     query: SequenceLayout,
     key: SequenceLayout,
@@ -162,23 +153,34 @@ def _sorted_tree(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`query_order`, `range_start`, `range_end` and `key_order` of a `Plan`."""
     span = key.position.shape[1] + 1  # larger than any position
-    balls = torch.maximum(query_ball.amax(), key_ball.amax()).long() + 1  # a tensor: no host synchronisation
+    balls = torch.maximum(query_balls.amax(), key_ball.amax()).long() + 1  # a tensor: no host synchronisation
+    visiting = query.real[:, None, None] & _first_visits(query_balls)
 
     def rank(position: Tensor, ball: Tensor, layout: SequenceLayout) -> Tensor:
-        """(document, ball, position) as one integer, ordered lexicographically."""
-        return (layout.document[:, None] * balls + ball.long()) * span + position[:, None]
+        """(document, ball, position) as one integer, ordered lexicographically; `position` `[B, N]`."""
+        one = (slice(None), *[None] * (ball.ndim - 2))
+        return (layout.document[one] * balls + ball.long()) * span + position[one]
 
     in_tree = key.position >= num_sink_tokens  # also drops padding
     key_rank = rank(key.position, key_ball, key).masked_fill(~in_tree[:, None], _EXCLUDED)
     sorted_rank, key_order = key_rank.sort(-1)
-    query_rank = rank(query.position, query_ball, query).masked_fill(~query.real[:, None], _EXCLUDED)
+    query_rank = rank(query.position, query_balls, query).masked_fill(~visiting, _EXCLUDED)
     query_order = query_rank.argsort(-1)
-    first = rank(torch.zeros_like(query.position), query_ball, query)
+    first = rank(torch.zeros_like(query.position), query_balls, query)
     # keys below this position are out of the window; 0 for padding, whose range is empty then
     reach = (query.position - local_window + 1).clamp(min=0)
-    start = torch.searchsorted(sorted_rank, first)
-    end = torch.searchsorted(sorted_rank, rank(reach, query_ball, query))
+    keys = sorted_rank[:, :, None].expand(-1, -1, query_balls.shape[2], -1).contiguous()
+    start = torch.searchsorted(keys, first)
+    end = torch.where(visiting, torch.searchsorted(keys, rank(reach, query_balls, query)), start)
     return query_order.int(), start.gather(-1, query_order).int(), end.gather(-1, query_order).int(), key_order.int()
+
+
+def _first_visits(query_balls: Tensor) -> Tensor:
+    """bool `[B, R, m, T]`: the visit is to a ball that no earlier visit of its query went to, and to one at all."""
+    first = query_balls >= 0
+    for visit in range(1, query_balls.shape[2]):
+        first[:, :, visit] &= (query_balls[:, :, :visit] != query_balls[:, :, visit, None]).all(2)
+    return first
 
 
 _LOCAL_PLANS: WeakKeyDictionary[SequenceLayout, dict[tuple[int, int], LocalPlan]] = WeakKeyDictionary()

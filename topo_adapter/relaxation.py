@@ -12,19 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import hard_attention
 from .backend import kernels_serve, sent
-from .layout import SequenceLayout, causal_pairs
 from .plan import Plan, make_plan
 from .router import Routes
 from .scoring import Scoring
-from .tree import num_balls, role_balls
-from .visibility import always_visible
+from .visibility import Visibility, per_head
 
 #: A hidden key's logit may exceed the visible ones without limit: the derivative of the output in its mask, at 0, is
 #: `w (v_j - out)` with `w` its weight over the sum of theirs, but revealing it changes the output by `w / (1 + w)` of
 #: that, never by more than all. So `w` enters the router's gradient as `min(w, exp(_MAX_GAP)) = min(w, 1)`.
 _MAX_GAP = 0.0
-#: Where the forward is soft that derivative is exact and stays; this keeps it finite.
-_MAX_SOFT_GAP = 10.0
 
 
 def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
@@ -110,15 +106,14 @@ def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Se
     return torch.stack([row for row in rows if row is not None], dim=1)
 
 
-def scaled_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+def scaled_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     """Attention logits `[B, H, T, S]` from `q` `[B, H, T, D]` and `k` `[B, H_kv, S, D]`.
 
     At least float32: in float16 a dot product overflows at 65504 (one of the paper's fp16 traps).
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
-    scores = (grouped @ k.to(dtype).transpose(-1, -2)[:, :, None] * scale).flatten(1, 2)
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return scoring.capped((grouped @ k.to(dtype).transpose(-1, -2)[:, :, None] * scoring.scale).flatten(1, 2))
 
 
 def bridged_attention(
@@ -126,76 +121,55 @@ def bridged_attention(
     k: Tensor,
     v: Tensor,
     routes: Routes | None,
-    query_address: Tensor,
-    key_address: Tensor,
-    query: SequenceLayout,
-    key: SequenceLayout,
+    visibility: Visibility,
+    scoring: Scoring,
     *,
-    arity: int,
-    num_levels: int,
-    depths: Sequence[int],
-    local_window: int,
-    num_sink_tokens: int,
     homotopy: float,
-    bridge: Literal["full", "masked", "marginal"],
-    scale: float,
-    softcap: float | None = None,
+    bridge: Literal["full", "masked"],
     plan: Plan | None = None,
     block: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Attention whose weights are multiplied by `1 - c + c m` and renormalised (docs/method.md, section 3).
 
-    `m` is 1 for window and sink pairs, else the tree mask. Forward uses the hard mask ('full', 'masked') or
-    the shared-prefix probability ('marginal'); backward uses the latter, unscaled by `c`, for every causal
-    pair ('full', 'marginal') or for visible ones only ('masked', the paper's form).
+    `m` is 1 for visible pairs and 0 for the others. Its gradient is that of the shared-prefix probability, unscaled by
+    `c`, for every causal pair ('full') or for visible ones only ('masked', the paper's form).
 
     Args:
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`.
-        routes: probabilities of the same `T = S` tokens, `[B, H, T, L, p]` per role; None = no gradient to
-            the router, hard mask only.
-        query_address, key_address: int64 `[B, H, T]`, `[B, H, S]`.
-        num_levels: `L`. depths: visible depth of each of the `H` heads, in `0..L + 1`. homotopy: `c` in `[0, 1]`.
-        plan: of the hard mask; None makes it where it is needed.
+        routes: probabilities of the same `T = S` tokens, `[B, R, T, L, p]` per role; None = no gradient to the router.
+        homotopy: `c` in `[0, 1]`.
+        plan: of `visibility`; None makes it where it is needed.
         block: queries per block; memory is `O(block * S)` per head, in backward too (blocks are recomputed). On a GPU
-            the kernels take over where `homotopy` is 1 and the bridge not 'marginal', in `O(S)`.
+            the kernels take over where `homotopy` is 1, in `O(S)`.
 
     Returns:
         out: `[B, H, T, D]` in q's dtype; rows of padding queries are 0.
         far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
             sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
-
-    def balls() -> tuple[Tensor, Tensor]:
-        return role_balls(query_address, key_address, arity, num_levels, sent(depths, q.device)[:, None])
-
-    if homotopy == 1 and bridge != "marginal" and _kernels_bridge(q, k, v, routes, arity, depths):
-        if plan is None:
-            sizes = [num_balls(arity, num_levels, depth) for depth in depths]
-            counts = sent(sizes, q.device)
-            plan = make_plan(*balls(), counts, max(sizes), query, key, local_window, num_sink_tokens)
-        reach = balls() if bridge == "masked" else None
-        return _bridged_by_kernels(q, k, v, routes, plan, depths, scale, softcap, reach)
-    query_ball, key_ball = balls()
+    depths = visibility.depths
+    if routes is not None:
+        routes = routes.per_head(len(depths))
+    if homotopy == 1 and _kernels_bridge(q, k, v, routes, visibility):
+        plan = make_plan(visibility) if plan is None else plan
+        return _bridged_by_kernels(q, k, v, routes, visibility, plan, scoring, bridge)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        part = SequenceLayout(query.document[:, rows], query.position[:, rows])
-        causal = causal_pairs(part, key)[:, None]
-        always = always_visible(part, key, local_window, num_sink_tokens)[:, None]
-        hard = always | ((query_ball[:, :, rows, None] == key_ball[:, :, None]) & causal)
-        scores = scaled_scores(q, k, scale, softcap)
+        part = visibility.of_rows(rows)
+        causal, always = part.causal()[:, None], part.always()[:, None]
+        hard = per_head(part.mask(), len(depths))
+        scores = scaled_scores(q, k, scoring)
         far_pairs = (hard & ~always).sum((0, 2, 3)).to(scores.dtype)
-        target, soft = hard.to(scores.dtype), None
+        soft = None
         if probs is not None and key_probs is not None:
             soft = shared_prefix_probability(probs, key_probs, depths).to(scores.dtype)
             soft = torch.where(always, 1.0, soft)
             far_pairs = far_pairs + torch.where(causal & ~always, soft - soft.detach(), 0.0).sum((0, 2, 3))
-            if bridge == "marginal":
-                target = soft.detach()
         # weights in the exponent, and shifted by the largest term: neither a hidden maximum nor a tiny weight can
         # underflow the rest
-        weight = torch.where(causal, 1 - homotopy + homotopy * target, 0.0)
+        weight = torch.where(causal, 1 - homotopy + homotopy * hard.to(scores.dtype), 0.0)
         exponent = scores + weight.log()
         top = exponent.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         weighted = (exponent - top).exp()
@@ -203,7 +177,7 @@ def bridged_attention(
             reach = hard if bridge == "masked" else causal
             # capped relative to the row's log-sum-exp, which a kernel's backward pass knows and `top` it does not
             mass = weighted.detach().sum(-1, keepdim=True)
-            gap = (scores.detach() - top - mass.log()).clamp(max=_MAX_SOFT_GAP if bridge == "marginal" else _MAX_GAP)
+            gap = (scores.detach() - top - mass.log()).clamp(max=_MAX_GAP)
             weighted = weighted + torch.where(reach, soft - soft.detach(), 0.0) * gap.exp() * mass
         total = weighted.sum(-1, keepdim=True)
         values = v.to(scores.dtype)
@@ -230,15 +204,16 @@ def _router_learns(routes: Routes | None) -> bool:
     return routes is not None and torch.is_grad_enabled() and any(role.probs.requires_grad for role in routes)
 
 
-def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, arity: int, depths: Sequence[int]) -> bool:
-    if not (kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
+def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, visibility: Visibility) -> bool:
+    one = visibility.visits.shape[2] == 1
+    if not (one and kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
         return False
     from topo_kernels import MAX_TILE_LEAVES
 
     if routes is None or not _router_learns(routes):
         return True
-    deepest = max(_depths_in_the_tree(depths, routes.query.probs.shape[-2]))
-    return routes.query.probs.dtype == torch.float32 and arity**deepest <= MAX_TILE_LEAVES
+    deepest = max(_depths_in_the_tree(visibility.depths, visibility.levels))
+    return routes.query.probs.dtype == torch.float32 and visibility.arity**deepest <= MAX_TILE_LEAVES
 
 
 def _bridged_by_kernels(
@@ -246,29 +221,31 @@ def _bridged_by_kernels(
     k: Tensor,
     v: Tensor,
     routes: Routes | None,
+    visibility: Visibility,
     plan: Plan,
-    depths: Sequence[int],
-    scale: float,
-    softcap: float | None,
-    balls: tuple[Tensor, Tensor] | None,
+    scoring: Scoring,
+    bridge: Literal["full", "masked"],
 ) -> tuple[Tensor, Tensor]:
-    """`bridged_attention` at homotopy 1: the hard attention, and its router's gradient, which the balls of queries and
-    keys restrict to visible pairs."""
+    """`bridged_attention` at homotopy 1: the hard attention, and its router's gradient."""
+    depths = visibility.depths
     if routes is None or not _router_learns(routes) or max(depths) == 0:
-        far_pairs = plan.far_count().float()
-        return hard_attention(q, k, v, plan, scale, softcap), far_pairs.repeat_interleave(len(depths) // len(far_pairs))
+        return hard_attention(q, k, v, plan, scoring), per_head(plan.far_count().float(), len(depths), dim=0)
     from topo_kernels import bridged_topology_attention
 
+    balls = None
+    if bridge == "masked":  # only pairs of one ball pass the gradient on
+        query_balls, key_ball = visibility.by_head().balls()
+        balls = query_balls[:, :, 0].int(), key_ball.int()
     with torch.autocast(q.device.type, enabled=False):
-        query_probs, depths = above_the_leaves(routes.query.probs, depths)
+        query_probs, reached = above_the_leaves(routes.query.probs, depths)
         return bridged_topology_attention(
             q,
             k,
             v,
-            levels_at_depths(query_probs, depths),
-            levels_at_depths(routes.key.probs, depths),
-            plan,
-            Scoring(scale, softcap),
+            levels_at_depths(query_probs, reached),
+            levels_at_depths(routes.key.probs, reached),
+            plan.of_visit(0),
+            scoring,
             max_gap=_MAX_GAP,
-            balls=None if balls is None else (balls[0].int(), balls[1].int()),
+            balls=balls,
         )

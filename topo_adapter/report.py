@@ -94,7 +94,7 @@ def _count_density(call: TopologyCall, plan: Plan) -> None:
     density = calibration["density"][call.host.geometry.layer]
     length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
     near = always_density(length, window, sinks)
-    revealed = sum(values[d] for values, d in zip(density, call.depths, strict=True)) / len(density)
+    revealed = sum(values[d] for values, d in zip(density, call.visibility.depths, strict=True)) / len(density)
     share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
     visible, causal = plan.visible_count().mean(), plan.causal_count()
     local = visible - plan.far_count().mean()

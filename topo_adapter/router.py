@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .backend import graph_is_recorded, kernels_serve
 from .errors import TopologyConfigError
 from .tree import digits_to_address
+from .visibility import per_head
 
 if TYPE_CHECKING:
     from topo_kernels import PackedRouter
@@ -37,6 +38,11 @@ class Routes(NamedTuple):
 
     query: RoleDigits
     key: RoleDigits
+
+    def per_head(self, heads: int) -> Routes:
+        """With the routes of KV heads repeated for the `heads` query heads that share them."""
+        query = RoleDigits(*(per_head(x, heads) for x in self.query))
+        return Routes(query, query if self.key is self.query else RoleDigits(*(per_head(x, heads) for x in self.key)))
 
 
 class Float32Linear(nn.Linear):

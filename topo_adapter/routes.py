@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedModelError
 from .layer import RecordedRoutes, active_layers, evaluating, hosts
 from .layout import SequenceLayout, layout_from_padding
-from .plan import build_plan
+from .plan import make_plan
 
 
 @torch.no_grad()
@@ -22,9 +22,10 @@ def record_routes(
         input_ids: int64 `[B, T]`. attention_mask: `[B, T]`, 0 marks padding.
 
     Returns:
-        Layer index -> `RecordedRoutes`: `query_digits` and `key_digits` int64 `[B, H, T, L]` with `H` query
-        heads (routes per KV head are repeated), `visible_depth` int64 `[H]`. Digits of padding tokens are
-        arbitrary. With docs/method.md section 2 this determines what every query sees.
+        Layer index -> `RecordedRoutes`: `visits` int64 `[B, H, m, T]` with `H` query heads (routes per KV head are
+        repeated), `query_digits` (of the first visit) and `key_digits` int64 `[B, H, T, L]`, `visible_depth` int64
+        `[H]`. Those of padding tokens are arbitrary. With docs/method.md section 2 this determines what every query
+        sees.
 
     Raises:
         UnsupportedModelError: no layer of the model has an active topology.
@@ -61,8 +62,8 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
     densities = {}
     for host, config, _ in active_layers(model):
         record = records[host.geometry.layer]
-        query_ball, key_ball = record.balls(config.arity)
-        tokens = SequenceLayout(layout.document.to(query_ball.device), layout.position.to(query_ball.device))
-        plan = build_plan(query_ball, key_ball, tokens, tokens, config.local_window, config.num_sink_tokens)
+        device = record.visits.device
+        tokens = SequenceLayout(layout.document.to(device), layout.position.to(device))
+        plan = make_plan(record.visibility(tokens, config))
         densities[host.geometry.layer] = (plan.visible_count() / plan.causal_count()).cpu()
     return densities

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 
 from .backend import graph_is_recorded
 from .plan import Plan
+from .scoring import Scoring
 
 _BLOCK = 128  # queries that are scored at once when sorted
 _SORTED_SCORE = 1.9  # cost of a score when sorted, in masked scores of the same 32 bits
@@ -28,10 +29,10 @@ _FEWEST_ROWS = 32
 _TABLE_ENTRIES = 2**23  # of one row of the mask for each ball; where there are more balls, they are compared
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None) -> Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
     """`topo_adapter.attention.hard_attention` in torch: O(N) memory without gradients."""
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    only_sorted = learning or softcap is not None
+    only_sorted = learning or scoring.softcap is not None
     rows = []
     for b in range(q.shape[0]):
         qb, kb, vb = q[b], k[b], v[b]
@@ -39,9 +40,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, s
             torch.ones(plan.query_order.shape[1], dtype=torch.bool) if only_sorted else cheaper_sorted(plan, b, q.dtype)
         )
         if in_order.all():
-            rows.append(sorted_attention(qb, kb, vb, plan, b, scale, softcap))
+            rows.append(sorted_attention(qb, kb, vb, plan, b, scoring))
         elif not in_order.any():
-            rows.append(masked_attention(qb, kb, vb, plan, b, scale))
+            rows.append(masked_attention(qb, kb, vb, plan, b, scoring))
         else:
             out = qb.new_empty(*qb.shape[:-1], vb.shape[-1])
             for chosen, is_sorted in ((in_order, True), (~in_order, False)):
@@ -51,9 +52,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, s
                 own = heads // (q.shape[1] // k.shape[1])
                 tensors = qb[heads], kb[own], vb[own]
                 out[heads] = (
-                    sorted_attention(*tensors, part, b, scale, None)
+                    sorted_attention(*tensors, part, b, scoring)
                     if is_sorted
-                    else masked_attention(*tensors, part, b, scale)
+                    else masked_attention(*tensors, part, b, scoring)
                 )
             rows.append(out)
     return torch.stack(rows)
@@ -70,9 +71,9 @@ def cheaper_sorted(plan: Plan, b: int, dtype: torch.dtype) -> Tensor:
     blocks = -(-plan.document_start.shape[1] // _BLOCK)
     causal = _scores_of(plan.document_start[b], plan.local_end[b])
     beside = _scores_of(plan.local_start[b], plan.local_end[b]) + _scores_of(*_sinks(plan, b))
-    in_order = _scores_of(plan.range_start[b], plan.range_end[b]) + beside
+    in_order = _scores_of(plan.range_start[b], plan.range_end[b]).sum(-1) + beside
     score = _SORTED_SCORE_16_BITS if dtype.itemsize == 2 else _SORTED_SCORE
-    return (score * in_order + _SORTED_BLOCK * blocks < causal).cpu()
+    return (score * in_order + _SORTED_BLOCK * blocks * plan.query_order.shape[2] < causal).cpu()
 
 
 # ---------------------------------------------------------------- ranges of a block
@@ -117,8 +118,10 @@ def _in_local_order(x: Tensor, plan: Plan, b: int) -> Tensor:
 # ---------------------------------------------------------------- masked
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float) -> Tensor:
-    """Row `b` in blocks of queries under a mask. q: `[H, T, D]`; k, v: `[H_kv, S, D]`; returns `[H, T, D]`.
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scoring: Scoring) -> Tensor:
+    """Row `b` in blocks of queries under a mask, without a softcap.
+
+    q: `[H, T, D]`; k, v: `[H_kv, S, D]`; returns `[H, T, D]`.
 
     Only ranks of real keys are read: NaN in padding stays there, which a mask alone would not do.
     """
@@ -143,10 +146,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
         if whole[0] == whole[1]:
             outs.append(q.new_zeros(heads, grouped.shape[2], vs.shape[-1]))
             continue
-        if table is None:
-            bias = torch.where(key_ball[:, None, columns] == query_ball[:, rows, None], seen, hidden)
-        else:
-            bias = embedding(query_ball[:, rows], table[:, columns])  # [R, M, S]
+        bias = hidden
+        for visited in query_ball[..., rows].unbind(1):  # [R, M]
+            if table is None:
+                ball = torch.where(key_ball[:, None, columns] == visited[..., None], seen, hidden)
+            else:
+                ball = embedding(visited, table[:, columns])  # [R, M, S]
+            bias = ball if bias is hidden else torch.maximum(bias, ball)
         for span, start, end in ((near, local_start, local_end), (far, first, sink_end)):
             at, part = place[slice(*span)], bias[..., span[0] - whole[0] : span[1] - whole[0]]
             later = at >= end[rows, None]
@@ -156,7 +162,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
             else:
                 part.clamp_(least)
         bias = bias[:, None].expand(-1, heads // routes, -1, -1).reshape(kv_heads, group, *bias.shape[1:])
-        out = scaled_dot_product_attention(grouped, ks[..., columns, :], vs[..., columns, :], bias, scale=scale)
+        out = scaled_dot_product_attention(grouped, ks[..., columns, :], vs[..., columns, :], bias, scale=scoring.scale)
         outs.append(out.flatten(0, 1))
     return torch.cat(outs, 1).masked_fill((local_end <= local_start)[:, None], 0.0)
 
@@ -164,12 +170,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale:
 def _ball_numbers(plan: Plan, b: int) -> tuple[Tensor, Tensor, int]:
     """The tree pass of row `b` as numbers of balls, in the local pass's orders.
 
-    A query sees the keys before its window whose number is its own. The balls of different heads and documents have
-    different numbers.
+    A query sees the keys before its window whose number is one of its own. The balls of different heads and documents
+    have different numbers.
 
     Returns:
-        int64 `[R, T]`, 0 for queries that see nothing of the tree; int64 `[R, S]`, 1 for keys that nobody sees by it;
-        one more than the largest number.
+        int64 `[R, m, T]`, 0 for visits that see nothing; int64 `[R, S]`, 1 for keys that nobody sees by the tree; one
+        more than the largest number.
     """
     order, starts, ends, key_order = (
         x[b] for x in (plan.query_order, plan.range_start, plan.range_end, plan.key_order)
@@ -177,13 +183,14 @@ def _ball_numbers(plan: Plan, b: int) -> tuple[Tensor, Tensor, int]:
     length, keys = order.shape[-1], key_order.shape[-1]
     # a ball's keys begin at one rank for all its queries; what sees nothing goes to one more rank, that is cut off
     start = torch.where(ends > starts, starts, keys).long()
-    reached = ends.new_zeros(len(ends), keys + 1).scatter_reduce_(1, start, ends, "amax")[:, :keys]
+    reached = ends.new_zeros(len(ends), keys + 1)
+    reached = reached.scatter_reduce_(1, start.flatten(1), ends.flatten(1), "amax")[:, :keys]
     number = (reached > 0).flatten().cumsum(0).view_as(reached) + 1
     rank = torch.arange(keys, dtype=ends.dtype, device=ends.device)
     in_ball = rank < reached.cummax(-1).values
     query = torch.where(order < 0, length, order).long()
-    query_ball = pad(number, (0, 1)).gather(1, start)
-    query_ball = number.new_zeros(len(order), length + 1).scatter_(1, query, query_ball)[:, :length]
+    visited = pad(number, (0, 1)).gather(1, start.flatten(1)).view_as(start)
+    query_ball = number.new_zeros(*order.shape[:2], length + 1).scatter_(2, query, visited)[..., :length]
     key = torch.where(in_ball, key_order, keys).long()
     key_ball = number.new_ones(len(key_order), keys + 1).scatter_(1, key, number)[:, :keys]
     if plan.local_order is not None:
@@ -201,8 +208,7 @@ def scanned_attention(
     visible: Tensor,
     real_queries: Tensor,
     real_keys: Tensor,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of a few queries under a mask, all keys scored.
 
@@ -218,32 +224,31 @@ def scanned_attention(
     # the queries of the heads of a KV head side by side: keys are read once, nothing is repeated
     rows = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, H_kv, G T, D]
     seen = visible.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    if softcap is None:
+    if scoring.softcap is None:
         bias = torch.zeros((), dtype=q.dtype, device=q.device).where(seen, float("-inf"))
-        out = scaled_dot_product_attention(rows, k.to(q.dtype), v.to(q.dtype), bias, scale=scale)
+        out = scaled_dot_product_attention(rows, k.to(q.dtype), v.to(q.dtype), bias, scale=scoring.scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = masked_softmax(scores_of(rows.to(wide), k.to(wide), scale, softcap), seen)[0] @ v.to(wide)
+        out = masked_softmax(scores_of(rows.to(wide), k.to(wide), scoring), seen)[0] @ v.to(wide)
     return out.to(q.dtype).view(*q.shape[:-1], v.shape[-1]).masked_fill(~real_queries[:, None, :, None], 0.0)
 
 
 # ---------------------------------------------------------------- sorted
 
 
-def sorted_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
-) -> Tensor:
+def sorted_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scoring: Scoring) -> Tensor:
     """Row `b` in the tree's order, in float32 at least. q: `[H, T, D]`; k, v: `[H_kv, S, D]`; returns `[H, T, D]`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide = q.to(dtype), k.to(dtype), v.to(dtype)
-    tree = _tree_pass(*wide, plan, b, scale, softcap)
-    return _merge(*tree, *_local_pass(*wide, plan, b, scale, softcap)).to(q.dtype)
+    out, lse = _local_pass(*wide, plan, b, scoring)
+    for visit in range(plan.query_order.shape[2]):
+        out, lse = _merge(*_tree_pass(*wide, plan, b, visit, scoring), out, lse)
+    return out.to(q.dtype)
 
 
-def scores_of(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+def scores_of(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     """`[..., T, D]`, `[..., S, D]` to `[..., T, S]`."""
-    scores = q @ k.transpose(-1, -2) * scale
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return scoring.capped(q @ k.transpose(-1, -2) * scoring.scale)
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,23 +264,23 @@ def masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tree_pass(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, visit: int, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """The ball, without sinks and window, of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
+    """The ball, without sinks and window, of one visit of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
     heads, length, _ = q.shape
     per_route, per_kv = heads // plan.query_order.shape[1], heads // k.shape[0]
     outs, lses = [], []
     for h in range(heads):
         r = h // per_route
-        order = _whole_order(plan.query_order[b, r].long())
-        starts, ends = plan.range_start[b, r], plan.range_end[b, r]
+        order = _whole_order(plan.query_order[b, r, visit].long())
+        starts, ends = plan.range_start[b, r, visit], plan.range_end[b, r, visit]
         qs, key_order = q[h][order], plan.key_order[b, r].long()
         ks, vs = k[h // per_kv][key_order], v[h // per_kv][key_order]
         out, lse = [], []
         for i, (low, high) in enumerate(_spans_on_host(starts, ends, _BLOCK)):
             rows = slice(i * _BLOCK, (i + 1) * _BLOCK)
             rank = torch.arange(low, high, device=q.device)
-            scores = scores_of(qs[rows], ks[low:high], scale, softcap)
+            scores = scores_of(qs[rows], ks[low:high], scoring)
             probs, total = masked_softmax(scores, (rank >= starts[rows, None]) & (rank < ends[rows, None]))
             out.append(probs @ vs[low:high])
             lse.append(total)
@@ -292,9 +297,7 @@ def _whole_order(order: Tensor) -> Tensor:
     return torch.cat([order[order >= 0], left_out.nonzero()[:, 0]])
 
 
-def _local_pass(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _local_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Window and sinks of every query; `[H, T, D]` and log-sum-exp `[H, T]`."""
     group = q.shape[0] // k.shape[0]
     ks, vs = (_in_local_order(x, plan, b)[:, None] for x in (k, v))  # [H_kv, 1, S, D]
@@ -307,7 +310,7 @@ def _local_pass(
         scores, visible = [], []
         for (low, high), (start, end) in zip(touched, (window, sinks), strict=True):
             rank = torch.arange(low, high, device=q.device)
-            scores.append(scores_of(qg, ks[..., low:high, :], scale, softcap))
+            scores.append(scores_of(qg, ks[..., low:high, :], scoring))
             visible.append((rank >= start[rows, None]) & (rank < end[rows, None]))
         probs, lse = masked_softmax(torch.cat(scores, -1), torch.cat(visible, -1))
         near, far = probs.split([high - low for low, high in touched], -1)
@@ -317,10 +320,13 @@ def _local_pass(
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """Combine two disjoint attentions by log-sum-exp; 0 where both are empty."""
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine two disjoint attentions by log-sum-exp, and that of both; 0 and -inf where both are empty."""
     top = torch.maximum(lse_a, lse_b)
     top = top.masked_fill(top.isinf(), 0.0).detach()
     weight_a, weight_b = (lse_a - top).exp()[..., None], (lse_b - top).exp()[..., None]
     total = weight_a + weight_b
-    return (out_a * weight_a + out_b * weight_b) / total.masked_fill(total == 0, 1.0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (top + total[..., 0].log()).masked_fill(empty[..., 0], float("-inf"))
+    return (out_a * weight_a + out_b * weight_b) / total, lse

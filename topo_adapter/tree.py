@@ -1,4 +1,4 @@
-"""The Bruhat-Tits tree: addresses, balls, valuation, distance. Integers only, nothing learned.
+"""The Bruhat-Tits tree: addresses, balls, valuation. Integers only, nothing learned.
 
 An address is a p-adic integer `x = sum_l a_l p**l` with digits `a_l` in `{0..p-1}`; level `l = 0`
 is the root, the coarsest choice. The ball of `x` at depth `d` is `x mod p**d`: its first `d` digits.
@@ -48,27 +48,9 @@ def ball(address: Tensor, arity: int, depth: int | Tensor) -> Tensor:
     return address % arity**depth
 
 
-def role_balls(
-    query_address: Tensor, key_address: Tensor, arity: int, num_levels: int, depth: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The balls of queries and keys at a visible depth in `0..num_levels + 1`: a pair of tokens shares one iff they are
-    equal.
-
-    One level below the leaves, at `num_levels + 1`, no query shares a ball with any key: queries have the ball
-    `arity**num_levels`, which is the number of leaves and no key's.
-
-    Args:
-        query_address, key_address: `[...]`, in `[0, arity**num_levels)`. depth: integer tensor that broadcasts
-            against both.
-    """
-    key_ball = ball(key_address, arity, depth.clamp(max=num_levels))
-    query_ball = ball(query_address, arity, depth.clamp(max=num_levels))
-    return torch.where(depth > num_levels, arity**num_levels, query_ball), key_ball
-
-
 def num_balls(arity: int, num_levels: int, depth: int) -> int:
     """Addresses modulo this are their balls at `depth`. One level below the leaves that leaves them as they are, and
-    `arity**num_levels`, the ball of `role_balls` that no key has, as well."""
+    one more, which no key has, as well."""
     return arity**depth if depth <= num_levels else arity**num_levels + 1
 
 
@@ -79,14 +61,3 @@ def valuation(x: Tensor, y: Tensor, arity: int, depth: int) -> Tensor:
     if not shared:
         return torch.zeros_like(x + y)
     return torch.stack(shared).sum(0)  # balls are nested, so "shared at d" is a run of ones from the root
-
-
-def lca(x: Tensor, y: Tensor, arity: int, depth: int) -> tuple[Tensor, Tensor]:
-    """Lowest common ancestor as `(depth, ball)`: the smallest ball that holds both addresses."""
-    v = valuation(x, y, arity, depth)
-    return v, ball(x, arity, v)
-
-
-def distance(x: Tensor, y: Tensor, arity: int, depth: int) -> Tensor:
-    """The paper's p-adic distance `depth - valuation`, an ultrametric with values in `0..depth`."""
-    return depth - valuation(x, y, arity, depth)

@@ -1,14 +1,23 @@
 """The one definition of what a query sees (docs/method.md, section 2).
 
-Query `i` sees key `j` iff `j <= i`, both are real tokens of one document, and the ball of `i` is the
-ball of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document.
-Below the leaves (docs/method.md) no key has the ball of a query.
-Everything else in this library - soft masks, the sorted plan, the kernels - is tested against this.
+Query `i` sees key `j` iff `j <= i`, both are real tokens of one document, and one of the visits of `i` lies in the ball
+of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document. Below the leaves
+(docs/method.md) no key has the ball of a query. Everything else in this library - soft masks, the sorted plan, the
+kernels - is tested against this.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor
 
+from .backend import sent
 from .layout import SequenceLayout, causal_pairs
+from .records import Keys
+from .tree import num_balls
 
 
 def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
@@ -22,6 +31,32 @@ def _near_or_sink(query: SequenceLayout, key: SequenceLayout, local_window: int,
     return (gap < local_window) | (key.position[:, None, :] < num_sink_tokens)
 
 
+def visible_pairs(
+    query_balls: Tensor,
+    key_ball: Tensor,
+    query: SequenceLayout,
+    key: SequenceLayout,
+    local_window: int,
+    num_sink_tokens: int,
+) -> Tensor:
+    """Section 2's mask.
+
+    Args:
+        query_balls: integer `[B, R, m, T]`, the balls that queries visit, -1 for none. key_ball: integer `[B, R, S]`.
+            Both at each head's visible depth.
+        query, key: layouts of the `T` queries and the `S` keys.
+
+    Returns:
+        bool `[B, R, T, S]`. Rows of padding queries are empty; every other row holds at least its own token.
+    """
+    tree = query_balls[:, :, 0, :, None] == key_ball[..., None, :]
+    for visit in range(1, query_balls.shape[2]):
+        tree |= query_balls[:, :, visit, :, None] == key_ball[..., None, :]
+    tree |= _near_or_sink(query, key, local_window, num_sink_tokens)[:, None]
+    tree &= causal_pairs(query, key)[:, None]
+    return tree
+
+
 def always_density(length: int, local_window: int, num_sink_tokens: int) -> float:
     """Share in (0, 1] of the causal pairs of one document of `length` tokens that window and sinks make visible."""
     reached = min(length, local_window)  # queries whose window reaches the first token
@@ -32,24 +67,87 @@ def always_density(length: int, local_window: int, num_sink_tokens: int) -> floa
     return (in_window + sinks) / (length * (length + 1) // 2)
 
 
-def visible_pairs(
-    query_ball: Tensor,
-    key_ball: Tensor,
-    query: SequenceLayout,
-    key: SequenceLayout,
-    local_window: int,
-    num_sink_tokens: int,
-) -> Tensor:
-    """Section 2's mask.
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Who sees whom in one attention: the queries' visits, the keys' addresses, their layouts and the rule.
 
-    Args:
-        query_ball, key_ball: integer `[B, H, T]`, `[B, H, S]`; balls at each head's visible depth.
-        query, key: layouts of the `T` queries and the `S` keys.
-
-    Returns:
-        bool `[B, H, T, S]`. Rows of padding queries are empty; every other row holds at least its own token.
+    Attributes:
+        visits: integer `[B, R, m, T]`, the leaves whose balls a query sees, -1 for none. `R` routes are the query
+            heads' or, each shared by as many query heads, the KV heads'.
+        query: layout of the `T` queries. keys: addresses `[B, R, S]` and layout of the `S` keys.
+        arity, levels: `p`, `L`. depths: visible depth of each query head, in `0..L + 1`; 0 is one ball that holds all,
+            at `L + 1` a query is in no key's ball.
+        local_window: >= 1. num_sink_tokens: >= 0.
+        on_device: makes int32 tensors of host constants.
     """
-    tree = query_ball[..., :, None] == key_ball[..., None, :]
-    tree |= _near_or_sink(query, key, local_window, num_sink_tokens)[:, None]
-    tree &= causal_pairs(query, key)[:, None]
-    return tree
+
+    visits: Tensor
+    query: SequenceLayout
+    keys: Keys
+    arity: int
+    levels: int
+    depths: tuple[int, ...]
+    local_window: int
+    num_sink_tokens: int
+    on_device: Callable[[tuple[int, ...], torch.device], Tensor] = sent
+
+    def at(self, depths: Sequence[int]) -> Visibility:
+        """The same at other depths."""
+        return replace(self, depths=tuple(depths))
+
+    def of_rows(self, rows: slice | Tensor) -> Visibility:
+        """Some queries, all keys."""
+        layout = SequenceLayout(self.query.document[:, rows], self.query.position[:, rows])
+        return replace(self, visits=self.visits[..., rows], query=layout)
+
+    def by_head(self) -> Visibility:
+        """With one route for each query head."""
+        heads = len(self.depths)
+        if self.visits.shape[1] == heads:
+            return self
+        keys = Keys(per_head(self.keys.address, heads), self.keys.layout)
+        return replace(self, visits=per_head(self.visits, heads), keys=keys)
+
+    @property
+    def route_depths(self) -> list[int]:
+        """Visible depth of each route, or of each query head where depths differ within a route."""
+        routes, heads = self.visits.shape[1], len(self.depths)
+        shared = list(self.depths[:: heads // routes])
+        same = all(depth == shared[h // (heads // routes)] for h, depth in enumerate(self.depths))
+        return shared if same else list(self.depths)
+
+    def ball_sizes(self) -> list[int]:
+        """Addresses modulo these, one for each of `route_depths`, are balls."""
+        return [num_balls(self.arity, self.levels, depth) for depth in self.route_depths]
+
+    def route_visits(self) -> Tensor:
+        """Visits `[B, r, m, T]` for each of `route_depths`; below the leaves one that no key has."""
+        depths = self.route_depths
+        visits = per_head(self.visits, len(depths))
+        if max(depths) <= self.levels:
+            return visits
+        nowhere = tuple(self.arity**self.levels if depth > self.levels else 0 for depth in depths)
+        return torch.maximum(visits, self.on_device(nowhere, visits.device)[:, None, None])
+
+    def balls(self) -> tuple[Tensor, Tensor]:
+        """Balls of queries `[B, r, m, T]`, -1 for none, and of keys `[B, r, S]`, for each of `route_depths`."""
+        sizes = self.on_device(tuple(self.ball_sizes()), self.visits.device)[:, None]
+        visits, address = self.route_visits(), per_head(self.keys.address, len(sizes))
+        return torch.where(visits < 0, -1, visits % sizes[:, None]), address % sizes
+
+    def causal(self) -> Tensor:
+        """bool `[B, T, S]`."""
+        return causal_pairs(self.query, self.keys.layout)
+
+    def always(self) -> Tensor:
+        """bool `[B, T, S]`: visible whatever the addresses are."""
+        return always_visible(self.query, self.keys.layout, self.local_window, self.num_sink_tokens)
+
+    def mask(self) -> Tensor:
+        """bool `[B, r, T, S]`, for each of `route_depths`: `visible_pairs`."""
+        return visible_pairs(*self.balls(), self.query, self.keys.layout, self.local_window, self.num_sink_tokens)
+
+
+def per_head(x: Tensor, heads: int, dim: int = 1) -> Tensor:
+    """Repeat routes `[B, R, ...]` to `[B, heads, ...]`: the heads of a KV head share its route."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
