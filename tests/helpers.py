@@ -15,10 +15,11 @@ from topo_adapter.layout import (
     layout_from_position_ids,
 )
 from topo_adapter.plan import Plan, build_plan
+from topo_adapter.records import Keys
 from topo_adapter.relaxation import bridged_attention
 from topo_adapter.router import RoleDigits, Routes
-from topo_adapter.tree import role_balls
-from topo_adapter.visibility import visible_pairs
+from topo_adapter.scoring import Scoring
+from topo_adapter.visibility import Visibility, per_head
 
 # ---------------------------------------------------------------- layouts
 
@@ -91,21 +92,37 @@ class Problem:
     depths: tuple[int, ...]
     window: int
     sinks: int
+    more_visits: Tensor | None = None  # `[B, R, m - 1, T]`, beside the query's own address
 
     @property
     def scale(self) -> float:
         return self.q.shape[-1] ** -0.5
 
-    def balls(self) -> tuple[Tensor, Tensor]:
-        """Query and key balls `[B, R, T]`, `[B, R, S]` at the visible depth of each route."""
-        depth = torch.tensor(self.depths)[:, None]
+    def scoring(self, softcap: float | None = None) -> Scoring:
+        return Scoring(self.scale, softcap)
+
+    def visibility(self) -> Visibility:
         query, key = (role.address(self.arity) for role in self.routes)
-        return role_balls(query, key, self.arity, self.routes.query.probs.shape[-2], depth)
+        depths = [depth for depth in self.depths for _ in range(self.q.shape[1] // len(self.depths))]
+        visits = query[:, :, None]
+        return Visibility(
+            visits if self.more_visits is None else torch.cat([visits, self.more_visits], 2),
+            self.query,
+            Keys(key, self.key),
+            self.arity,
+            self.routes.query.probs.shape[-2],
+            tuple(depths),
+            self.window,
+            self.sinks,
+        )
+
+    def balls(self) -> tuple[Tensor, Tensor]:
+        """Query and key balls `[B, R, m, T]`, `[B, R, S]` at the visible depth of each route."""
+        return self.visibility().balls()
 
     def visible(self) -> Tensor:
         """Section 2's mask for each of the `H` query heads."""
-        mask = visible_pairs(*self.balls(), self.query, self.key, self.window, self.sinks)
-        return mask.repeat_interleave(self.q.shape[1] // mask.shape[1], 1)
+        return per_head(self.visibility().mask(), self.q.shape[1])
 
     def causal(self) -> Tensor:
         return causal_pairs(self.query, self.key)[:, None].expand(-1, self.q.shape[1], -1, -1)
@@ -117,14 +134,17 @@ class Problem:
         """Only some tokens ask; all stay keys."""
         query = RoleDigits(*(x[:, :, rows] for x in self.routes.query))
         layout = SequenceLayout(self.query.document[:, rows], self.query.position[:, rows])
-        return replace(self, q=self.q[:, :, rows], routes=Routes(query, self.routes.key), query=layout)
+        more = None if self.more_visits is None else self.more_visits[..., rows]
+        routes = Routes(query, self.routes.key)
+        return replace(self, q=self.q[:, :, rows], routes=routes, query=layout, more_visits=more)
 
     def alone(self, row: int, tokens: Tensor) -> "Problem":
         """Some tokens of one row as a batch of their own, one document without padding."""
         query, key = (RoleDigits(*(x[row : row + 1, :, tokens] for x in role)) for role in self.routes)
         q, k, v = (x[row : row + 1, :, tokens] for x in (self.q, self.k, self.v))
         layout = contiguous_layout(1, tokens.numel())
-        return replace(self, q=q, k=k, v=v, routes=Routes(query, key), query=layout, key=layout)
+        more = None if self.more_visits is None else self.more_visits[row : row + 1, ..., tokens]
+        return replace(self, q=q, k=k, v=v, routes=Routes(query, key), query=layout, key=layout, more_visits=more)
 
 
 def random_role(shape: tuple[int, ...], arity: int, dtype: torch.dtype, one_hot: bool) -> RoleDigits:
@@ -148,6 +168,7 @@ def make_problem(
     sinks: int = 2,
     dtype: torch.dtype = torch.float64,
     one_hot: bool = False,
+    visits: int = 1,
     seed: int = 0,
 ) -> Problem:
     """One route per entry of `depths`; q, k and v are normal in `dtype`, probabilities at least float32."""
@@ -156,14 +177,18 @@ def make_problem(
     wide = torch.promote_types(dtype, torch.float32)
     query, key = (random_role((batch, len(depths), length, depth), arity, wide, one_hot) for _ in range(2))
     q, k, v = (torch.randn(batch, h, length, dim, dtype=wide).to(dtype) for h in (heads, kv_heads, kv_heads))
-    return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks)
+    more = None
+    if visits > 1:  # some of them nowhere
+        shape = batch, len(depths), visits - 1, length
+        more = torch.randint(arity**depth, shape).masked_fill(torch.rand(shape) < 0.2, -1)
+    return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks, more)
 
 
 # ---------------------------------------------------------------- the attention under test
 
 
 def hard(problem: Problem, softcap: float | None = None) -> Tensor:
-    return hard_attention(problem.q, problem.k, problem.v, problem.plan(), problem.scale, softcap)
+    return hard_attention(problem.q, problem.k, problem.v, problem.plan(), problem.scoring(softcap))
 
 
 def bridged(*arguments: Any, **settings: Any) -> Tensor:
@@ -174,30 +199,20 @@ def bridged(*arguments: Any, **settings: Any) -> Tensor:
 def bridged_and_far_pairs(
     problem: Problem,
     homotopy: float,
-    bridge: Literal["full", "masked", "marginal"] = "full",
+    bridge: Literal["full", "masked"] = "full",
     softcap: float | None = None,
     routed: bool = True,
     block: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    query, key = (role.address(problem.arity) for role in problem.routes)
     return bridged_attention(
         problem.q,
         problem.k,
         problem.v,
         problem.routes if routed else None,
-        query,
-        key,
-        problem.query,
-        problem.key,
-        arity=problem.arity,
-        num_levels=problem.routes.query.probs.shape[-2],
-        depths=problem.depths,
-        local_window=problem.window,
-        num_sink_tokens=problem.sinks,
+        problem.visibility(),
+        problem.scoring(softcap),
         homotopy=homotopy,
         bridge=bridge,
-        scale=problem.scale,
-        softcap=softcap,
         block=block,
     )
 

@@ -25,17 +25,15 @@ from torch.utils._pytree import tree_leaves
 
 from topo_adapter import torch_attention
 from topo_adapter.attention import decode_attention, hard_attention
-from topo_adapter.cache import pack_records
-from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding
+from topo_adapter.layout import contiguous_layout, layout_from_padding
 from topo_adapter.plan import Plan, make_plan
+from topo_adapter.records import Keys, pack_records
 from topo_adapter.reference import reference_attention
 from topo_adapter.router import RoleDigits, Routes
-from topo_adapter.tree import num_balls
-from topo_adapter.visibility import visible_pairs
 
 TIGHT = 1e-12
 NOTICED = 1e-3
-BRIDGES = ("full", "masked", "marginal")
+BRIDGES = ("full", "masked")
 
 
 def reference(problem: Problem) -> Tensor:
@@ -172,6 +170,23 @@ def test_a_wrong_plan_is_noticed(what: str, way: str) -> None:
     assert largest_error(hard(changed(problem, what)), reference(problem)) > NOTICED
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("depths", [(0, 2, 1, 4), (3, 5)], ids=str)
+def test_several_visits_are_exact(layout: str, depths: tuple[int, ...], way: str) -> None:
+    """Each key counts once, also where two visits lie in one ball, and a visit to nowhere sees nothing."""
+    problem = make_problem(layout, batch=3, length=40, depth=4, depths=depths, visits=3)
+    balls = problem.balls()[0]
+    assert (balls[:, :, 0] == balls[:, :, 1]).any() and (balls < 0).any()
+    exact = reference(problem)
+    assert largest_error(hard(problem), exact) <= TIGHT
+    assert largest_error(hard(problem, 1.0), weighted_attention(problem, problem.visible().double(), 1.0)) <= TIGHT
+    for bridge in BRIDGES:
+        assert largest_error(bridged(problem, 1.0, bridge, routed=False), exact) <= TIGHT
+    for count in (1, 4):
+        assert largest_error(decode(problem, count), exact[:, :, -count:]) <= TIGHT
+    assert largest_error(hard(replace(problem, more_visits=None)), exact) > NOTICED
+
+
 def test_queries_of_several_blocks_that_see_little(way: str) -> None:
     """Far keys are hidden in whole tiles of the kernel, which no maximum of scores may come from."""
     problem = make_problem(
@@ -217,16 +232,13 @@ def test_gradients_and_softcap_are_sorted(monkeypatch: pytest.MonkeyPatch) -> No
 def test_make_plan_without_kernels(depths: tuple[int, int], dtype: torch.dtype) -> None:
     """Plain rows need no order of keys; dense ones are torch's causal attention, gradients included."""
     problem = make_problem(depths=depths, dtype=dtype)
-    sizes = [num_balls(2, 4, d) for d in depths]
-    query, key = (role.address(2).int() for role in problem.routes)
-    layouts = (problem.query, problem.key)
-    plan = make_plan(query, key, torch.tensor(sizes, dtype=torch.int32), max(sizes), *layouts, 3, 2)
+    plan = make_plan(problem.visibility())
     assert plan.local_order is None and plan.dense == (not any(depths))
     assert torch.equal(plan.visible_count(), problem.plan().visible_count())
     same_dtype = weighted_attention(problem, problem.visible().to(dtype))
 
     def attend(problem: Problem) -> Tensor:
-        return hard_attention(problem.q, problem.k, problem.v, plan, problem.scale)
+        return hard_attention(problem.q, problem.k, problem.v, plan, problem.scoring())
 
     check_rounding(attend(problem), same_dtype, reference(problem))
     if dtype == torch.float64:
@@ -259,24 +271,11 @@ def test_hard_attention_gradients(name: str) -> None:
 
 def decode(problem: Problem, count: int, softcap: float | None = None) -> Tensor:
     """The last tokens of a problem whose routes are the `R` query heads, the others cached."""
-    levels = problem.routes.query.probs.shape[-2]
-    sizes = torch.tensor([num_balls(problem.arity, levels, d) for d in problem.depths], dtype=torch.int32)
-    query, key = (role.address(problem.arity).int() for role in problem.routes)
-    below = torch.tensor([problem.arity**levels if d > levels else 0 for d in problem.depths], dtype=torch.int32)
-    records = pack_records(key, problem.key, problem.arity**levels)
+    last = problem.asking(slice(-count, None))
+    visibility = last.visibility()
+    records = pack_records(visibility.keys.address, problem.key, problem.arity**visibility.levels)
     return decode_attention(
-        problem.q[:, :, -count:],
-        problem.k,
-        problem.v,
-        torch.maximum(query, below[:, None])[:, :, -count:],
-        SequenceLayout(problem.query.document[:, -count:], problem.query.position[:, -count:]),
-        records.address,
-        records,
-        sizes,
-        local_window=problem.window,
-        num_sink_tokens=problem.sinks,
-        scale=problem.scale,
-        softcap=softcap,
+        last.q, last.k, last.v, replace(visibility, keys=Keys(records=records)), last.scoring(softcap)
     )
 
 
@@ -332,11 +331,6 @@ def test_the_forward_is_hard_for_soft_routes_too(bridge: str) -> None:
     assert largest_error(bridged(problem, 1.0, bridge), reference(problem)) <= TIGHT
 
 
-def test_the_marginal_forward_is_soft() -> None:
-    problem = make_problem("packed")
-    assert largest_error(bridged(problem, 1.0, "marginal"), reference(problem)) > NOTICED
-
-
 @pytest.mark.parametrize("bridge", BRIDGES)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_homotopy_0_is_dense(layout: str, bridge: str) -> None:
@@ -346,14 +340,9 @@ def test_homotopy_0_is_dense(layout: str, bridge: str) -> None:
     assert largest_error(bridged(problem, 0.1, bridge), dense) > NOTICED
 
 
-def weights_by_definition(problem: Problem, homotopy: float, bridge: str) -> Tensor:
-    """`1 - c + c m`, with `m` 1 for window and sinks, else the tree mask or its probability."""
-    mask = problem.visible().double()
-    if bridge == "marginal":
-        nowhere = torch.zeros_like(problem.balls()[0])
-        always = visible_pairs(nowhere, nowhere + 1, problem.query, problem.key, problem.window, problem.sinks)
-        mask = torch.where(always, 1.0, tree_probability(problem).double())
-    return 1 - homotopy + homotopy * mask
+def weights_by_definition(problem: Problem, homotopy: float) -> Tensor:
+    """`1 - c + c m`, with `m` 1 for visible pairs and 0 for others."""
+    return 1 - homotopy + homotopy * problem.visible().double()
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
@@ -361,14 +350,14 @@ def weights_by_definition(problem: Problem, homotopy: float, bridge: str) -> Ten
 @pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed", "interleaved"])
 def test_weights_are_multiplied_and_renormalised(layout: str, homotopy: float, bridge: str) -> None:
     problem = make_problem(layout)
-    exact = weighted_attention(problem, weights_by_definition(problem, homotopy, bridge))
+    exact = weighted_attention(problem, weights_by_definition(problem, homotopy))
     assert largest_error(bridged(problem, homotopy, bridge), exact) <= TIGHT
     assert largest_error(bridged(problem, homotopy - 0.1, bridge), exact) > NOTICED
 
 
 def test_bridged_attention_with_a_softcap() -> None:
     problem = make_problem("packed")
-    exact = weighted_attention(problem, weights_by_definition(problem, 0.5, "full"), softcap=1.0)
+    exact = weighted_attention(problem, weights_by_definition(problem, 0.5), softcap=1.0)
     assert largest_error(bridged(problem, 0.5, softcap=1.0), exact) <= TIGHT
     assert largest_error(bridged(problem, 0.5), exact) > NOTICED
 
@@ -403,7 +392,6 @@ PATHS: dict[str, Callable[[Problem], Tensor]] = {
     "hard": hard,
     "full force": lambda problem: bridged(problem, 1.0),
     "halfway": lambda problem: bridged(problem, 0.5, "masked"),
-    "marginal": lambda problem: bridged(problem, 0.5, "marginal"),
     "dense": lambda problem: bridged(problem, 0.0),
 }
 paths = pytest.mark.parametrize("attend", PATHS.values(), ids=list(PATHS))

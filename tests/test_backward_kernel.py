@@ -68,7 +68,7 @@ def gradients(problem: Problem, dout: Tensor, dtype: torch.dtype) -> tuple[Tenso
         query = SequenceLayout(problem.query.document[b : b + 1], problem.query.position[b : b + 1])
         for h in range(case.heads):
             g, r = h * case.kv_heads // case.heads, h * case.routes // case.heads
-            balls = problem.query_ball[b : b + 1, r : r + 1], problem.key_ball[b : b + 1, r : r + 1]
+            balls = problem.query_ball[b : b + 1, r : r + 1, None], problem.key_ball[b : b + 1, r : r + 1]
             visible = visible_pairs(*balls, query, key, case.window, case.sinks)[0, 0]
             out, lse = eager(q[b, h], k[b, g], v[b, g], visible, problem.scale, case.softcap)
             out.backward(dout[b, h].to(dtype))

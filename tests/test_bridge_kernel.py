@@ -25,10 +25,12 @@ import topo_kernels.leaves
 from topo_adapter import TopologyConfig, attention, initialize_routers, plan, relaxation
 from topo_adapter.layout import SequenceLayout, causal_pairs
 from topo_adapter.plan import build_plan
+from topo_adapter.records import Keys
 from topo_adapter.relaxation import bridged_attention, leaf_distribution
 from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.scoring import Scoring
 from topo_adapter.tree import digits_to_address
-from topo_adapter.visibility import always_visible, visible_pairs
+from topo_adapter.visibility import Visibility, always_visible, visible_pairs
 from topo_kernels import LocalTensors, backward, bridge, bridged_topology_attention, launch, topology_attention
 from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
@@ -96,7 +98,9 @@ class Problem:
 
     def plan(self) -> dict[str, Any]:
         case = self.case
-        made = build_plan(self.query_ball, self.key_ball, self.layout, self.layout, case.window, case.sinks)
+        made = build_plan(
+            self.query_ball[:, :, None], self.key_ball, self.layout, self.layout, case.window, case.sinks
+        ).of_visit(0)
         found = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "dense"}
         return found | {"local_order": None} if case.identity else found
 
@@ -169,18 +173,19 @@ def definition(problem: Problem) -> dict[str, Tensor]:
         k,
         v,
         routes,
-        problem.query_ball,
-        problem.key_ball,
-        problem.layout,
-        problem.layout,
-        arity=arity,
-        num_levels=levels,
-        depths=[levels] * case.heads,
-        local_window=case.window,
-        num_sink_tokens=case.sinks,
+        Visibility(
+            problem.query_ball[:, :, None],
+            problem.layout,
+            Keys(problem.key_ball, problem.layout),
+            arity,
+            levels,
+            (levels,) * case.heads,
+            case.window,
+            case.sinks,
+        ),
+        Scoring(**problem.options),
         homotopy=1.0,
         bridge="masked" if case.masked else "full",
-        **problem.options,
     )
     upstream = problem.dout.double(), problem.dpairs.double()
     gradients = torch.autograd.grad((out, far_pairs), inputs, upstream)
@@ -200,7 +205,7 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
         q, k, v, dout = (
             t[:, i].float() for t, i in ((problem.q, h), (problem.k, g), (problem.v, g), (problem.dout, h))
         )
-        balls = problem.query_ball[:, h : h + 1], problem.key_ball[:, h : h + 1]
+        balls = problem.query_ball[:, h : h + 1, None], problem.key_ball[:, h : h + 1]
         visible = visible_pairs(*balls, layout, layout, case.window, case.sinks)[:, 0]
         scores = q @ k.transpose(1, 2) * problem.options["scale"]
         if case.softcap is not None:
@@ -616,7 +621,7 @@ def problem_on_cpu(problem: helpers.Problem) -> helpers.Problem:
     ("homotopy", "bridge", "settings"),
     [
         (0.5, "full", {}),
-        (1.0, "marginal", {}),
+        (1.0, "full", {"visits": 2}),
         (1.0, "full", {"dim": 8}),
         (1.0, "full", {"depth": 9, "depths": (1, 9, 2, 0)}),  # more leaves than a tile holds
     ],

@@ -75,7 +75,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "homotopy": (0, 0.0, 0.5, 1, 1.0),
     "temperature": (1e-9, 0.1, 1, 10),
     "gumbel_noise": (True, False),
-    "gradient_bridge": ("full", "masked", "marginal"),
+    "gradient_bridge": ("full", "masked"),
     "balance_weight": (0, 0.0, 3),
     "density_weight": (0, 0.0, 3),
     "target_density": (None,),
@@ -165,7 +165,7 @@ SAVED: list[dict[str, Any]] = [
     {"visible_depth": 3, "arity": 3, "depth": 4, "homotopy": 1, "layers_to_transform": [0, 2]},
     {"visible_depth": {}},
     {"visible_depth": {0: 3, 11: [1, 2, 3, 4], 2: 0}, "route_per": "kv_head", "router_dim": None},
-    {"homotopy": 0.375, "temperature": 0.1, "target_modules": ["self_attn"], "gradient_bridge": "marginal"},
+    {"homotopy": 0.375, "temperature": 0.1, "target_modules": ["self_attn"], "gradient_bridge": "masked"},
 ]
 
 

@@ -29,9 +29,12 @@ from topo_adapter import (
     router,
 )
 from topo_adapter.attention import hard_attention
-from topo_adapter.layout import contiguous_layout, layout_from_padding, layout_from_position_ids
+from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
+from topo_adapter.records import Keys
+from topo_adapter.scoring import Scoring
 from topo_adapter.torch_attention import torch_attention
+from topo_adapter.visibility import Visibility
 from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
@@ -216,18 +219,22 @@ def problem(length: int = 50) -> tuple[Tensor, ...]:
     return q, k, v, *addresses
 
 
+def visibility(query: Tensor, key: Tensor, layout: SequenceLayout, depths: tuple[int, ...]) -> Visibility:
+    return Visibility(query[:, :, None], layout, Keys(key, layout), 2, 3, depths, 4, 2)
+
+
 def test_plain_dense_heads_are_sdpa(kernels: None) -> None:
     q, k, v, query, key = problem()
-    layout, balls = contiguous_layout(2, 50, DEVICE), torch.ones(4, dtype=torch.int32, device=DEVICE)
-    dense = make_plan(query, key, balls, 1, layout, layout, 4, 2)
-    general = build_plan(query % 1, key % 1, layout, layout, 4, 2)
+    layout = contiguous_layout(2, 50, DEVICE)
+    dense = make_plan(visibility(query, key, layout, (0,) * 4))
+    general = build_plan(query[:, :, None] % 1, key % 1, layout, layout, 4, 2)
     assert dense.dense and not general.dense
     assert torch.equal(dense.visible_count(), general.visible_count())
-    right = torch_attention(q, k, v, general, 0.25, None)
+    right = torch_attention(q, k, v, general, Scoring(0.25))
     with mock.patch.object(topo_kernels, "topology_attention", side_effect=AssertionError("SDPA is the way")):
-        assert largest_error(hard_attention(q, k, v, dense, 0.25), right) < 1e-5
-    assert largest_error(torch_attention(q, k, v, dense, 0.25, None), right) < 1e-5
-    assert not make_plan(query, key, balls, 1, *[layout_from_padding(layout.real)] * 2, 4, 2).dense
+        assert largest_error(hard_attention(q, k, v, dense, Scoring(0.25)), right) < 1e-5
+    assert largest_error(torch_attention(q, k, v, dense, Scoring(0.25)), right) < 1e-5
+    assert not make_plan(visibility(query, key, layout_from_padding(layout.real), (0,) * 4)).dense
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -236,11 +243,11 @@ def test_the_torch_path_runs_a_kernel_plan(kernels: None, padded: bool) -> None:
     q, k, v, query, key = problem()
     real = torch.arange(50, device=DEVICE) >= torch.tensor([0, 9 if padded else 0], device=DEVICE)[:, None]
     layout = layout_from_padding(real) if padded else contiguous_layout(2, 50, DEVICE)
-    balls = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=DEVICE)
-    ours = make_plan(query, key, balls, 8, layout, layout, 4, 2)
+    seen = visibility(query, key, layout, (0, 1, 2, 3))
+    ours = make_plan(seen)
     assert isinstance(ours, Plan) and (ours.local_order is None) != padded
-    right = build_plan(query % balls[:, None], key % balls[:, None], layout, layout, 4, 2)
-    found, expected = (torch_attention(q.double(), k, v, p, 0.25, None) for p in (ours, right))
+    right = build_plan(*seen.balls(), layout, layout, 4, 2)
+    found, expected = (torch_attention(q.double(), k, v, p, Scoring(0.25)) for p in (ours, right))
     assert torch.equal(found, expected)
 
 

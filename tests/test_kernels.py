@@ -147,7 +147,7 @@ class Problem:
 
     def plan(self, extra_window: int = 0, extra_sinks: int = 0) -> Plan:
         window, sinks = self.case.window + extra_window, self.case.sinks + extra_sinks
-        return build_plan(self.query_ball, self.key_ball, self.query, self.key, window, sinks)
+        return build_plan(self.query_ball[:, :, None], self.key_ball, self.query, self.key, window, sinks).of_visit(0)
 
 
 def make(case: Case, seed: int = 0) -> Problem:
@@ -234,7 +234,7 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                     problem.query_ball[b : b + 1, r : r + 1, rows],
                     problem.key_ball[b : b + 1, r : r + 1],
                 )
-                visible = visible_pairs(query_ball, key_ball, query, key, case.window, case.sinks)
+                visible = visible_pairs(query_ball[:, :, None], key_ball, query, key, case.window, case.sinks)
                 if case.softcap is None:
                     exact = reference_attention(q, k, v, visible, problem.scale)
                 else:
@@ -545,8 +545,8 @@ def test_gradients_reach_the_inputs() -> None:
 
 def hard_attention_in_torch(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     case = problem.case
-    balls = (t.repeat_interleave(case.heads // case.routes, 1) for t in (problem.query_ball, problem.key_ball))
-    visible = visible_pairs(*balls, problem.query, problem.key, case.window, case.sinks)
+    query, key = (t.repeat_interleave(case.heads // case.routes, 1) for t in (problem.query_ball, problem.key_ball))
+    visible = visible_pairs(query[:, :, None], key, problem.query, problem.key, case.window, case.sinks)
     k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
     return eager(q, k, v, visible, problem.scale, case.softcap)
 

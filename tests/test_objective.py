@@ -122,12 +122,9 @@ def kept_and_means(
         problem.k,
         query[:, :, rows],
         key,
-        problem.key,
+        problem.visibility(),
         rows,
-        local_window=problem.window,
-        num_sink_tokens=problem.sinks,
-        scale=problem.scale,
-        softcap=softcap,
+        problem.scoring(softcap),
     )
 
 
@@ -207,16 +204,14 @@ def test_kept_mass_gives_no_gradient_to_queries_and_keys() -> None:
 # ---------------------------------------------------------------- distillation
 
 
-def distil(problem: Problem, **changes: object) -> Tensor:
+def distil(problem: Problem, softcap: float | None = None, **changes: object) -> Tensor:
     setting = {"num_queries": 1000, "density_weight": 0.0, **changes}
     return distillation_loss(
         problem.q,
         problem.k,
         problem.routes,
-        problem.key,
-        local_window=problem.window,
-        num_sink_tokens=problem.sinks,
-        scale=problem.scale,
+        problem.visibility(),
+        problem.scoring(softcap),
         **setting,
     )
 
@@ -317,7 +312,7 @@ def test_kernels_and_torch_agree(layout: str, num_queries: int) -> None:
             mock.patch.object(topo_kernels, "far_mass", wraps=topo_kernels.far_mass) as far_mass,
         ):
             loss = distil(
-                replace(problem, q=q, k=k, routes=Routes(*moved), key=tokens),
+                replace(problem, q=q, k=k, routes=Routes(*moved), query=tokens, key=tokens),
                 num_queries=num_queries,
                 density_weight=1.0,
                 softcap=20.0,

@@ -1,5 +1,6 @@
 """The plan's ranges, expanded to a mask, against `visible_pairs`."""
 
+import itertools
 from dataclasses import fields, replace
 
 import hypothesis.strategies as st
@@ -14,14 +15,14 @@ from topo_adapter.router import RoleDigits
 
 
 def expand(plan: Plan) -> tuple[Tensor, Tensor]:
-    """How often the tree pass `[B, R, T, S]` and the local pass `[B, 1, T, S]` visit each pair."""
-    batch, routes, length = plan.query_order.shape
+    """How often the tree passes `[B, R, T, S]` and the local pass `[B, 1, T, S]` visit each pair."""
+    batch, routes, visits, length = plan.query_order.shape
     tree = torch.zeros(batch, routes, length, plan.key_order.shape[-1], dtype=torch.long)
     local = torch.zeros(batch, 1, length, plan.key_order.shape[-1], dtype=torch.long)
     for b in range(batch):
-        for r in range(routes):
-            for rank, i in enumerate(plan.query_order[b, r].tolist()):
-                keys = plan.key_order[b, r, plan.range_start[b, r, rank] : plan.range_end[b, r, rank]]
+        for r, m in itertools.product(range(routes), range(visits)):
+            for rank, i in enumerate(plan.query_order[b, r, m].tolist()):
+                keys = plan.key_order[b, r, plan.range_start[b, r, m, rank] : plan.range_end[b, r, m, rank]]
                 tree[b, r, i].index_add_(0, keys, torch.ones_like(keys, dtype=torch.long))
         for i in range(length):
             first, start, end = (int(x[b, i]) for x in (plan.document_start, plan.local_start, plan.local_end))
@@ -40,10 +41,11 @@ def check(problem: Problem) -> None:
     assert torch.equal(plan.causal_count(), problem.causal()[:, 0].sum(dtype=torch.float64))
 
 
+@pytest.mark.parametrize("visits", [1, 3])
 @pytest.mark.parametrize("arity", [2, 3])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_expands_to_the_mask(layout: str, arity: int) -> None:
-    check(make_problem(layout, arity=arity))
+def test_expands_to_the_mask(layout: str, arity: int, visits: int) -> None:
+    check(make_problem(layout, arity=arity, visits=visits))
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 5), (7, 0), (24, 24), (100, 100)])

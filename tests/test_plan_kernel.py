@@ -72,7 +72,9 @@ class Problem:
 
     def reference(self) -> Plan:
         query_ball, key_ball = (a % self.balls[:, None] for a in (self.query_address, self.key_address))
-        return build_plan(query_ball, key_ball, self.query, self.key, self.case.window, self.case.sinks)
+        return build_plan(
+            query_ball[:, :, None], key_ball, self.query, self.key, self.case.window, self.case.sinks
+        ).of_visit(0)
 
     def arguments(self) -> dict[str, Tensor]:
         """The tensors that `tree_plan` takes."""

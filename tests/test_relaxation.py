@@ -17,7 +17,6 @@ from helpers import (
     weighted_attention,
 )
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
 
 from topo_adapter import relaxation
 from topo_adapter.relaxation import (
@@ -29,11 +28,12 @@ from topo_adapter.relaxation import (
     shared_prefix_probability,
 )
 from topo_adapter.router import RoleDigits, Routes, relax
+from topo_adapter.scoring import Scoring
 from topo_adapter.tree import address_to_digits, ball
 from topo_adapter.visibility import always_visible
 
 TIGHT = 1e-12
-BRIDGES = ("full", "masked", "marginal")
+BRIDGES = ("full", "masked")
 
 # ---------------------------------------------------------------- leaves
 
@@ -102,7 +102,7 @@ def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
     problem = make_problem(one_hot=True)
     query, key = problem.balls()
     shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, problem.depths)
-    assert torch.equal(shared.bool(), query[..., :, None] == key[..., None, :])
+    assert torch.equal(shared.bool(), query[:, :, 0, :, None] == key[..., None, :])
     assert torch.equal(shared, shared.round())
 
 
@@ -123,7 +123,7 @@ def test_the_bridge_kernel_is_asked_for_as_many_leaves_as_it_is_given(
     problem = make_problem(arity=arity, depth=1, depths=depths, heads=2, kv_heads=2, dim=16, dtype=torch.float32)
     differentiable, _ = leaves_of(problem)
     q, k, v = differentiable.q, differentiable.k, differentiable.v
-    assert relaxation._kernels_bridge(q, k, v, differentiable.routes, arity, depths) is served
+    assert relaxation._kernels_bridge(q, k, v, differentiable.routes, problem.visibility()) is served
 
 
 # ---------------------------------------------------------------- the bridge's gradient
@@ -159,8 +159,7 @@ def expected_gradients(problem: Problem, homotopy: float, bridge: str, upstream:
     """
     problem, (q, k, v, query, key) = leaves_of(problem)
     shared, visible = tree_probability(problem), problem.visible()
-    mask = torch.where(always(problem), 1.0, shared.detach()) if bridge == "marginal" else visible.double()
-    weight = (1 - homotopy + homotopy * mask).requires_grad_()
+    weight = (1 - homotopy + homotopy * visible.double()).requires_grad_()
     out = weighted_attention(problem, weight)
     *of_attention, of_weight = torch.autograd.grad((out * upstream).sum(), [q, k, v, weight])
     if bridge == "full":
@@ -262,8 +261,7 @@ def hidden_pair(bridge: str, homotopy: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("homotopy", [0.0, 0.5, 1.0])
 def test_a_hidden_pair_gets_a_gradient(homotopy: float) -> None:
-    for bridge in ("full", "marginal"):
-        assert hidden_pair(bridge, homotopy).abs().min() > 1e-3
+    assert hidden_pair("full", homotopy).abs().min() > 1e-3
     assert not hidden_pair("masked", homotopy).any(), "the paper's form: exactly zero"
 
 
@@ -284,22 +282,6 @@ def test_the_masked_form_is_the_papers() -> None:
         assert largest_error(mine, theirs) <= TIGHT
 
 
-def test_marginal_gradients_are_those_of_its_forward() -> None:
-    problem, inputs = leaves_of(
-        make_problem(
-            "packed", batch=1, length=5, heads=2, kv_heads=1, dim=2, depth=2, depths=(1, 2), window=1, sinks=0, seed=3
-        )
-    )
-
-    def attend(homotopy: float, q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        routes = Routes(problem.routes.query._replace(probs=query), problem.routes.key._replace(probs=key))
-        return bridged(replace(problem, q=q, k=k, v=v, routes=routes), homotopy, "marginal")
-
-    assert torch.autograd.gradcheck(lambda *x: attend(1.0, *x), inputs)
-    with pytest.raises(GradcheckError):  # below 1 the router's gradient is not scaled by c
-        torch.autograd.gradcheck(lambda *x: attend(0.5, *x), inputs)
-
-
 # ---------------------------------------------------------------- fp16 traps
 
 
@@ -317,10 +299,10 @@ def test_trap_gumbel_noise_in_half_precision() -> None:
 def test_trap_scores_in_half_precision() -> None:
     q, k = (torch.full((1, heads, 3, 64), 40.0, dtype=torch.float16) for heads in (2, 1))
     assert (q @ k.transpose(-1, -2)).isinf().all(), "the trap: 64 * 40^2 > 65504"
-    scores = scaled_scores(q, k, 0.125, None)
+    scores = scaled_scores(q, k, Scoring(0.125))
     assert torch.equal(scores, torch.full((1, 2, 3, 3), 12800.0))
-    assert torch.equal(scaled_scores(q, k, 0.125, 30.0), torch.full((1, 2, 3, 3), 30.0))
-    assert scaled_scores(q.double(), k.double(), 1.0, None).dtype == torch.float64
+    assert torch.equal(scaled_scores(q, k, Scoring(0.125, 30.0)), torch.full((1, 2, 3, 3), 30.0))
+    assert scaled_scores(q.double(), k.double(), Scoring(1.0)).dtype == torch.float64
 
 
 def test_trap_gradient_of_running_products_at_zero() -> None:
@@ -362,6 +344,6 @@ def test_a_nearly_hidden_key_with_a_huge_score_has_a_finite_gradient() -> None:
     ]
     q, k = torch.ones(1, 1, 2, 1, requires_grad=True), torch.tensor([100.0, 0])[None, None, :, None].requires_grad_()
     routes = Routes(*(relax(x, 1.0, sample=False) for x in logits))
-    out = bridged(replace(problem, q=q, k=k, v=problem.v.float(), routes=routes), 1.0, "marginal")
+    out = bridged(replace(problem, q=q, k=k, v=problem.v.float(), routes=routes), 1.0)
     for grad in torch.autograd.grad(out.sum(), [q, k, *logits]):
         assert grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""Addresses, balls, valuation and distance against Python's own integers."""
+"""Addresses, balls, and valuation against Python's own integers."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,7 @@ from topo_adapter.tree import (
     address_to_digits,
     ball,
     digits_to_address,
-    distance,
-    lca,
     num_balls,
-    role_balls,
     valuation,
 )
 
@@ -87,23 +84,20 @@ def test_ball_takes_one_depth_per_head(arity: int) -> None:
 
 @properties
 @given(trees(addresses=2))
-def test_valuation_lca_and_distance(tree: Tree) -> None:
+def test_valuation(tree: Tree) -> None:
     x, y = tree.addresses()
     shared = tree.shared(0, 1)
     for a, b in ((x, y), (y, x)):
         assert int(valuation(a, b, tree.arity, tree.depth)) == shared
-        assert int(distance(a, b, tree.arity, tree.depth)) == tree.depth - shared
-        level, vertex = lca(a, b, tree.arity, tree.depth)
-        assert int(level) == shared
-        assert torch.equal(vertex, ball(a, tree.arity, shared)) and torch.equal(vertex, ball(b, tree.arity, shared))
-    assert int(distance(x, x, tree.arity, tree.depth)) == 0
+        assert torch.equal(ball(a, tree.arity, shared), ball(b, tree.arity, shared))
+    assert int(valuation(x, x, tree.arity, tree.depth)) == tree.depth
 
 
 @properties
 @given(trees(addresses=3))
 def test_distance_is_an_ultrametric(tree: Tree) -> None:
     x, y, z = tree.addresses()
-    sides = [int(distance(a, b, tree.arity, tree.depth)) for a, b in ((x, y), (y, z), (x, z))]
+    sides = [tree.depth - int(valuation(a, b, tree.arity, tree.depth)) for a, b in ((x, y), (y, z), (x, z))]
     assert max(sides) <= tree.depth
     assert sorted(sides)[1] == max(sides), "every triangle is isosceles with a short base"
     assert (sides[0] == 0) == torch.equal(x, y)
@@ -127,8 +121,6 @@ def test_elementwise_and_broadcasting() -> None:
     pairs = valuation(x[:, None], x[None], 3, 3)
     assert pairs.shape == (27, 27)
     assert torch.equal(pairs.flatten().bincount(), pairs.new_tensor([486, 162, 54, 27]))
-    level, vertex = lca(x[:, None], x[None], 3, 3)
-    assert torch.equal(level, pairs) and torch.equal(vertex, ball(x[:, None], 3, pairs))
 
 
 def test_depth_zero_is_one_point() -> None:
@@ -137,7 +129,7 @@ def test_depth_zero_is_one_point() -> None:
     assert address.dtype == torch.int64  # torch.equal does not look at dtypes
     assert torch.equal(address, torch.zeros(4, dtype=torch.long))
     assert torch.equal(address_to_digits(address, 5, 0), none)
-    assert torch.equal(distance(address, address, 5, 0), torch.zeros(4, dtype=torch.long))
+    assert torch.equal(valuation(address, address, 5, 0), torch.zeros(4, dtype=torch.long))
 
 
 X = torch.arange(4)
@@ -151,8 +143,6 @@ def test_refuses_arity(arity: object) -> None:
         lambda: ball(X, arity, 2),
         lambda: ball(X, arity, torch.tensor(2)),
         lambda: valuation(X, X, arity, 2),
-        lambda: lca(X, X, arity, 2),
-        lambda: distance(X, X, arity, 2),
     ):
         with pytest.raises(ValueError, match="arity must be an integer >= 2, got"):
             call()
@@ -164,8 +154,6 @@ def test_refuses_depth(depth: object) -> None:
         lambda: address_to_digits(X, 2, depth),
         lambda: ball(X, 2, depth),
         lambda: valuation(X, X, 2, depth),
-        lambda: lca(X, X, 2, depth),
-        lambda: distance(X, X, 2, depth),
     ):
         with pytest.raises(ValueError, match="depth must be an integer >= 0, got"):
             call()
@@ -182,18 +170,10 @@ def test_refuses_trees_beyond_int64(arity: int) -> None:
 @properties
 @given(trees(addresses=2))
 def test_a_pair_shares_a_ball_iff_it_shares_as_many_digits(tree: Tree) -> None:
-    """At every visible depth, one below the leaves included; and so it is for addresses modulo `num_balls`."""
+    """So it is for addresses modulo `num_balls`, and one level below the leaves there is a ball more."""
     query, key = tree.addresses()
-    for depth in range(tree.depth + 2):
-        query_ball, key_ball = role_balls(query, key, tree.arity, tree.depth, torch.tensor(depth))
-        assert (query_ball == key_ball).item() == (tree.shared(0, 1) >= depth)
+    for depth in range(tree.depth + 1):
         balls = num_balls(tree.arity, tree.depth, depth)
-        assert 0 <= key_ball < balls and 0 <= query_ball < balls
-        assert key % balls == key_ball and (query % balls == query_ball or depth > tree.depth)
-
-
-def test_balls_of_a_depth_per_head() -> None:
-    address = torch.arange(8).expand(1, 4, 8)
-    query, key = role_balls(address, address, 2, 3, torch.tensor([0, 1, 3, 4])[:, None])
-    assert key[0].tolist() == [[0] * 8, [0, 1] * 4, list(range(8)), list(range(8))]
-    assert torch.equal(query[0, :3], key[0, :3]) and query[0, 3].tolist() == [8] * 8
+        assert (query % balls == key % balls).item() == (tree.shared(0, 1) >= depth)
+    below = num_balls(tree.arity, tree.depth, tree.depth + 1)
+    assert key % below == key < below - 1

@@ -1,6 +1,7 @@
 """`visible_pairs` against method.md section 2, written down as loops."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,24 @@ from topo_adapter.router import Routes
 from topo_adapter.visibility import always_visible, visible_pairs
 
 
+def digits(address: int, arity: int, levels: int) -> list[int]:
+    return [address // arity**level % arity for level in range(levels)]
+
+
 def by_definition(problem: Problem) -> list[list[list[list[bool]]]]:
     """Section 2 word by word, from documents, padding and digits; nothing is taken from positions or balls."""
     document = problem.key.document.tolist()
     real = problem.key.real.tolist()
     query_digits, key_digits = problem.routes.query.digits.tolist(), problem.routes.key.digits.tolist()
     length = problem.key.position.shape[1]
+    levels = problem.routes.query.digits.shape[-1]
+    more = [
+        [
+            [[digits(x, problem.arity, levels) for x in visits if x >= 0] for visits in zip(*head, strict=True)]
+            for head in row
+        ]
+        for row in ([] if problem.more_visits is None else problem.more_visits.tolist())
+    ]
     first = length - problem.query.position.shape[1]  # queries are the last tokens
 
     def sees(b: int, h: int, i: int, j: int) -> bool:
@@ -25,7 +38,8 @@ def by_definition(problem: Problem) -> list[list[list[list[bool]]]]:
             return False
         mine = [t for t in range(length) if real[b][t] and document[b][t] == document[b][i]]  # its real tokens
         depth = problem.depths[h]
-        tree = query_digits[b][h][i - first][:depth] == key_digits[b][h][j][:depth]
+        visits = [query_digits[b][h][i - first], *(more[b][h][i - first] if more else [])]
+        tree = any(visit[:depth] == key_digits[b][h][j][:depth] for visit in visits)
         return tree or mine.index(i) - mine.index(j) < problem.window or j in mine[: problem.sinks]
 
     return [
@@ -35,13 +49,15 @@ def by_definition(problem: Problem) -> list[list[list[list[bool]]]]:
 
 
 def mask_of(problem: Problem) -> Tensor:
-    return visible_pairs(*problem.balls(), problem.query, problem.key, problem.window, problem.sinks)
+    return problem.visibility().mask()
 
 
+@pytest.mark.parametrize("visits", [1, 3])
 @pytest.mark.parametrize("arity", [2, 3])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_matches_the_definition(layout: str, arity: int) -> None:
-    problem = make_problem(layout, length=14, arity=arity, depth=3, depths=(0, 1, 3))
+def test_matches_the_definition(layout: str, arity: int, visits: int) -> None:
+    settings: dict[str, Any] = {"depth": 3, "depths": (0, 1, 3), "heads": 3, "kv_heads": 1}
+    problem = make_problem(layout, length=14, arity=arity, visits=visits, **settings)
     assert torch.equal(mask_of(problem), torch.tensor(by_definition(problem)))
 
 
@@ -102,6 +118,6 @@ def test_always_visible_is_what_no_address_can_hide() -> None:
     problem = make_problem("packed")
     always = always_visible(problem.query, problem.key, problem.window, problem.sinks)
     nowhere = torch.zeros_like(problem.balls()[0])
-    apart = visible_pairs(nowhere, nowhere + 1, problem.query, problem.key, problem.window, problem.sinks)
+    apart = visible_pairs(nowhere, nowhere[:, :, 0] + 1, problem.query, problem.key, problem.window, problem.sinks)
     assert torch.equal(apart, always[:, None].expand_as(apart))
     assert not torch.equal(always, problem.causal()[:, 0])
