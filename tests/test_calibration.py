@@ -53,6 +53,7 @@ from topo_adapter import (
 from topo_adapter.dial import expected_loss
 from topo_adapter.fingerprint import fingerprint, same_base
 from topo_adapter.layer import hosts
+from topo_adapter.passes import ORDINARY
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
 LENGTH = 40
@@ -368,7 +369,7 @@ def state_of(model: PeftModel) -> dict[str, Any]:
             for name, module in model.named_modules()
         },
         "own": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "observers": [host.observer for host in hosts(model)],
+        "passes": [host.passes.current() for host in hosts(model)],
         "homotopy": model.peft_config["default"].homotopy,
         "depth": model.peft_config["default"].visible_depth,
     }
@@ -1084,10 +1085,10 @@ def test_recording_starts_afresh_and_ends() -> None:
     assert report[0]["density"] == pytest.approx(counted(model, ids)[0], abs=1e-9)
     logits_of(model, torch.full((1, LENGTH), 7))
     assert density_report(model) == report
-    assert all(host.density_recorder is None for host in hosts(model))
+    assert all(host.passes.current() is ORDINARY for host in hosts(model))
     with pytest.raises(ValueError, match="stop"), recording_density(model):
         raise ValueError("stop")
-    assert all(host.density_recorder is None for host in hosts(model))
+    assert all(host.passes.current() is ORDINARY for host in hosts(model))
     with pytest.raises(UnsupportedModelError, match="needs a recorded forward"):
         density_report(model)  # the last recording saw nothing
 
@@ -1118,4 +1119,4 @@ def test_report_and_recording_are_refused() -> None:
     calibrate(model, tokens(1, LENGTH))
     with pytest.raises(MergeError, match="unmerged"), recording_density(model):
         pass
-    assert all(host.density_recorder is None for host in hosts(model))
+    assert all(host.passes.current() is ORDINARY for host in hosts(model))

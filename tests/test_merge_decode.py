@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import topo_adapter.cache
-import topo_adapter.layer
+import topo_adapter.forward
 from topo_adapter import (
     CacheError,
     MergeError,
@@ -168,14 +168,14 @@ def test_eval_mode_is_the_strangers(case: Scene) -> None:
 
 def test_merged_is_the_strangers(case: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    hard = topo_adapter.layer.hard_attention
+    hard = topo_adapter.forward.hard_attention
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return hard(*args, **kwargs)
 
-    monkeypatch.setattr(topo_adapter.layer, "hard_attention", spy)
+    monkeypatch.setattr(topo_adapter.forward, "hard_attention", spy)
     model = case.form("merged")
     same(logits_of(model, IDS), case.logits)
     assert calls == LAYERS  # the hard path ran, not the soft one
@@ -323,7 +323,7 @@ def test_negative_control_one_hidden_pair_is_noticed() -> None:
     it = scene("untied-query_head-p2")
     digits = it.records[0].key_digits.clone()
     digits[0, 0, 7, 0] ^= 1
-    records = {**it.records, 0: RecordedRoutes(it.records[0].query_digits, digits, it.records[0].visible_depth)}
+    records = {**it.records, 0: replace(it.records[0], key_digits=digits)}
     differ(it.stranger.logits(IDS, records), logits_of(it.model, IDS))
 
 

@@ -227,7 +227,9 @@ def shorter(scene: Scene) -> tuple[Tensor, dict[int, RecordedRoutes]]:
     ids = scene.ids[:, :192]
     length = ids.shape[1]
     records = {
-        layer: RecordedRoutes(r.query_digits[:, :, :length], r.key_digits[:, :, :length], r.visible_depth)
+        layer: RecordedRoutes(
+            r.query_digits[:, :, :length], r.key_digits[:, :, :length], r.visible_depth, r.visits[..., :length]
+        )
         for layer, r in scene.records.items()
     }
     assert gap(scene.stranger.logits(ids, records), scene.logits[:, :length]) <= TOLERANCE

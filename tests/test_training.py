@@ -27,7 +27,8 @@ from topo_adapter import (
 )
 from topo_adapter.layer import hosts
 from topo_adapter.objective import attach_loss
-from topo_adapter.training import _RememberScale, distilling, topology_metrics
+from topo_adapter.passes import ORDINARY, during
+from topo_adapter.training import Distil, _RememberScale, topology_metrics
 
 LENGTH = 48
 
@@ -345,7 +346,7 @@ class TestDistillation:
     def test_trains_on_from_8_bits(self, tmp_path: Path) -> None:
         model = tiny_peft()
         for host in hosts(model):
-            host.in_force()[0].round_to(torch.float8_e4m3fn)  # type: ignore[index]
+            host.in_force().router.round_to(torch.float8_e4m3fn)  # type: ignore[index]
         before = {name: weight.float() for name, weight in router_state(model).items()}
         args = arguments(tmp_path, max_steps=2, learning_rate=1e-5)
         DistillationTrainer(model=model, args=args, train_dataset=rows(4), num_queries=8).train()
@@ -355,12 +356,13 @@ class TestDistillation:
     def test_each_layer_reports_one_loss_and_the_base_runs(self) -> None:
         model = tiny_peft().train()
         ids = rows(1)[0]["input_ids"][None]
-        with distilling(model, num_queries=16, density_weight=0.1) as losses:
+        with during(model, Distil(num_queries=16, density_weight=0.1)) as distilled:
             out = model(input_ids=ids).logits
+        losses = distilled.losses
         assert len(losses) == 2 and all(loss.requires_grad for loss in losses) and not out.requires_grad
         with model.disable_adapter():
             assert torch.equal(out, model(input_ids=ids).logits)
-        assert all(host.distillation is None for host in hosts(model))
+        assert all(host.passes.current() is ORDINARY for host in hosts(model))
 
     def test_accumulation_divides_the_loss(self, tmp_path: Path) -> None:
         trainer = DistillationTrainer(model=tiny_peft(), args=arguments(tmp_path), train_dataset=rows(1))

@@ -18,12 +18,12 @@ from .errors import (  # noqa: E402
     UnsupportedModelError,
 )
 from .kl import KLTrainer  # noqa: E402
-from .layer import RecordedRoutes, TopologyLayer  # noqa: E402
+from .layer import TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
 from .recipe import DistillConfig, distill  # noqa: E402
 from .report import density_report, recording_density  # noqa: E402
 from .router import TopologyRouter  # noqa: E402
-from .routes import measure_density, record_routes  # noqa: E402
+from .routes import RecordedRoutes, measure_density, record_routes  # noqa: E402
 from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
 
 __version__ = "0.1.0"

@@ -36,7 +36,6 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -44,11 +43,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .attention import hard_attention
-from .config import Calibration, TopologyConfig
+from .config import Calibration, TopologyConfig, VisibleDepth
 from .dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
 from .errors import MergeError, TopologyConfigError, UnsupportedModelError
 from .fingerprint import fingerprint
-from .layer import AttentionObserver, TopologyCall, TopologyHost, active_layers, evaluating
+from .forward import Attention, TopologyCall
+from .layer import TopologyHost, active_layers, evaluating
+from .passes import Pass, changed, during
 from .plan import make_plan
 from .scoring import Scoring
 from .visibility import always_density
@@ -135,12 +136,12 @@ def calibrate(
     # tensors made in inference mode cannot be saved for backward
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         rows = sequences.clone().split(1)
-        tables = [_measured(base, layers, config, rows, draws, draw, {})]
+        tables = [_measured(model, base, layers, config, rows, draws, draw, {})]
         for share in around:
             known = _mean(tables)
             near = always_density(known["length"], config.local_window, config.num_sink_tokens)
             depths = choose_depths(known, reachable(known, near + (1 - near) * share))
-            tables.append(_measured(base, layers, config, rows, draws, draw, depths))
+            tables.append(_measured(model, base, layers, config, rows, draws, draw, depths))
     config.calibration = _mean(tables)
     config.base_fingerprint = fingerprint(base)
     wanted = target_density or config.target_density or DEFAULT_DENSITY
@@ -166,7 +167,7 @@ def _unmerged_layers(model: nn.Module) -> tuple[list[TopologyHost], TopologyConf
 def _heads_per_route(layer: TopologyHost) -> int:
     active = layer.in_force()
     assert active is not None  # of active_layers
-    return layer.geometry.num_heads // active[0].num_heads
+    return layer.geometry.num_heads // active.router.num_heads
 
 
 def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any, check_padding: bool = True) -> None:
@@ -217,42 +218,55 @@ def _not_finite(what: str) -> UnsupportedModelError:
     )
 
 
-@dataclass
-class _Pass:
-    """What one pass over the sequences adds up, for each layer: see `_density_and_loss`.
+class Calibrate(Pass):
+    """Attends at the depths of a map, and adds up what each layer's other depths would cost: `_density_and_loss`.
 
-    draws, backwards: backward passes per sequence over drawn labels, and all of them; the last may be KL's own.
+    Layers whose heads all have depth 0 run the base.
+
+    Args:
+        deepest: depths `0..deepest` are measured. draws, backwards: backward passes per sequence over drawn labels, and
+            all of them; the last may be KL's own.
+
+    Attributes:
+        depths: of the next forward. sums: float64 `[2, deepest + 1, H]` by layer.
     """
 
-    depth: int
-    draws: int
-    backwards: int
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    gradients: dict[int, list[Tensor]] = field(default_factory=dict)  # of a layer, until all passes have been
+    needs_addresses = True
+    trains = True
 
-    def observer(self, layer: int) -> AttentionObserver:
-        def observe(
-            call: TopologyCall, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scoring: Scoring
-        ) -> None:
-            if not out.requires_grad:  # of the dense reference, or the first of reentrant checkpointing's two forwards
-                return
-            q, k, v, own = (x.detach() for x in (query, key, value, out))
+    def __init__(self, deepest: int, draws: int, backwards: int) -> None:
+        self.deepest, self.draws, self.backwards = deepest, draws, backwards
+        self.depths: VisibleDepth = 0
+        self.sums: dict[int, Tensor] = {}
+        self._gradients: dict[int, list[Tensor]] = {}  # of a layer, until all passes have been
 
-            @torch.no_grad()
-            def add(gradient: Tensor) -> None:
-                gradients = self.gradients.setdefault(layer, [])
-                gradients.append(gradient)
-                if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
-                    rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.depth, scoring)
-                    self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
-                    gradients.clear()
+    def in_force(self, config: TopologyConfig) -> TopologyConfig:
+        return changed(config, visible_depth=self.depths, homotopy=1.0)
 
-            out.register_hook(add)
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        out, weights = (attention.bridged()[0], None) if any(attention.call.visibility.depths) else attention.base()
+        if out.requires_grad:  # not of the dense reference, nor the first of reentrant checkpointing's two forwards
+            out.register_hook(self._observer(attention, out.detach()))
+        return out, weights
 
-        return observe
+    def _observer(self, attention: Attention, own: Tensor) -> Callable[[Tensor], None]:
+        call, layer = attention.call, attention.call.host.geometry.layer
+        q, k, v = (x.detach() for x in (attention.query, attention.key, attention.value))
+
+        @torch.no_grad()
+        def add(gradient: Tensor) -> None:
+            gradients = self._gradients.setdefault(layer, [])
+            gradients.append(gradient)
+            if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
+                rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.deepest, attention.scoring)
+                self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
+                gradients.clear()
+
+        return add
 
 
 def _measured(
+    model: nn.Module,
     base: Any,
     layers: list[TopologyHost],
     config: TopologyConfig,
@@ -262,21 +276,12 @@ def _measured(
     depths: dict[int, list[int]],
 ) -> Calibration:
     """The table around one depth map; an empty one is the dense model."""
-    found = _Pass(config.sparsest_depth, draws, draws + 1 if depths else draws)
-    before = config.visible_depth, config.homotopy
-    try:
-        for layer in layers:
-            layer.observer = found.observer(layer.geometry.layer)
-        config.homotopy = 1.0
+    with during(model, Calibrate(config.sparsest_depth, draws, draws + 1 if depths else draws)) as found:
         for row in rows:
-            config.visible_depth = 0
+            found.depths = 0
             reference = _final_states(base, row) if depths else None
-            config.visible_depth = dict(depths)
+            found.depths = dict(depths)
             _backward(base, row, draws, draw, reference)
-    finally:
-        config.visible_depth, config.homotopy = before
-        for layer in layers:
-            layer.observer = None
 
     shared = 1 if config.depth_per == "query_head" else math.gcd(*(_heads_per_route(layer) for layer in layers))
     table = Calibration(length=rows[0].shape[1], heads_per_route=shared, density={}, loss={})

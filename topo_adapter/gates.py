@@ -20,7 +20,7 @@ from .backend import graph_is_recorded
 from .errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .layer import TopologyCall
+    from .forward import TopologyCall
 
 _log = logging.getLogger("topo_adapter")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from .config import TopologyConfig, VisibleDepth
 from .dial import allot, expected_loss, reachable
 from .errors import TopologyConfigError, UnsupportedModelError
 from .layer import TopologyHost
+from .passes import Pass, changed, during
 from .training import TopologyCallback, TopologyTrainerMixin, active_configs
 from .visibility import always_density
 
@@ -160,17 +160,19 @@ def _drawn(seed: int, step: int, count: int) -> int:
     return choices[index]
 
 
-@contextlib.contextmanager
-def _training_at(configs: list[TopologyConfig], maps: list[_Map]) -> Iterator[None]:
-    """While active each configuration has its depths and price of density, and heads take their likeliest digits."""
-    before = [(config, config.visible_depth, config.density_weight, config.gumbel_noise) for config in configs]
-    try:
-        for config, (depths, price, _) in zip(configs, maps, strict=True):
-            config.visible_depth, config.density_weight, config.gumbel_noise = depths, price, False
-        yield
-    finally:
-        for config, visible_depth, price, noise in before:
-            config.visible_depth, config.density_weight, config.gumbel_noise = visible_depth, price, noise
+class TrainAt(Pass):
+    """Each configuration has its depths and price of density, and heads take their likeliest digits."""
+
+    trains = True
+
+    def __init__(self, configs: list[TopologyConfig], maps: list[_Map]) -> None:
+        self._in_force = {
+            id(config): changed(config, visible_depth=each.depths, density_weight=each.price, gumbel_noise=False)
+            for config, each in zip(configs, maps, strict=True)
+        }
+
+    def in_force(self, config: TopologyConfig) -> TopologyConfig:
+        return self._in_force[id(config)]
 
 
 def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
@@ -355,7 +357,7 @@ class KLTrainer(TopologyTrainerMixin):
             maps = [_nearest_map(config, density) for config in configs]
             self._loss_weight = _weight(configs, maps, self.densities)
         # around the backward pass too: gradient checkpointing runs the layers again there
-        with _training_at(configs, maps):
+        with during(model, TrainAt(configs, maps)):
             return super().training_step(model, *args, **kwargs)
 
     def _calibrate(self, step: int) -> None:

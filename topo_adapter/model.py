@@ -19,8 +19,9 @@ from .density import say_density, turn_dial
 from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 from .fingerprint import fingerprint, same_base
+from .forward import install, uninstall
 from .gates import execution_device, find_full_attention, geometry_of
-from .layer import CHILD, MergedTopology, TopologyLayer, hosts, install, uninstall
+from .layer import CHILD, MergedTopology, TopologyLayer, hosts
 
 
 class TopologyModel(BaseTuner):

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from .errors import MergeError, UnsupportedModelError
-from .layer import TopologyCall, active_layers, hosts
+from .forward import TopologyCall
+from .layer import active_layers, hosts
+from .passes import Pass, during
 from .plan import Plan
 from .visibility import always_density
 
@@ -20,7 +22,8 @@ WARN_RATIO = 1.5
 
 @contextlib.contextmanager
 def recording_density(model: nn.Module) -> Iterator[None]:
-    """While active, the layers of a merged model count what their queries see, for `density_report`.
+    """While active, the layers of a merged model count what their queries see, for `density_report`: in forwards of
+    this thread.
 
     A few small kernels per layer and forward, and nothing waits for them. Forwards of up to 16 new tokens over a
     cache scan it and make no plan to count: decoding is not recorded.
@@ -39,14 +42,10 @@ def recording_density(model: nn.Module) -> Iterator[None]:
                 f"{layer.geometry.layer} {'without calibration' if merged else 'unmerged'}; call calibrate, then "
                 "merge_adapter"
             )
-    try:
-        for layer, _, _ in layers:
-            layer.density_counts = None
-            layer.density_recorder = _count_density
+    for layer, _, _ in layers:
+        layer.density_counts = None
+    with during(model, _CountDensity()):
         yield
-    finally:
-        for layer, _, _ in layers:
-            layer.density_recorder = None
 
 
 def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
@@ -87,17 +86,18 @@ def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
     return report
 
 
-def _count_density(call: TopologyCall, plan: Plan) -> None:
-    """Add visible, expected and causal pairs of a mean head, float64 `[3]`; nothing waits for the device."""
-    calibration = call.config.calibration
-    assert calibration is not None  # recording_density has looked
-    density = calibration["density"][call.host.geometry.layer]
-    length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
-    near = always_density(length, window, sinks)
-    revealed = sum(values[d] for values, d in zip(density, call.visibility.depths, strict=True)) / len(density)
-    share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
-    visible, causal = plan.visible_count().mean(), plan.causal_count()
-    local = visible - plan.far_count().mean()
-    counts = torch.stack([visible, local + (causal - local) * share, causal])
-    host = call.host
-    host.density_counts = counts if host.density_counts is None else host.density_counts + counts
+class _CountDensity(Pass):
+    def planned(self, call: TopologyCall, plan: Plan) -> None:
+        """Add visible, expected and causal pairs of a mean head, float64 `[3]`; nothing waits for the device."""
+        calibration = call.config.calibration
+        assert calibration is not None  # recording_density has looked
+        density = calibration["density"][call.host.geometry.layer]
+        length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
+        near = always_density(length, window, sinks)
+        revealed = sum(values[d] for values, d in zip(density, call.visibility.depths, strict=True)) / len(density)
+        share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
+        visible, causal = plan.visible_count().mean(), plan.causal_count()
+        local = visible - plan.far_count().mean()
+        counts = torch.stack([visible, local + (causal - local) * share, causal])
+        host = call.host
+        host.density_counts = counts if host.density_counts is None else host.density_counts + counts

@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from .config import TopologyConfig
 from .errors import UnsupportedModelError
-from .layer import RecordedRoutes, active_layers, evaluating, hosts
+from .forward import TopologyCall
+from .layer import active_layers, evaluating
 from .layout import SequenceLayout, layout_from_padding
+from .passes import Pass, during
 from .plan import make_plan
+from .records import Keys
+from .tree import address_to_digits, digits_to_address
+from .visibility import Visibility, per_head
+
+
+@dataclass(frozen=True)
+class RecordedRoutes:
+    """Digits of one layer, for anyone who wants to rebuild the mask of docs/method.md section 2.
+
+    visits: int64 `[B, H, m, T]`, `H` query heads: the leaves whose balls a query sees, -1 for none. query_digits,
+    key_digits: int64 `[B, H, T, L]`, those of the first visit and of the keys. visible_depth: int64 `[H]`.
+    """
+
+    query_digits: Tensor
+    key_digits: Tensor
+    visible_depth: Tensor
+    visits: Tensor
+
+    def visibility(self, layout: SequenceLayout, config: TopologyConfig) -> Visibility:
+        """Who sees whom of these tokens, by the rule of a config."""
+        return Visibility(
+            self.visits,
+            layout,
+            Keys(digits_to_address(self.key_digits, config.arity), layout),
+            config.arity,
+            config.depth,
+            tuple(self.visible_depth.tolist()),
+            config.local_window,
+            config.num_sink_tokens,
+        )
+
+
+class Record(Pass):
+    """Keeps the hard routes of every layer."""
+
+    needs_addresses = True
+
+    def __init__(self) -> None:
+        self.routes: dict[int, RecordedRoutes] = {}
+
+    def routed(self, call: TopologyCall, query_address: Tensor, key_address: Tensor) -> None:
+        depths, tree = call.visibility.depths, (call.config.arity, call.config.depth)
+        query, key = (per_head(address_to_digits(x, *tree), len(depths)) for x in (query_address, key_address))
+        visits = per_head(call.visibility.visits.long(), len(depths))
+        self.routes[call.host.geometry.layer] = RecordedRoutes(
+            query, key, torch.tensor(depths, device=query.device), visits
+        )
 
 
 @torch.no_grad()
@@ -30,19 +82,11 @@ def record_routes(
     Raises:
         UnsupportedModelError: no layer of the model has an active topology.
     """
-    found = hosts(model)
-    records: dict[int, RecordedRoutes] = {}
-    try:
-        for host in found:
-            host.recorder = records
-        with evaluating(model):
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for host in found:
-            host.recorder = None
-    if not records:
+    with during(model, Record()) as record, evaluating(model):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if not record.routes:
         raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
-    return records
+    return record.routes
 
 
 @torch.no_grad()

@@ -5,10 +5,8 @@ Everything here rides on `transformers.Trainer`; nothing is a trainer of its own
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import TopologyConfig
 from .errors import TopologyConfigError, UnsupportedModelError
-from .layer import Distillation, TopologyHost, active_layers, evaluating, hosts
+from .forward import Attention
+from .layer import TopologyHost, active_layers, evaluating, hosts
+from .objective import distillation_loss, gradient_at_once
+from .passes import Pass, during
+from .router import TopologyRouter
 
 
 def active_configs(model: nn.Module) -> list[TopologyConfig]:
@@ -34,8 +36,8 @@ def round_routers(model: nn.Module, dtype: torch.dtype, only_8_bit: bool = False
     for host in hosts(model):
         if (active := host.in_force()) is None:
             continue
-        if not only_8_bit or any(weight.dtype.itemsize == 1 for weight in active[0].parameters()):
-            active[0].round_to(dtype)
+        if not only_8_bit or any(weight.dtype.itemsize == 1 for weight in active.router.parameters()):
+            active.router.round_to(dtype)
 
 
 def topology_metrics(model: nn.Module) -> dict[str, float]:
@@ -235,29 +237,50 @@ def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
     for config in active_configs(model):
         if config.homotopy != 0:
             raise TopologyConfigError(f"homotopy must be 0 to initialise routers, got {config.homotopy}")
-    layers = hosts(model)
-    try:
-        for layer in layers:
-            layer.standardising = True
-        with evaluating(model):
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for layer in layers:
-            layer.standardising = False
+    with during(model, _Standardise()), evaluating(model):
+        model(input_ids=input_ids, use_cache=False)
 
 
-@contextlib.contextmanager
-def distilling(model: nn.Module, num_queries: int, density_weight: float) -> Iterator[list[Tensor]]:
-    """While active, a forward runs the base and every routed layer appends its distillation loss to the list."""
-    layers = hosts(model)
-    losses: list[Tensor] = []
-    for layer in layers:
-        layer.distillation = Distillation(num_queries, density_weight, losses)
-    try:
-        yield losses
-    finally:
-        for layer in layers:
-            layer.distillation = None
+class _Standardise(Pass):
+    """Spreads what enters each router evenly over its tree."""
+
+    def entered(self, router: TopologyRouter, hidden_states: Tensor) -> None:
+        router.standardise(hidden_states)
+
+
+class Distil(Pass):
+    """Layer-local distillation: the base runs, and every routed layer adds a loss of its own to `losses`.
+
+    Args:
+        num_queries, density_weight: as `topo_adapter.objective.distillation_loss`.
+    """
+
+    needs_probabilities = True
+    trains = True
+
+    def __init__(self, num_queries: int, density_weight: float) -> None:
+        self.num_queries, self.density_weight = num_queries, density_weight
+        self.losses: list[Tensor] = []
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        attention.measured_plan()
+        out = attention.base()
+        call, learning = attention.call, torch.is_grad_enabled()
+        assert call.routes is not None  # asked for
+        with torch.enable_grad():
+            loss = distillation_loss(
+                attention.query.detach(),
+                attention.key.detach(),
+                call.routes,
+                call.visibility,
+                attention.scoring,
+                num_queries=self.num_queries,
+                density_weight=self.density_weight,
+            )
+        active = call.host.in_force()
+        assert active is not None  # or there would be no call
+        self.losses.append(gradient_at_once(loss, list(active.router.parameters())) if learning else loss.detach())
+        return out
 
 
 class DistillationTrainer(TopologyTrainerMixin):
@@ -291,9 +314,9 @@ class DistillationTrainer(TopologyTrainerMixin):
         adapter = self.accelerator.unwrap_model(model)
         if "logits_to_keep" in inspect.signature(adapter.get_base_model().forward).parameters:
             inputs["logits_to_keep"] = 1  # nobody looks at the logits
-        with distilling(model, self.num_queries, self.density_weight) as losses:
+        with during(model, Distil(self.num_queries, self.density_weight)) as distilled:
             # an output of the forward: what DistributedDataParallel does not find there it takes for unused
-            hook = adapter.register_forward_hook(lambda *args: (args[-1], _mean(losses)))
+            hook = adapter.register_forward_hook(lambda *args: (args[-1], _mean(distilled.losses)))
             try:
                 outputs, loss = model(**inputs)
             finally:
