@@ -224,8 +224,16 @@ class TopologyConfig(PeftConfig):
         return dict(choose_depths(self.calibration, target_density))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: a map that the table gives is not written out, one set by hand is."""
+        """The fields as they are saved: a map that the table gives is not written out, one set by hand is.
+
+        The table has a line for each layer: heads divided by `|`, each with a number for every depth.
+        """
         fields = super().to_dict()
+        if self.calibration is not None:
+            fields["calibration"] = {
+                **self.calibration,
+                **{name: _lines(self.calibration[name]) for name in ("density", "loss")},  # type: ignore[literal-required]
+            }
         if self.on_the_dial():
             fields["visible_depth"] = None
         else:
@@ -324,6 +332,7 @@ class TopologyConfig(PeftConfig):
             entry = f"calibration[{name!r}][{index}]"
             if index in checked:
                 raise TopologyConfigError(f"{entry} must be given once, got it twice")
+            heads = _heads_of(heads) if isinstance(heads, str) else heads
             if not isinstance(heads, (list, tuple)) or not heads or len(heads) % heads_per_route:
                 raise TopologyConfigError(
                     f"{entry} must be a list of heads, a multiple of heads_per_route, got {heads!r}"
@@ -380,3 +389,16 @@ class TopologyConfig(PeftConfig):
     def _check_bool(name: str, value: object) -> None:
         if not isinstance(value, bool):
             raise TopologyConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def _lines(layers: dict[int, list[list[float]]]) -> dict[int, str]:
+    """Layer -> its heads' numbers in one line, from which `_heads_of` makes the same floats again."""
+    return {layer: " | ".join(" ".join(map(repr, head)) for head in heads) for layer, heads in layers.items()}
+
+
+def _heads_of(line: str) -> object:
+    """The numbers of a line of `_lines`; the line itself if it is none, for whoever checks them to refuse."""
+    try:
+        return [[float(value) for value in head.split()] for head in line.split("|")]
+    except ValueError:
+        return line
