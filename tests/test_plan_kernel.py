@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topo_adapter.layout import SequenceLayout
 from topo_adapter.plan import Plan, build_plan
-from topo_kernels import launch
+from topo_kernels import checks
 from topo_kernels import plan as kernels
 
 GPU = torch.cuda.is_available()
@@ -430,7 +430,7 @@ def test_refuses(argument: str, change, message: str) -> None:
 def test_refuses_the_cpu() -> None:
     arguments = {name: tensor.cpu() for name, tensor in make(Case(length=5)).arguments().items()}
     with (
-        mock.patch.object(launch, "INTERPRETED", False),
+        mock.patch.object(checks, "INTERPRETED", False),
         pytest.raises(RuntimeError, match="tree_plan needs CUDA tensors"),
     ):
         kernels.tree_plan(**arguments, max_balls=8, num_sink_tokens=3)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRETED
-from .types import Plan, PlanTensors, Scoring
+from .types import Plan, Scoring
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -49,15 +49,13 @@ def check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
             f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
             f"got {tuple(plan.query_order.shape)}."
         )
-    by_query, by_key, local = (B, routes, T), (B, routes, S), (B, T)
-    shapes = by_query, by_query, by_query, by_key, (B, S), local, local, local
-    tensors = {name: getattr(plan, name) for name in PlanTensors._fields[: len(shapes)]}
-    given = [
-        (name, tensor, shape)
-        for (name, tensor), shape in zip(tensors.items(), shapes, strict=True)
-        if tensor is not None
-    ]
-    for name, tensor, shape in given:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
+    shapes |= {"key_order": (B, routes, S), "local_order": (B, S)}
+    shapes |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
+    if plan.local_order is None:
+        del shapes["local_order"]
+    for name, shape in shapes.items():
+        tensor = getattr(plan, name)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
         if tensor.dtype != torch.int32:

@@ -388,24 +388,9 @@ def _decode(
     keys = min(8, triton.next_power_of_2(32 // bits // 2 + 1))  # a word holds their bits
     with torch.cuda.device_of(q):
         _scan_kernel[(scans, chunks)](
-            key_address,
-            key_position,
-            key_document,
-            *query,
-            balls.contiguous(),
-            entries,
-            counts,
-            *key_address.stride()[:2],
-            *key_position.stride(),
-            *key_document.stride(),
-            T,
-            S,
-            chunks,
-            chunk,
-            lists,
-            R,
-            local_window,
-            num_sink_tokens,
+            *(key_address, key_position, key_document, *query, balls.contiguous(), entries, counts),
+            *(*key_address.stride()[:2], *key_position.stride(), *key_document.stride()),
+            *(T, S, chunks, chunk, lists, R, local_window, num_sink_tokens),
             ROUTE_GROUP=route_group,
             HEADS=heads,
             BITS=bits,
@@ -417,14 +402,7 @@ def _decode(
             **overlapped,
         )
         _attend_kernel[(rows * splits,)](
-            q,
-            k,
-            v,
-            entries,
-            counts,
-            split_out,
-            split_max,
-            split_sum,
+            *(q, k, v, entries, counts, split_out, split_max, split_sum),
             **stride_arguments(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs")),
             **score_arguments(D, Scores(scale, softcap)),
             T=T,
@@ -446,13 +424,7 @@ def _decode(
         )
         columns = 32
         _combine_kernel[(rows * heads * triton.cdiv(D, columns),)](
-            split_out,
-            split_max,
-            split_sum,
-            out,
-            T,
-            splits,
-            lists,
+            *(split_out, split_max, split_sum, out, T, splits, lists),
             HEADS=heads,
             D=D,
             BLOCK_S=triton.next_power_of_2(splits),

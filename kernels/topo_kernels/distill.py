@@ -186,31 +186,9 @@ def _far_kernel(
             begin = far
             stop = hi
         b_acc, b_max, b_sum, b_local = _far_run(
-            b_q,
-            b_acc,
-            b_max,
-            b_sum,
-            b_local,
-            b_first,
-            b_far,
-            b_start,
-            b_end,
-            begin,
-            stop,
-            p_order,
-            p_k,
-            p_leaves,
-            stride_ks,
-            score_scale,
-            score_cap,
-            D,
-            V,
-            BLOCK_D,
-            BLOCK_V,
-            BLOCK_N,
-            HAS_ORDER,
-            HAS_CAP,
-            i_part != 1,
+            *(b_q, b_acc, b_max, b_sum, b_local, b_first, b_far, b_start, b_end, begin, stop),
+            *(p_order, p_k, p_leaves, stride_ks, score_scale, score_cap),
+            *(D, V, BLOCK_D, BLOCK_V, BLOCK_N, HAS_ORDER, HAS_CAP, i_part != 1),
         )
     b_scale = tl.where(m_some, 1 / tl.where(m_some, b_sum, 1.0), 0.0)  # 0 in rows of padding
     o_row = i_bh * M + o_m
@@ -349,27 +327,10 @@ def _far_gradient_kernel(
             begin = rest
             stop = hi
         b_acc = _far_gradient_run(
-            b_k,
-            b_acc,
-            b_first,
-            b_last,
-            begin,
-            stop,
-            query_order + i_b * M,
-            q + i_b * stride_qb + i_h * stride_qh,
-            lse + i_bh * M,
-            grad + i_bh * M * V,
-            stride_qt,
-            score_scale,
-            score_cap,
-            D,
-            V,
-            BLOCK_D,
-            BLOCK_V,
-            BLOCK_M,
-            HAS_ORDER,
-            HAS_CAP,
-            i_part != 1,
+            *(b_k, b_acc, b_first, b_last, begin, stop),
+            *(query_order + i_b * M, q + i_b * stride_qb + i_h * stride_qh, lse + i_bh * M, grad + i_bh * M * V),
+            *(stride_qt, score_scale, score_cap),
+            *(D, V, BLOCK_D, BLOCK_V, BLOCK_M, HAS_ORDER, HAS_CAP, i_part != 1),
         )
     b_acc = tl.where(m_some[:, None], b_acc, 0.0)
     p_out = dleaves + (i_bh * S + o_key)[:, None] * V + o_v[None, :]
@@ -429,16 +390,9 @@ def far_values(
     tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).forward
     plan = contiguous(plan)
     _far_kernel[(B * H * triton.cdiv(M, tile.m),)](
-        q,
-        k,
-        key_leaves,
+        *(q, k, key_leaves),
         plan.document_start if plan.local_order is None else plan.local_order,
-        plan.document_start,
-        plan.local_start,
-        plan.local_end,
-        values,
-        local,
-        lse,
+        *(plan.document_start, plan.local_start, plan.local_end, values, local, lse),
         num_sink_tokens=plan.num_sink_tokens,
         HAS_ORDER=plan.local_order is not None,
         **_arguments(q, k, V, scoring, tile),
@@ -460,15 +414,10 @@ def far_gradient(q: Tensor, k: Tensor, lse: Tensor, dvalues: Tensor, plan: Local
     dleaves = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
     tile = choose_far_tiles(D, V, q.dtype, shared_memory(q.device)).gradient
     _far_gradient_kernel[(B * H * triton.cdiv(S, tile.n),)](
-        q,
-        k,
-        lse,
-        dvalues,
+        *(q, k, lse, dvalues),
         far.first if far.query_order is None else far.query_order,
         far.first if order is None else order.contiguous(),
-        far.first,
-        far.last,
-        dleaves,
+        *(far.first, far.last, dleaves),
         HAS_ORDER=order is not None,
         **_arguments(q, k, V, scoring, tile),
     )

@@ -100,10 +100,10 @@ def derived(make: Callable[..., Any], plan: LocalPlan, *options: int) -> Any:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return make(plan, *options)
     tensors = plan.local_order, plan.document_start, plan.local_start, plan.local_end
-    options_in_all = make, plan.num_sink_tokens, *options
+    key = make, plan.num_sink_tokens, *options
     versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
     known = _DERIVED.setdefault(tensors[-1], {})
-    found = known.get(options_in_all)
+    found = known.get(key)
     if found is None or found[1] != versions or any(a is not b for a, b in zip(found[0], tensors[:-1], strict=True)):
-        found = known[options_in_all] = tensors[:-1], versions, make(plan, *options)
+        found = known[key] = tensors[:-1], versions, make(plan, *options)
     return found[2]

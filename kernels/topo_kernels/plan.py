@@ -317,15 +317,8 @@ def _tree_plan(
     sizes = {"T": queries, "S": keys, "CHUNK": tiles.chunk, "BALLS": columns}
     with torch.cuda.device_of(query_address):
         _sort_kernel[(batch * routes * chunks,)](
-            query_address,
-            key_address,
-            balls,
-            tree_queries,
-            tree_keys,
-            codes,
-            run_end,
-            *query_address.stride(),
-            *key_address.stride(),
+            *(query_address, key_address, balls, tree_queries, tree_keys, codes, run_end),
+            *(*query_address.stride(), *key_address.stride()),
             R=routes,
             num_sink_tokens=num_sink_tokens,
             LOG_CHUNK=tiles.chunk.bit_length() - 1,
@@ -343,14 +336,7 @@ def _tree_plan(
             **sizes,
         )
         _place_kernel[(batch * routes * chunks * (tiles.chunk // tiles.place),)](
-            codes,
-            run_end,
-            shift,
-            local_start,
-            document_start,
-            tree_queries,
-            tree_keys,
-            *outputs,
+            *(codes, run_end, shift, local_start, document_start, tree_queries, tree_keys, *outputs),
             R=routes,
             BLOCK=tiles.place,
             HAS_ORDER=has_order,

@@ -376,16 +376,8 @@ def fused_pass(hidden: Tensor, packed: PackedRouter, out: Tensor, tile: RouterTi
     B, T, C = hidden.shape
     parts, width, padded_channels = packed.down.shape
     _fused_kernel[(B * triton.cdiv(T, tile.tokens),)](
-        hidden,
-        packed.down,
-        packed.down_scale,
-        packed.weight,
-        packed.bias,
-        out,
-        hidden.stride(0),
-        hidden.stride(1),
-        B,
-        T,
+        *(hidden, packed.down, packed.down_scale, packed.weight, packed.bias, out),
+        *(hidden.stride(0), hidden.stride(1), B, T),
         C=C,
         C_PADDED=padded_channels,
         R=packed.num_routes,
@@ -410,13 +402,7 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
     rows = padded_channels // _SLICE * parts
     partial = torch.empty(B * T, rows, width, dtype=torch.float32, device=hidden.device)
     _slice_kernel[(rows, triton.cdiv(B * T, 16))](
-        hidden,
-        packed.down,
-        partial,
-        hidden.stride(0),
-        hidden.stride(1),
-        T,
-        B * T,
+        *(hidden, packed.down, partial, hidden.stride(0), hidden.stride(1), T, B * T),
         C=C,
         C_PADDED=padded_channels,
         PARTS=parts,
@@ -431,13 +417,7 @@ def split_passes(hidden: Tensor, packed: PackedRouter, out: Tensor) -> None:
     block_r = min(16, max(1, 2048 // (block_l * width)))  # divides the padded number of routes
     routes_padded = packed.bias.shape[2]
     _digits_kernel[(B * T, routes_padded // block_r)](
-        partial,
-        packed.down_scale,
-        packed.weight,
-        packed.bias,
-        out,
-        B,
-        T,
+        *(partial, packed.down_scale, packed.weight, packed.bias, out, B, T),
         ROWS=rows,
         R=packed.num_routes,
         ROUTES=out.shape[0] * packed.num_routes,
