@@ -126,7 +126,7 @@ class Visibility:
         visits = per_head(self.visits, len(depths))
         if max(depths) <= self.levels:
             return visits
-        nowhere = tuple(self.arity**self.levels if depth > self.levels else 0 for depth in depths)
+        nowhere = tuple(self.arity**self.levels if depth > self.levels else -1 for depth in depths)
         return torch.maximum(visits, self.on_device(nowhere, visits.device)[:, None, None])
 
     def balls(self) -> tuple[Tensor, Tensor]:
