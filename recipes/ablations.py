@@ -11,11 +11,9 @@ the paper's recipe: tied addresses, the collapsed start, the masked bridge, the 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer
 
-from baselines import Window
-from distill import TextArguments, text_rows
-from embedded import smollm2
-from measures import (
-    Case,
-    config_of,
-    copy_windows,
-    density_map,
-    gap_recovered,
-    merged_at,
-    score,
-    score_baseline,
-    score_dense,
-)
-from texts import EVALUATION, FOLDER, text_windows
 from topo_adapter import TopologyConfig, TopologyConfigError, TopologyTrainerMixin, calibrate, distill
 from topo_adapter.recipe import DistillConfig
 from topo_adapter.recipe import text_windows as cut
 from topo_adapter.training import TopologyCallback, active_configs
+from topo_evaluation.depths import over_depths
+from topo_evaluation.embedded import smollm2
+from topo_evaluation.measures import Case, config_of, copy_windows
+from topo_evaluation.texts import EVALUATION, FOLDER, text_windows, training_documents
 
 
 @dataclass(frozen=True)
@@ -93,8 +80,8 @@ class AblationArguments:
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
     texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
     windows: int = field(default=6, metadata={"help": "Per evaluation text."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: recipes/texts.py's."})
-    texts_folder: str = field(default=FOLDER, metadata={"help": "Where the texts of recipes/texts.py are kept."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: topo_evaluation's."})
+    texts_folder: str = field(default=FOLDER, metadata={"help": "Where topo_evaluation's texts are kept."})
     local_window: int = field(default=128)
     dtype: str = field(default="auto", metadata={"help": "float32 or bfloat16; auto: bfloat16 on a GPU."})
     seed: int = field(default=0)
@@ -134,7 +121,11 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
         seed=arguments.seed,
         **steps,
     )
-    texts = text_rows(TextArguments(text_files=arguments.text_files, texts_folder=arguments.texts_folder), 0)
+    texts: Iterable[str]
+    if arguments.text_files:
+        texts = (Path(file).read_text(encoding="utf-8", errors="ignore") for file in arguments.text_files)
+    else:
+        texts = training_documents(0, arguments.texts_folder)
     if name != PAPER:
         return distill(base, texts, config, settings, processing_class=tokenizer)
     count = arguments.local_steps + arguments.kl_steps  # as many forwards as the other variants have
@@ -148,58 +139,12 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
     return adapter.eval()
 
 
-@contextlib.contextmanager
-def uniform(adapter: PeftModel, depth: int) -> Iterator[None]:
-    """While active, merged with all heads at one depth."""
-    config = config_of(adapter)
-    before, config.visible_depth = config.visible_depth, depth
-    adapter.merge_adapter()
-    try:
-        yield
-    finally:
-        adapter.unmerge_adapter()
-        config.visible_depth = before
-
-
-def evaluate(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> dict[str, dict[str, Any]]:
-    """Setting (`density_0.1`, `depth_3`, ...) -> means over texts; `unreachable` where the dial does not get there."""
-    config, base = config_of(adapter), adapter.get_base_model()
+def cases_of(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> list[Case]:
     cases = []
     for text in arguments.texts:
         windows = text_windows(text, tokenizer, arguments.length, arguments.windows, arguments.seed)
-        cases.append(Case(text, windows, copy_windows(windows, config.local_window)))
-    dense = [score_dense(adapter, case) for case in cases]
-    window = [
-        score_baseline(adapter, case, lambda: Window(config.local_window, config.num_sink_tokens)) for case in cases
-    ]
-
-    def means() -> dict[str, Any]:
-        rows = []
-        for case, full, least in zip(cases, dense, window, strict=True):
-            found = score(base, case)
-            density = density_map(base, case.windows)
-            row = {
-                "density": statistics.fmean(value for heads in density.values() for value in heads),
-                "over_dense_percent": 100 * (found["perplexity"] / full["perplexity"] - 1),
-            }
-            if "copy_loss" in found:
-                row["gap_recovered"] = gap_recovered(least["copy_loss"], found["copy_loss"], full["copy_loss"])
-            rows.append(row)
-        result: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-        result["texts"] = dict(zip(arguments.texts, rows, strict=True))
-        return result
-
-    results: dict[str, dict[str, Any]] = {}
-    for target in arguments.densities:
-        try:
-            with merged_at(adapter, target):
-                results[f"density_{target:g}"] = means()
-        except TopologyConfigError as error:
-            results[f"density_{target:g}"] = {"unreachable": str(error)}
-    for depth in range(1, config.depth + 1):
-        with uniform(adapter, depth):
-            results[f"depth_{depth}"] = means()
-    return results
+        cases.append(Case(text, windows, copy_windows(windows, config_of(adapter).local_window)))
+    return cases
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -257,7 +202,7 @@ def run(arguments: AblationArguments, output: Path) -> None:
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "settings": asdict(arguments) | asdict(VARIANTS[variant]),
             "homotopy": active_configs(adapter)[0].homotopy,
-            "results": evaluate(adapter, tokenizer, arguments),
+            "results": over_depths(adapter, cases_of(adapter, tokenizer, arguments), arguments.densities),
         }
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

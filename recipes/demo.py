@@ -35,7 +35,6 @@ from transformers import (
 )
 
 import topo_adapter
-from embedded import smollm2, standard_library, windows
 from topo_adapter import (
     DistillationTrainer,
     TopologyConfig,
@@ -47,6 +46,8 @@ from topo_adapter import (
 )
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.visibility import always_visible
+from topo_evaluation.embedded import smollm2, standard_library, windows
+from topo_evaluation.tasks import continuation
 
 
 @dataclass
@@ -95,19 +96,6 @@ def window_of_density(length: int, density: float, sinks: int) -> int:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if share(window_mask(length, middle, sinks)) < density else (low, middle)
     return low
-
-
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
-    """Greedy continuation by 40 tokens of a prompt `[N]`."""
-    prompt = prompt[None].to(model.device)
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=40,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, arity: int, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from topo_adapter import TopologyConfig, TopologyConfigError, calibrate
 from topo_adapter.recipe import DistillConfig
 
 pytest.importorskip("trl")
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import ablations
-from ablations import PAPER, VARIANTS, AblationArguments, Variant, evaluate, main, table, train
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+from recipes.ablations import PAPER, VARIANTS, AblationArguments, Variant, cases_of, main, table, train
+from topo_evaluation.depths import over_depths
+from topo_evaluation.texts import text_windows
 
 VOCAB = 64
 
@@ -100,14 +97,14 @@ def test_the_paper_starts_dense_and_trains_on_the_language_model_loss(arguments:
 def test_evaluation_is_of_the_merged_adapter(arguments: AblationArguments) -> None:
     adapter = routed(base(), depth=3, local_window=4, num_sink_tokens=2, task_type="CAUSAL_LM")
     calibrate(adapter, tokens(2, 48, seed=5))
-    found = evaluate(adapter, tokenizer(), replace(arguments, densities=[1.0, 0.6]))
+    found = over_depths(adapter, cases_of(adapter, tokenizer(), arguments), [1.0, 0.6])
     assert found["density_1"]["over_dense_percent"] == pytest.approx(0, abs=1e-3)
     assert found["density_1"]["density"] == 1.0 and found["density_0.6"]["density"] < 0.8
     assert set(found) == {"density_1", "density_0.6", "depth_1", "depth_2", "depth_3"}
     assert not adapter.base_model.model.model.layers[0].self_attn.topo_adapter.merged  # left as it was
     adapter.peft_config["default"].visible_depth = 2
     adapter.merge_adapter()
-    ids = ablations.text_windows(arguments.texts[0], tokenizer(), 48, 2)
+    ids = text_windows(arguments.texts[0], tokenizer(), 48, 2)
     with torch.no_grad():
         loss = torch.stack([adapter(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
     adapter.unmerge_adapter()

