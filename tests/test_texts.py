@@ -1,4 +1,4 @@
-"""The texts of `topo_evaluation` and `recipes/texts.py`: what ships, what archives hold, and windows of tokens. Nothing is downloaded."""
+"""The texts of `topo_evaluation`: what ships, what archives hold, and windows of tokens. Nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Draws the measurements of measure.py and end_to_end.py, and writes the README's performance table; reads only CSVs.
+"""Draws what the other benchmarks measured, and writes the README's performance table; reads only CSVs.
 
-    python kernels/benchmarks/plot.py --csv kernels/benchmarks/results/h100.csv
+    python -m benchmarks.plot --csv results/h100.csv
 
 Of several rows of one configuration and implementation the last one counts, so a part may be measured anew by
 appending. Pictures go to docs/, the table between two markers of the README.
@@ -181,13 +181,13 @@ def performance(rows: Sequence[Row], source: str) -> str:
     intro = (
         "Milliseconds of one layer (32 query and 8 KV heads of 128, bf16, window 128, 4 sinks), router and plan "
         "included; in brackets the ratio to the fastest dense attention of the same run. The floor is the larger of "
-        "bytes over bandwidth and FLOPs over matrix rate (kernels/benchmarks/measure.py), per query head / per KV head."
+        "bytes over bandwidth and FLOPs over matrix rate (benchmarks/layer.py), per query head / per KV head."
     )
     tables = [
         table(rows) for table in (kernel_table, trained_table, distillation_table, training_table, end_to_end_table)
     ]
     blocks = [intro, *("\n".join(lines) for lines in tables if lines)]
-    blocks.append(f"Written by `python kernels/benchmarks/plot.py --csv {source}`. {provenance(rows)}")
+    blocks.append(f"Written by `python -m benchmarks.plot --csv {source}`. {provenance(rows)}")
     return "\n\n".join(blocks)
 
 
@@ -351,9 +351,7 @@ def save(figure: Any, path: Path) -> None:
 
 @dataclass
 class Arguments:
-    csv: list[str] = field(
-        default_factory=lambda: ["kernels/benchmarks/results/h100.csv"], metadata={"help": "One or more CSVs."}
-    )
+    csv: list[str] = field(default_factory=lambda: ["results/h100.csv"], metadata={"help": "One or more CSVs."})
     docs: str = field(default="docs", metadata={"help": "Where the pictures go."})
     readme: str = field(default="README.md", metadata={"help": "Its performance section is rewritten; '' leaves it."})
 

@@ -1,6 +1,6 @@
 """How often the paths through a merged model choose the same address, in half precision; writes JSON.
 
-    python kernels/benchmarks/route_agreement.py --model .models/smollm2-135m --output routes.json
+    python -m benchmarks.route_agreement --model .models/smollm2-135m --output routes.json
 
 Addresses are an argmax, so rounding differences between kernels may flip some. Attention given pinned routes is
 exact (tests/test_kernels.py); this measures the rest: the rate at which unmerged and merged prefill, and merged
@@ -27,7 +27,7 @@ from topo_adapter.tree import digits_to_address
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "Hub id or local path."})
-    text: str = field(default="topo_adapter/layer.py", metadata={"help": "A text file of at least `length` tokens."})
+    text: str = field(default="docs/method.md", metadata={"help": "A text file of at least `length` tokens."})
     length: int = field(default=2048)
     decode: int = field(default=64, metadata={"help": "Tokens decoded one by one after the rest was prefilled."})
     output: str = field(default="route_agreement.json")

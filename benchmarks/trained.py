@@ -1,7 +1,7 @@
 """Loss and time of a trained adapter on a real text, at its own depth maps, beside the dense model; appends to a CSV.
 
-    python kernels/benchmarks/trained.py --model HuggingFaceTB/SmolLM2-135M-Instruct \
-        --adapter examples/smollm2-135m-topology --text book.txt --output kernels/benchmarks/results/h100.csv
+    python -m benchmarks.trained --model HuggingFaceTB/SmolLM2-135M-Instruct \
+        --adapter examples/smollm2-135m-topology --text book.txt --output results/h100.csv
 
 For every length and target density: the loss per token; the attention of all routed layers in a CUDA graph (hidden
 states, queries, keys and values taken from a forward of the merged model; router, plan and attention) against the
@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from end_to_end import choose_dense, graph_decode, static_copy
-from measure import DEVICE, DTYPE, Table, dense_calls, label, summary, time_call, time_graph
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
@@ -31,13 +29,18 @@ from topo_adapter import MergeError, TopologyConfigError, measure_density
 from topo_adapter.layer import TopologyCall, TopologyHost
 from topo_adapter.training import active_configs
 
+from .cases import label
+from .dense import UNMASKED, choose_dense, dense_calls
+from .generation import graph_decode, static_copy
+from .harness import Table, summary, time_call, time_graph
+
 
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "Hub id or local path of the base model."})
     adapter: str = field(metadata={"help": "Hub id or local path of a calibrated adapter."})
     text: str = field(metadata={"help": "A plain-text file, not one that the adapter was trained on."})
-    output: str = field(default="kernels/benchmarks/results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
     lengths: list[int] = field(default_factory=lambda: [4096, 8192])
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17], metadata={"help": "Targets of the dial."})
     batch: int = field(default=8, metadata={"help": "Rows of the text, prefilled together."})
@@ -172,7 +175,7 @@ def measure_length(model: Any, table: Table, rows: Tensor, arguments: Arguments)
     config = model.get_base_model().config
     choose_dense(length, count, count, shape_of(model))
     with model.disable_adapter():
-        own, config._attn_implementation = config._attn_implementation, "unmasked"  # SDPA is fastest without a mask
+        own, config._attn_implementation = config._attn_implementation, UNMASKED  # SDPA is fastest without a mask
         values = shape | {"density": 1.0, "note": f"loss {loss(model, rows):.4f}"}
         measure_model(model, "dense", table, rows, arguments.tokens, values)
         config._attn_implementation = own
@@ -190,7 +193,7 @@ def measure_length(model: Any, table: Table, rows: Tensor, arguments: Arguments)
 def main(arguments: Arguments) -> None:
     table = Table(Path(arguments.output), arguments.commit)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPE).to(DEVICE).eval()
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to("cuda").eval()
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
     if active_configs(model)[0].calibration is None:
         raise MergeError(f"adapter must be calibrated, got {arguments.adapter} without; see topo_adapter.calibrate")
@@ -199,7 +202,7 @@ def main(arguments: Arguments) -> None:
         count = min(arguments.batch, len(ids) // length)
         if count < 1:
             raise TopologyConfigError(f"text must have {length} tokens, got {len(ids)}")
-        rows = ids[: count * length].view(count, length).to(DEVICE)
+        rows = ids[: count * length].view(count, length).to("cuda")
         try:
             measure_length(model, table, rows, arguments)
         except Exception as problem:

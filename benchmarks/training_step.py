@@ -1,7 +1,7 @@
 """Memory and time of a training step of a Llama-3.1-8B-shaped model, both stages of the recipe; appends to a CSV.
 
-    python kernels/benchmarks/training_step.py --output kernels/benchmarks/results/h100.csv       # 4-bit, 32,768 tokens
-    python kernels/benchmarks/training_step.py --stages local --dtype bf16 --lengths 8192
+    python -m benchmarks.training_step --output results/h100.csv       # 4-bit, 32,768 tokens
+    python -m benchmarks.training_step --stages local --dtype bf16 --lengths 8192
 
 Random weights and tokens; the trainers are those of the recipe, so what they do beside the model is in the time. The
 end-to-end stage runs with gradient checkpointing.
@@ -18,20 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end import build, llama_config
-from measure import DEVICE, Table, label, summary
 from peft import get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from topo_adapter import DistillationTrainer, TopologyConfig, initialize_routers
 from topo_adapter.kl import KLTrainer
 
+from .cases import label
+from .harness import Table, summary
+from .models import build, llama_config
+
 _WARM_UP = 2  # steps that compile
 
 
 @dataclass
 class Arguments:
-    output: str = field(default="kernels/benchmarks/results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
     dtype: str = field(default="nf4", metadata={"help": "bf16, or nf4: 4-bit weights through bitsandbytes."})
     stages: list[str] = field(default_factory=lambda: ["local", "kl"], metadata={"help": "local, kl or both."})
     lengths: list[int] = field(default_factory=lambda: [32768])
@@ -81,7 +83,7 @@ def main(arguments: Arguments) -> None:
     table = Table(Path(arguments.output), arguments.commit)
     base = build(llama_config(arguments.layers), arguments.dtype == "nf4")
     model = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM"))
-    initialize_routers(model, torch.randint(0, base.config.vocab_size, (1, 2048), device=DEVICE))
+    initialize_routers(model, torch.randint(0, base.config.vocab_size, (1, 2048), device="cuda"))
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for stage in arguments.stages:
         for length in arguments.lengths:
