@@ -1,6 +1,6 @@
-"""Prefill and decode of a whole model of Llama-3.1-8B's shape, dense and with a merged topology; appends to a CSV.
+"""Prefill and decode of a whole model of Llama-3.1-8B's shape, dense and with a merged topology; appends to a file.
 
-    python -m benchmarks.end_to_end --output results/h100.csv
+    python -m benchmarks.end_to_end --output results/h100.jsonl
     python -m benchmarks.end_to_end --dtype nf4 --lengths 8192 32768        # 4-bit weights, bitsandbytes
 
 Random weights and random tokens: speed depends on shapes and, for the topology, on how evenly its balls are filled;
@@ -38,7 +38,7 @@ from .cases import label
 from .dense import Fastest, choose_dense
 from .generation import WARM_UP, compiled_decode, eager_decode, graph_decode, static_copy
 from .harness import Table, Timing, summary
-from .models import build, llama_config
+from .models import NAME, build, llama_config
 
 BALL_TOKENS = 512
 
@@ -100,7 +100,7 @@ def largest_batch(wanted: int, length: int, layers: int) -> int:
 
 @dataclass
 class Arguments:
-    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="runs/benchmark.jsonl", metadata={"help": "JSON lines; rows are appended."})
     dtype: str = field(default="bf16", metadata={"help": "bf16, or nf4: 4-bit weights through bitsandbytes."})
     lengths: list[int] = field(default_factory=lambda: [8192, 32768, 65536, 131072])
     batches: list[int] = field(
@@ -199,7 +199,8 @@ def main(arguments: Arguments) -> None:
         print("skipped: 4-bit weights need bitsandbytes, which is not installed")
         return
     torch.manual_seed(arguments.seed)
-    table = Table(Path(arguments.output), arguments.commit)
+    settings = {"dtype": arguments.dtype, "layers": arguments.layers, "seed": arguments.seed}
+    table = Table(Path(arguments.output), arguments.commit, NAME, settings)
     begin = time.perf_counter()
     model = build(llama_config(arguments.layers), arguments.dtype == "nf4")
     print(f"--- model built at {time.perf_counter() - begin:.0f} s", flush=True)

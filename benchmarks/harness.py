@@ -6,29 +6,21 @@ the host queue everything first, as in a model whose queue is full. `host_ms` is
 
 from __future__ import annotations
 
-import csv
-import datetime
-import importlib.util
 import math
-import shutil
 import statistics
-import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from topo_evaluation import results
+
 MAX_ERROR = 1e-2
 
-COLUMNS = (
-    *("part", "config", "implementation", "length", "batch", "routes", "balls", "density"),
-    *("ms", "ms_p20", "ms_p80", "repeats", "host_ms", "speedup", "floor_ms", "gap", "gflop", "megabytes"),
-    *("peak_mb", "error", "tokens_per_s", "note", "gpu", "torch", "triton", "commit", "date"),
-)
+SETTINGS = ("config", "implementation", "length", "batch", "routes", "balls")
 
 
 class Timing(NamedTuple):
@@ -119,34 +111,23 @@ def peak_mb(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def environment(commit: str = "") -> dict[str, str]:
-    """What a row must say about where it comes from."""
-    if not commit and shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 class Table:
-    """Rows go to the CSV and to the screen at once, so that a run cut short loses nothing."""
+    """Rows go to the file and to the screen at once, so that a run cut short loses nothing.
 
-    def __init__(self, path: Path, commit: str = "") -> None:
-        self.path, self.environment = path, environment(commit)
+    model: what is measured, None for a layer alone. settings: of the whole run.
+    """
+
+    def __init__(
+        self, path: Path, commit: str = "", model: str | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.settings = path, dict(settings or {})
+        self.origin = results.origin(model, "cuda" if torch.cuda.is_available() else "cpu", commit)
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.bandwidth, self.rate = math.nan, math.nan  # bytes/s, FLOP/s
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.stat().st_size == 0:
-            path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
 
     def add(self, part: str, config: str, implementation: str, timing: Timing | None, values: dict[str, Any]) -> None:
-        """Add a row of more `values`: columns, and `dense_ms`, which speedup is computed against.
+        """Add a row of more `values`: SETTINGS, metrics, `note`, and `dense_ms`, which speedup is computed against.
 
         `gflop` and `megabytes`, the least possible work, give floor and gap.
         """
@@ -163,12 +144,15 @@ class Table:
                 row |= {"floor_ms": floor, "gap": timing.ms / floor}
             if dense_ms is not None:
                 row["speedup"] = dense_ms / timing.ms
-        row |= {name: value for name, value in values.items() if name != "dense_ms"} | self.environment
+        row |= {name: value for name, value in values.items() if name != "dense_ms" and value != ""}
         if not row.get("error", 0.0) <= MAX_ERROR:  # NaN fails too
             self.failures.append(f"{part} {config} {implementation}: error {row['error']}")
         self.rows.append(row)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({key: compact(value) for key, value in row.items()})
+        settings = {name: row[name] for name in SETTINGS if name in row}
+        metrics = {name: compact(value) for name, value in row.items() if name not in (*SETTINGS, "part", "note")}
+        results.append(
+            self.path, [results.make_row(self.origin, part, self.settings | settings, metrics, row.get("note"))]
+        )
         print(line(row), flush=True)
 
     def failed(self, part: str, config: str, implementation: str, error: Exception) -> None:
@@ -187,7 +171,10 @@ class Table:
 
 
 def compact(value: Any) -> Any:
-    return f"{value:.5g}" if isinstance(value, float) else value
+    """Five digits; what is not finite is not known."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Times the topology's kernels beside dense attention on the GPU at hand; appends to a CSV row by row.
+"""Times the topology's kernels beside dense attention on the GPU at hand; appends to a file row by row.
 
-    python -m benchmarks.layer --output results/h100.csv
+    python -m benchmarks.layer --output results/h100.jsonl
     python -m benchmarks.layer --only prefill decode --lengths 8192 32768
 
 Shapes are one layer of an 8B Llama: 32 query and 8 KV heads of 128, hidden size 4096, bf16. `topology` rows hold the
@@ -55,7 +55,7 @@ def ceilings(table: Table, layer: Layer) -> None:
 
 @dataclass
 class Arguments:
-    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="runs/benchmark.jsonl", metadata={"help": "JSON lines; rows are appended."})
     only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Parts: {' '.join(PARTS)}."})
     lengths: list[int] = field(
         default_factory=list, metadata={"help": "Only configurations of these lengths; all if none is given."}
@@ -70,7 +70,7 @@ def run(arguments: Arguments) -> Table:
         raise ValueError(f"only must name parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     layer = Layer()
     torch.manual_seed(arguments.seed)
-    table = Table(Path(arguments.output), arguments.commit)
+    table = Table(Path(arguments.output), arguments.commit, settings={"seed": arguments.seed})
 
     def wanted(part: str, length: int) -> bool:
         return part in arguments.only and (not arguments.lengths or length in arguments.lengths)

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from .dense import UNMASKED
 
+NAME = "Llama-3.1-8B shape, random weights"
+
 
 def llama_config(layers: int = 32) -> LlamaConfig:
     """Llama-3.1-8B, with as many layers as asked for."""

@@ -1,6 +1,6 @@
-"""Draws what the other benchmarks measured, and writes the README's performance table; reads only CSVs.
+"""Draws what the other benchmarks measured, and writes the README's performance table; reads only those files.
 
-    python -m benchmarks.plot --csv results/h100.csv
+    python -m benchmarks.plot --results results/h100.jsonl
 
 Of several rows of one configuration and implementation the last one counts, so a part may be measured anew by
 appending. Pictures go to docs/, the table between two markers of the README.
@@ -8,7 +8,6 @@ appending. Pictures go to docs/, the table between two markers of the README.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import HfArgumentParser
 
+from topo_evaluation import results
+
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 PER_QUERY_HEAD, PER_KV_HEAD = "topology per query head", "topology per KV head"
-TEXT = {"part", "config", "implementation", "note", "gpu", "torch", "triton", "commit", "date"}
 COLOURS = {
     PER_QUERY_HEAD: "#1b6ca8",
     PER_KV_HEAD: "#0b9e8a",
@@ -46,14 +46,15 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     """
     latest: dict[tuple[str, str, str], Row] = {}
     for path in paths:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            for raw in csv.DictReader(file):
-                row: Row = {k: v if k in TEXT else float(v) for k, v in raw.items() if v not in ("", None)}
-                latest[row["part"], row["config"], row["implementation"]] = row
+        for found in results.read(path):
+            versions, machine = found["versions"] or {}, found["machine"] or {}
+            row = {"part": found["what"], **results.flat(found), "commit": found["commit"], "gpu": machine.get("name")}
+            row |= {name: versions.get(name) for name in ("torch", "triton")}
+            latest[row["part"], row["config"], row["implementation"]] = row
     rows = [row for row in latest.values() if "ms" in row]
     gpus = {row["gpu"] for row in rows}
     if len(gpus) > 1:
-        raise ValueError(f"csv must hold rows of one GPU, got {', '.join(sorted(gpus))}")
+        raise ValueError(f"results must hold rows of one GPU, got {', '.join(sorted(gpus))}")
     return rows
 
 
@@ -151,7 +152,7 @@ def trained_table(rows: Sequence[Row]) -> list[str]:
     for config, found in of_part(rows, "trained").items():
         dense = fastest_dense(found)
         for name, row in found.items():
-            loss = row.get("note", "").removeprefix("loss ")
+            loss = f"{row['loss']:.4f}" if "loss" in row else ""
             if name == "dense":
                 losses[row["length"]] = loss
             if dense is not None and not is_dense(name):
@@ -170,7 +171,7 @@ def training_table(rows: Sequence[Row]) -> list[str]:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    values = {name: sorted({row[name] for row in rows if name in row}) for name in ("gpu", "torch", "triton", "commit")}
+    values = {name: sorted({row[name] for row in rows if row[name]}) for name in ("gpu", "torch", "triton", "commit")}
     ceilings = [f"{row['config']} {row['note']}" for row in rows if row["part"] == "ceiling" and "note" in row]
     parts = [*values["gpu"], *(f"{name} {', '.join(values[name])}" for name in ("torch", "triton", "commit"))]
     return ", ".join(parts) + (f". Ceilings: {'; '.join(ceilings)}." if ceilings else ".")
@@ -187,7 +188,7 @@ def performance(rows: Sequence[Row], source: str) -> str:
         table(rows) for table in (kernel_table, trained_table, distillation_table, training_table, end_to_end_table)
     ]
     blocks = [intro, *("\n".join(lines) for lines in tables if lines)]
-    blocks.append(f"Written by `python -m benchmarks.plot --csv {source}`. {provenance(rows)}")
+    blocks.append(f"Written by `python -m benchmarks.plot --results {source}`. {provenance(rows)}")
     return "\n\n".join(blocks)
 
 
@@ -351,13 +352,15 @@ def save(figure: Any, path: Path) -> None:
 
 @dataclass
 class Arguments:
-    csv: list[str] = field(default_factory=lambda: ["results/h100.csv"], metadata={"help": "One or more CSVs."})
+    results: list[str] = field(
+        default_factory=lambda: ["results/h100.jsonl"], metadata={"help": "One or more files of JSON lines."}
+    )
     docs: str = field(default="docs", metadata={"help": "Where the pictures go."})
     readme: str = field(default="README.md", metadata={"help": "Its performance section is rewritten; '' leaves it."})
 
 
 def main(arguments: Arguments) -> None:
-    rows = read_rows(arguments.csv)
+    rows = read_rows(arguments.results)
     docs = Path(arguments.docs)
     for name, draw in (
         ("length", draw_lengths),
@@ -367,7 +370,7 @@ def main(arguments: Arguments) -> None:
         ("end_to_end", draw_end_to_end),
     ):
         draw(rows, docs / f"performance_{name}.png")
-    section = performance(rows, " ".join(arguments.csv))
+    section = performance(rows, " ".join(arguments.results))
     print(section)
     if arguments.readme:
         readme = Path(arguments.readme)

@@ -1,6 +1,6 @@
-"""How often the paths through a merged model choose the same address, in half precision; writes JSON.
+"""How often the paths through a merged model choose the same address, in half precision; appends to a file.
 
-    python -m benchmarks.route_agreement --model .models/smollm2-135m --output routes.json
+    python -m benchmarks.route_agreement --model .models/smollm2-135m --output runs/routes.jsonl
 
 Addresses are an argmax, so rounding differences between kernels may flip some. Attention given pinned routes is
 exact (tests/test_kernels.py); this measures the rest: the rate at which unmerged and merged prefill, and merged
@@ -9,19 +9,16 @@ prefill and token-by-token decode, agree on the addresses, and what that does to
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
-import topo_adapter
 from topo_adapter import TopologyConfig, initialize_routers, record_routes
 from topo_adapter.tree import digits_to_address
+from topo_evaluation import results
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Arguments:
     text: str = field(default="docs/method.md", metadata={"help": "A text file of at least `length` tokens."})
     length: int = field(default=2048)
     decode: int = field(default=64, metadata={"help": "Tokens decoded one by one after the rest was prefilled."})
-    output: str = field(default="route_agreement.json")
+    output: str = field(default="runs/route_agreement.jsonl", metadata={"help": "JSON lines; rows are appended."})
 
 
 def addresses(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
@@ -41,8 +38,7 @@ def addresses(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(arguments: Arguments, dtype: torch.dtype) -> dict[str, float | str]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure(arguments: Arguments, dtype: torch.dtype, device: str) -> dict[str, float]:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device)
@@ -64,7 +60,6 @@ def measure(arguments: Arguments, dtype: torch.dtype) -> dict[str, float | str]:
     records = torch.stack([layer.indexer_keys[0, :, :-2].T for layer in cache.layers]).long()
     tail = slice(split, None)
     return {
-        "dtype": str(dtype),
         "addresses_unmerged_equal_merged": (unmerged == merged).float().mean().item(),
         "logit_difference_unmerged_merged_mean": (soft - hard).abs().mean().item(),
         "key_addresses_prefill_equal_decode": (merged[:, 1, :, tail] == records[..., tail]).float().mean().item(),
@@ -74,14 +69,14 @@ def measure(arguments: Arguments, dtype: torch.dtype) -> dict[str, float | str]:
 
 
 def main(arguments: Arguments) -> None:
-    report = {
-        "arguments": asdict(arguments),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {m.__name__: m.__version__ for m in (topo_adapter, torch, transformers)},
-        "rows": [measure(arguments, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
-    }
-    Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    origin = results.origin(arguments.model, device)
+    settings = {name: getattr(arguments, name) for name in ("text", "length", "decode")}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = measure(arguments, dtype, device)
+        row = results.make_row(origin, "route_agreement", {**settings, "dtype": str(dtype)}, found)
+        results.append(arguments.output, [row])
+        print(dtype, found)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,6 @@ def route(hidden: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
 
 def plan_for(inputs: Inputs) -> Any:
     """The plan of one layer. Windows are the same in all layers of a forward, which share the layout: made once."""
-
     layer, layout = inputs.case.layer, inputs.layout
     addresses = inputs.query_address, inputs.key_address
     return make_plan(*addresses, inputs.balls, inputs.case.balls, layout, layout, layer.window, layer.sinks)
@@ -63,14 +62,12 @@ def plan_for(inputs: Inputs) -> Any:
 
 def shared_plan(inputs: Inputs) -> Any:
     """What is made once per forward: the layout and its windows."""
-
     layer = inputs.case.layer
     layout = contiguous_layout(inputs.case.batch, inputs.case.length, inputs.q.device)
     return local_plan(layout, layout, layer.window, layer.sinks)
 
 
 def attend(inputs: Inputs, plan: Any) -> Tensor:
-
     return hard_attention(inputs.q, inputs.k, inputs.v, plan, inputs.case.layer.scale)
 
 
@@ -135,7 +132,6 @@ def far_passes(
 
 def distillation_step(q: Tensor, k: Tensor, query_logits: Tensor, key_logits: Tensor, layer: Layer) -> Tensor:
     """The loss of one layer on all its queries, from digit logits `[B, H, N, L, 2]` with a gradient."""
-
     routes = Routes(relax(query_logits, 1.0, False), relax(key_logits, 1.0, False))
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
     length = q.shape[2]

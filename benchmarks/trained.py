@@ -1,7 +1,7 @@
-"""Loss and time of a trained adapter on a real text, at its own depth maps, beside the dense model; appends to a CSV.
+"""Loss and time of a trained adapter on a real text, at its own depth maps, beside the dense model; appends to a file.
 
     python -m benchmarks.trained --model HuggingFaceTB/SmolLM2-135M-Instruct \
-        --adapter examples/smollm2-135m-topology --text book.txt --output results/h100.csv
+        --adapter examples/smollm2-135m-topology --text book.txt --output results/h100.jsonl
 
 For every length and target density: the loss per token; the attention of all routed layers in a CUDA graph (hidden
 states, queries, keys and values taken from a forward of the merged model; router, plan and attention) against the
@@ -40,7 +40,7 @@ class Arguments:
     model: str = field(metadata={"help": "Hub id or local path of the base model."})
     adapter: str = field(metadata={"help": "Hub id or local path of a calibrated adapter."})
     text: str = field(metadata={"help": "A plain-text file, not one that the adapter was trained on."})
-    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="runs/benchmark.jsonl", metadata={"help": "JSON lines; rows are appended."})
     lengths: list[int] = field(default_factory=lambda: [4096, 8192])
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17], metadata={"help": "Targets of the dial."})
     batch: int = field(default=8, metadata={"help": "Rows of the text, prefilled together."})
@@ -142,12 +142,12 @@ def measure_attention(model: Any, name: str, table: Table, rows: Tensor, values:
     inputs = layer_inputs(model, rows)
     config = f"attention {label(rows.shape[1])} batch {len(rows)}, {len(inputs)} layers"
     if not table.fastest("trained", config):
-        first = inputs[0]
+        first, shape = inputs[0], {"length": rows.shape[1], "batch": len(rows)}
         for dense, call in dense_calls(first.query, first.key, first.value).items():
             try:
                 one = time_call(call)
                 scaled = one._replace(ms=one.ms * len(inputs), p20=one.p20 * len(inputs), p80=one.p80 * len(inputs))
-                table.add("trained", config, dense, scaled, values | {"density": 1.0, "note": ""})
+                table.add("trained", config, dense, scaled, shape | {"density": 1.0})
             except Exception as problem:
                 table.failed("trained", config, dense, problem)
     with torch.no_grad():
@@ -176,14 +176,14 @@ def measure_length(model: Any, table: Table, rows: Tensor, arguments: Arguments)
     choose_dense(length, count, count, shape_of(model))
     with model.disable_adapter():
         own, config._attn_implementation = config._attn_implementation, UNMASKED  # SDPA is fastest without a mask
-        values = shape | {"density": 1.0, "note": f"loss {loss(model, rows):.4f}"}
+        values = shape | {"density": 1.0, "loss": loss(model, rows)}
         measure_model(model, "dense", table, rows, arguments.tokens, values)
         config._attn_implementation = own
     for target in arguments.densities:
         model.merge_adapter(target_density=target)
         name = f"topology, dial at {target:g}"
         density = torch.stack(list(measure_density(model, rows[:1]).values())).mean().item()
-        values = shape | {"density": density, "note": f"loss {loss(model, rows):.4f}"}
+        values = shape | {"density": density, "loss": loss(model, rows)}
         measure_model(model, name, table, rows, arguments.tokens, values)
         measure_attention(model, name, table, rows, values)
         model.unmerge_adapter()
@@ -191,7 +191,8 @@ def measure_length(model: Any, table: Table, rows: Tensor, arguments: Arguments)
 
 
 def main(arguments: Arguments) -> None:
-    table = Table(Path(arguments.output), arguments.commit)
+    settings = {"adapter": arguments.adapter, "text": arguments.text}
+    table = Table(Path(arguments.output), arguments.commit, arguments.model, settings)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).to("cuda").eval()
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()

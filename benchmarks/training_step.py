@@ -1,6 +1,6 @@
-"""Memory and time of a training step of a Llama-3.1-8B-shaped model, both stages of the recipe; appends to a CSV.
+"""Memory and time of a training step of a Llama-3.1-8B-shaped model, both stages of the recipe; appends to a file.
 
-    python -m benchmarks.training_step --output results/h100.csv       # 4-bit, 32,768 tokens
+    python -m benchmarks.training_step --output results/h100.jsonl       # 4-bit, 32,768 tokens
     python -m benchmarks.training_step --stages local --dtype bf16 --lengths 8192
 
 Random weights and tokens; the trainers are those of the recipe, so what they do beside the model is in the time. The
@@ -26,14 +26,14 @@ from topo_adapter.kl import KLTrainer
 
 from .cases import label
 from .harness import Table, summary
-from .models import build, llama_config
+from .models import NAME, build, llama_config
 
 _WARM_UP = 2  # steps that compile
 
 
 @dataclass
 class Arguments:
-    output: str = field(default="results/measure.csv", metadata={"help": "CSV; rows are appended."})
+    output: str = field(default="runs/benchmark.jsonl", metadata={"help": "JSON lines; rows are appended."})
     dtype: str = field(default="nf4", metadata={"help": "bf16, or nf4: 4-bit weights through bitsandbytes."})
     stages: list[str] = field(default_factory=lambda: ["local", "kl"], metadata={"help": "local, kl or both."})
     lengths: list[int] = field(default_factory=lambda: [32768])
@@ -80,7 +80,8 @@ def main(arguments: Arguments) -> None:
     unknown = set(arguments.stages) - {"local", "kl"}
     if unknown or arguments.dtype not in ("bf16", "nf4"):
         raise ValueError(f"stages must be local or kl and dtype bf16 or nf4, got {arguments.stages}, {arguments.dtype}")
-    table = Table(Path(arguments.output), arguments.commit)
+    settings = {"dtype": arguments.dtype, "layers": arguments.layers}
+    table = Table(Path(arguments.output), arguments.commit, NAME, settings)
     base = build(llama_config(arguments.layers), arguments.dtype == "nf4")
     model = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM"))
     initialize_routers(model, torch.randint(0, base.config.vocab_size, (1, 2048), device="cuda"))

@@ -5,7 +5,7 @@
 
 Every variant sees the same texts in the same order for the same number of steps, and is measured on the same windows:
 perplexity over dense at the density dial's targets, and at every uniform depth (`depth_1`, ...), which is what a
-variant reaches without the dial. One line of JSON per variant; processes may write to one file side by side. `paper` is
+variant reaches without the dial. Lines of JSON; processes may write to one file side by side. `paper` is
 the paper's recipe: tied addresses, the collapsed start, the masked bridge, the language-model loss alone.
 """
 
@@ -29,6 +29,7 @@ from topo_adapter.training import TopologyCallback, active_configs
 from topo_evaluation.depths import over_depths
 from topo_evaluation.embedded import smollm2
 from topo_evaluation.measures import Case, config_of, copy_windows
+from topo_evaluation.results import Row, append, flat, make_row, origin, read
 from topo_evaluation.texts import EVALUATION, FOLDER, text_windows, training_documents
 
 
@@ -70,7 +71,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass
 class AblationArguments:
-    output: str = field(default="runs/ablations.jsonl", metadata={"help": "JSON lines; one is appended per variant."})
+    output: str = field(default="runs/ablations.jsonl", metadata={"help": "JSON lines; rows are appended."})
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Names of VARIANTS."})
     report_only: bool = field(default=False, metadata={"help": "Train nothing, print the table of `output`."})
     model: str = field(default="embedded", metadata={"help": "'embedded', a hub id or a local path."})
@@ -147,30 +148,28 @@ def cases_of(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -
     return cases
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: perplexity over dense and copy gap at each target, and the uniform depth nearest to the first."""
-    targets = list(dict.fromkeys(key for line in lines for key in line["results"] if key.startswith("density_")))
-    head = [
-        "variant",
-        "seed",
-        "seconds",
-        *[f"dial at {key.removeprefix('density_')}" for key in targets],
-        "uniform depth",
-    ]
-    rows = [head, ["---"] * len(head)]
-    for line in lines:
-        results = line["results"]
-        cells = [cell(results.get(key)) for key in targets]
-        aim = float(targets[0].removeprefix("density_"))
-        depths = {key: value for key, value in results.items() if key.startswith("depth_")}
-        nearest = min(depths, key=lambda key: abs(depths[key]["density"] - aim))
-        rows.append([line["variant"], str(line["seed"]), f"{line['seconds']:.0f}", *cells])
-        rows[-1].append(f"{nearest.removeprefix('depth_')}: {cell(depths[nearest])}")
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    runs: dict[str, list[Row]] = {}
+    for row in (flat(row) | {"commit": row["commit"]} for row in rows if row["what"].startswith("ablation")):
+        runs.setdefault(json.dumps([row["commit"], row["variant"], row["seed"], row["length"]]), []).append(row)
+    measured = [row for run in runs.values() for row in run if row.get("target") is not None]
+    targets = list(dict.fromkeys(row["target"] for row in measured))
+    lines = [["variant", "seed", "seconds", *(f"dial at {target:g}" for target in targets), "uniform depth"]]
+    lines.append(["---"] * len(lines[0]))
+    for run in runs.values():
+        dial = {row["target"]: row for row in run if row.get("target") is not None}
+        depths = [row for row in run if row.get("uniform_depth") is not None]
+        nearest = min(depths, key=lambda row: abs(row["density"] - targets[0]))
+        seconds = sum(row.get("seconds", 0.0) for row in run)
+        lines.append([run[0]["variant"], str(run[0]["seed"]), f"{seconds:.0f}"])
+        lines[-1] += [cell(dial.get(target)) for target in targets]
+        lines[-1].append(f"{nearest['uniform_depth']}: {cell(nearest)}")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(found: dict[str, Any] | None) -> str:
-    if found is None or "unreachable" in found:
+def cell(found: Row | None) -> str:
+    if found is None or "density" not in found:
         return "not reached"
     copied = found.get("gap_recovered")
     text = f"{found['over_dense_percent']:+.2f} % ({found['density']:.3f})"
@@ -179,33 +178,30 @@ def cell(found: dict[str, Any] | None) -> str:
 
 def main(arguments: AblationArguments) -> None:
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.report_only:
         run(arguments, output)
-    print(table([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]))
+    print(table(read(output)))
 
 
 def run(arguments: AblationArguments, output: Path) -> None:
-    """Train and measure each variant; a line is written as soon as it is there."""
+    """Train and measure each variant; its rows are written as soon as they are there."""
     name = smollm2() if arguments.model == "embedded" else arguments.model
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(arguments.dtype)
+    where = origin(name, device)
     for variant in arguments.variants:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or getattr(torch, arguments.dtype)).to(device)
         start = time.perf_counter()
         adapter = train(variant, base, tokenizer, arguments)
-        line = {
-            "variant": variant,
-            "seed": arguments.seed,
-            "seconds": time.perf_counter() - start,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "settings": asdict(arguments) | asdict(VARIANTS[variant]),
-            "homotopy": active_configs(adapter)[0].homotopy,
-            "results": over_depths(adapter, cases_of(adapter, tokenizer, arguments), arguments.densities),
-        }
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        seconds = time.perf_counter() - start
+        settings = asdict(arguments) | asdict(VARIANTS[variant]) | {"variant": variant}
+        settings["homotopy"] = active_configs(adapter)[0].homotopy
+        rows = [make_row(where, "ablation_training", settings, {"seconds": seconds})]
+        for at, found in over_depths(adapter, cases_of(adapter, tokenizer, arguments), arguments.densities):
+            unreachable = found.pop("unreachable", None)
+            rows.append(make_row(where, "ablation", settings | at, found, unreachable))
+        append(output, rows)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@
 
 Densities are targets at the evaluated length, window and sinks included. Every text is measured by itself, on the
 same windows for all methods. Baselines (`topo_evaluation.baselines`) run at the density that the adapter realised on
-that text. Everything goes to `--output_dir`: `result.json`, `table.md`, `perplexity.png`, `density_map.png`.
+that text. Everything goes to `--output_dir`: `results.jsonl`, `table.md`, `perplexity.png`, `density_map.png`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser
 
 from topo_evaluation.report import plot_maps, plot_perplexity, report
+from topo_evaluation.results import Row, write
 from topo_evaluation.tasks import EvaluationSettings, evaluate, load
 
 
@@ -27,17 +26,16 @@ class OutputArguments:
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Where everything is written."})
 
 
-def main(settings: EvaluationSettings, arguments: OutputArguments) -> dict[str, Any]:
+def main(settings: EvaluationSettings, arguments: OutputArguments) -> list[Row]:
     output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    result = evaluate(*load(settings), settings)
-    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot_perplexity(result, output / "perplexity.png")
-    plot_maps(result["maps"], output / "density_map.png")
-    text = report(result)
+    rows = evaluate(*load(settings), settings)
+    write(output / "results.jsonl", rows)
+    plot_perplexity(rows, output / "perplexity.png")
+    plot_maps(rows, output / "density_map.png")
+    text = report(rows)
     (output / "table.md").write_text(text)
     print(text)
-    return result
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that need no GPU: inputs, oracles, masks, the CSV and what is made of it."""
+"""The parts of the benchmarks that need no GPU: inputs, oracles, masks, the rows and what is made of them."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_cases() -> None:
 
 def test_only_refuses_unknown_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only must name parts among"):
-        layer.run(layer.Arguments(output=str(tmp_path / "x.csv"), only=["prefil"]))
+        layer.run(layer.Arguments(output=str(tmp_path / "x.jsonl"), only=["prefil"]))
 
 
 def timing(ms: float) -> Any:
@@ -153,7 +153,7 @@ def example(path: Path) -> harness.Table:
     """A table with a row of every part."""
     table = harness.Table(path, "abc")
     table.bandwidth, table.rate = 3e12, 8e14
-    table.environment["gpu"] = "some GPU"
+    table.origin["machine"]["name"] = "some GPU"
     table.add("ceiling", "device copy", "torch", timing(2.0), {"note": "3.00 TB/s"})
     for length, ms in ((8192, 1.0), (32768, 16.0)):
         dense = {"length": length, "batch": 1, "density": 1.0, "gflop": 1e3, "megabytes": 1.0}
@@ -172,8 +172,8 @@ def example(path: Path) -> harness.Table:
     table.add("decode", "decode 128k, batch 1, 5 %", plot.PER_QUERY_HEAD, timing(0.5), ours)
     table.add("distill", "distillation 32k", "topology", timing(30.0), {"peak_mb": 2500.0})
     table.add("training", "local step 32k, nf4", "topology", timing(1500.0), {"length": 32768, "peak_mb": 9000.0})
-    for name, ms, loss in (("dense", 4.0, "2.50"), ("topology, dial at 0.1", 2.0, "2.53")):
-        values = {"length": 8192, "batch": 8, "density": 0.1 if ms < 4 else 1.0, "note": f"loss {loss}"}
+    for name, ms, loss in (("dense", 4.0, 2.5), ("topology, dial at 0.1", 2.0, 2.53)):
+        values = {"length": 8192, "batch": 8, "density": 0.1 if ms < 4 else 1.0, "loss": loss}
         table.add("trained", "prefill 8k", name, timing(ms), values | table.fastest("trained", "prefill 8k"))
     for name, speed in (("dense", 100.0), (plot.PER_QUERY_HEAD, 250.0)):
         values = {"length": 8192, "batch": 1, "tokens_per_s": speed, "peak_mb": 20000.0}
@@ -184,7 +184,7 @@ def example(path: Path) -> harness.Table:
 
 
 def test_table_computes_floor_and_speedup(tmp_path: Path) -> None:
-    table = example(tmp_path / "x.csv")
+    table = example(tmp_path / "x.jsonl")
     row = next(r for r in table.rows if r["config"] == "prefill 32k, 64 balls")
     assert math.isclose(row["floor_ms"], 0.1) and math.isclose(row["gap"], 20.0) and math.isclose(row["speedup"], 8.0)
     assert not table.failures
@@ -194,31 +194,31 @@ def test_table_computes_floor_and_speedup(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_back_and_the_last_counts(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
+    path = tmp_path / "x.jsonl"
     table = example(path)
     assert len(plot.read_rows([path])) == len(table.rows)
     again = harness.Table(path, "def")  # appends
-    again.environment["gpu"] = "some GPU"
+    again.origin["machine"]["name"] = "some GPU"
     again.add("growth", "growth 8k, 64 balls", plot.PER_KV_HEAD, timing(7.0), {"length": 8192})
     again.failed("growth", "growth 8k, 64 balls", plot.PER_QUERY_HEAD, RuntimeError('no, "really"\nnot'))
     rows = plot.of_part(plot.read_rows([path]), "growth")
     assert rows["growth 8k, 64 balls"][plot.PER_KV_HEAD]["ms"] == 7.0
     assert plot.PER_QUERY_HEAD not in rows["growth 8k, 64 balls"]
-    again.environment["gpu"] = "another GPU"
+    again.origin["machine"]["name"] = "another GPU"
     again.add("growth", "growth 16k, 64 balls", plot.PER_KV_HEAD, timing(7.0), {"length": 16384})
     with pytest.raises(ValueError, match="one GPU"):
         plot.read_rows([path])
 
 
 def test_performance_section(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
+    path = tmp_path / "x.jsonl"
     example(path)
-    section = plot.performance(plot.read_rows([path]), "x.csv")
+    section = plot.performance(plot.read_rows([path]), "x.jsonl")
     wanted = "| prefill 32k, 64 balls | 0.050 | 16 (sdpa cudnn) | 2 (8x) | 2 (8x) | 0.1 / 0.1 |"
     assert wanted in section.splitlines()
     assert "| decode 128k, batch 1, 5 % | 0.050 | 2 (sdpa flash) | 0.5 (4x) |  | 0.02 |" in section.splitlines()
     assert "| decode 8k batch 1, bf16, CUDA graph | 100 | 250 | 2.50x | 20.0 / 20.0 GB |" in section.splitlines()
-    assert "| prefill 8k, dial at 0.1 | 0.100 | 2.50 / 2.53 | 4 | 2 (2x) |" in section.splitlines()
+    assert "| prefill 8k, dial at 0.1 | 0.100 | 2.5000 / 2.5300 | 4 | 2 (2x) |" in section.splitlines()
     assert "| local step 32k, nf4 | 1.5 | 9.0 GB |" in section.splitlines()
     assert "some GPU" in section and "device copy 3.00 TB/s" in section
     text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
@@ -230,10 +230,10 @@ def test_performance_section(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    path, readme = tmp_path / "x.csv", tmp_path / "README.md"
+    path, readme = tmp_path / "x.jsonl", tmp_path / "README.md"
     example(path)
     readme.write_text(f"{plot.BEGIN}\n{plot.END}\n")
-    plot.main(plot.Arguments(csv=[str(path)], docs=str(tmp_path / "docs"), readme=str(readme)))
+    plot.main(plot.Arguments(results=[str(path)], docs=str(tmp_path / "docs"), readme=str(readme)))
     names = {"length", "density", "decode", "breakdown", "end_to_end"}
     assert {p.name for p in (tmp_path / "docs").iterdir()} == {f"performance_{name}.png" for name in names}
     assert "prefill 32k" in readme.read_text()

@@ -32,6 +32,8 @@ from topo_evaluation.measures import (
     score,
     score_adapter,
 )
+from topo_evaluation.report import of
+from topo_evaluation.results import KEYS, Row
 from topo_evaluation.tasks import EvaluationSettings, in_reach, load, rows_of
 from topo_evaluation.texts import EVALUATION
 
@@ -82,7 +84,7 @@ def settings_of(folder: Path, **settings: Any) -> EvaluationSettings:
     return EvaluationSettings(**{**defaults, **settings})
 
 
-def main(settings: EvaluationSettings, output: Path) -> dict[str, Any]:
+def main(settings: EvaluationSettings, output: Path) -> list[Row]:
     return run(settings, OutputArguments(str(output)))
 
 
@@ -356,43 +358,49 @@ def test_an_error_leaves_the_adapter_unmerged(adapter: PeftModel) -> None:
 def test_main_writes_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out"
     result = main(settings_of(folder), out)
-    written = json.loads((out / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert written["arguments"]["densities"] == DENSITIES
-    assert written["machine"]["device"] == "cpu" and written["dtype"] == "torch.float32"
-    assert {"torch", "transformers", "peft", "topo_adapter", "python"} <= written["versions"].keys()
-    assert all(len(fingerprint) == 16 for fingerprint in written["texts"].values()) and len(written["texts"]) == 2
-    assert written["adapter"]["calibrated_length"] == 80 and written["adapter"]["local_window"] == WINDOW
-    assert set(written["windows"].values()) == {2}
+    lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert written == json.loads(json.dumps(result)) and all(tuple(row) == KEYS for row in written)
+    for row in written:
+        assert row["machine"]["device"] == "cpu" and row["settings"]["dtype"] == "torch.float32"
+        assert {"torch", "transformers", "peft", "topo_adapter", "python"} <= row["versions"].keys()
+        assert row["model"] == str(folder / "base") and row["date"] and row["command"].startswith("python ")
+        assert row["settings"]["calibrated_length"] == 80 and row["settings"]["local_window"] == WINDOW
     for name in ("perplexity.png", "density_map.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
-    rows = written["rows"]
+    rows = of(written, "quality")
     assert len(rows) == 2 * 2 * 5  # lengths, texts, dense + window + densities
-    assert [row["target"] for row in rows if "unreachable" in row] == 4 * [0.05]
+    assert [row["target"] for row in rows if "note" in row] == 4 * [0.05]
     assert not any("density_map" in row or "depths" in row for row in rows)
-    assert [(each["length"], each["target"]) for each in written["maps"]] == [
+    assert {row["windows"] for row in rows} == {2}
+    assert {len(row["fingerprint"]) for row in rows} == {16} and len({row["fingerprint"] for row in rows}) == 2
+    maps = of(written, "density_map")
+    assert [(each["length"], each["target"]) for each in maps] == [
         (length, density) for length in LENGTHS for density in DENSITIES[1:]
     ]
-    for each in written["maps"]:
-        assert each["density"].keys() == each["depths"].keys() == {"0", "1"}
+    for each in maps:
+        assert each["density_map"].keys() == each["depths"].keys() == {"0", "1"}
         same = [
             r for r in rows if (r["method"], r["length"], r["target"]) == ("adapter", each["length"], each["target"])
         ]
         mean = sum(row["density"] for row in same) / len(same)
-        assert torch.tensor(list(each["density"].values())).mean() == pytest.approx(mean, abs=1e-5)
+        assert torch.tensor(list(each["density_map"].values())).mean() == pytest.approx(mean, abs=1e-5)
     expected = [(n, m, t) for n in LENGTHS for m, t in (("dense", None), ("adapter", 0.5), ("adapter", 0.75))]
-    assert [(row["length"], row["method"], row["target"]) for row in written["speed"]] == expected
-    assert len(written["continuations"]) == 3 == len({side["prompt ends"] for side in written["continuations"]})
-    assert written["continuations"][0].keys() == {"prompt ends", "dense", "adapter at 0.5", "adapter at 0.75"}
+    assert [(row["length"], row["method"], row["target"]) for row in of(written, "speed")] == expected
+    continued = of(written, "continuation")
+    assert len({side["prompt_ends"] for side in continued}) == 3
+    assert [(side["length"], side["method"], side["target"]) for side in continued] == 3 * expected[:3]
 
     table = (out / "table.md").read_text()
     assert table.strip() in capsys.readouterr().out
-    dense = next(row for row in result["rows"] if row["method"] == "dense")
+    dense = next(row for row in rows if row["method"] == "dense")
     line = next(line for line in table.splitlines() if line.startswith("| dense"))
     assert line.startswith(f"| dense | 1.0000 | {dense['perplexity']:.2f} |")
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert "| adapter at 0.05 | unreachable |" in table and "- unreachable: target_density must be at least" in table
+    assert table.count("- prompt ends:") == 3 and table.count("- adapter at 0.5:") == 3
 
 
 def test_what_is_not_asked_for_is_not_measured(folder: Path) -> None:
@@ -400,8 +408,8 @@ def test_what_is_not_asked_for_is_not_measured(folder: Path) -> None:
     result = main(
         settings_of(folder, lengths=[64], densities=[0.05], **off), folder / "off"
     )  # nothing in reach: no map either
-    assert result["speed"] == [] and result["continuations"] == [] and result["maps"] == []
-    assert not any("copy_loss" in row or "needle_exact" in row for row in result["rows"])
+    assert {row["what"] for row in result} == {"quality", "run"}
+    assert not any("copy_loss" in row or "needle_exact" in row for row in of(result, "quality"))
 
 
 def test_command_line(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peft import PeftModel
 
@@ -24,11 +24,10 @@ from .measures import (
 )
 
 
-def over_depths(adapter: PeftModel, cases: Sequence[Case], densities: Sequence[float]) -> dict[str, Scores]:
-    """Setting (`density_0.1`, `depth_3`, ...) -> means over texts, and each text's.
-
-    `unreachable` where the dial does not get there.
-    """
+def over_depths(
+    adapter: PeftModel, cases: Sequence[Case], densities: Sequence[float]
+) -> Iterator[tuple[Scores, Scores]]:
+    """Setting (`target` or `uniform_depth`) and means over texts, with each text's; or why it is `unreachable`."""
     config, base = config_of(adapter), adapter.get_base_model()
     dense = [score_dense(adapter, case) for case in cases]
     window = [
@@ -51,14 +50,15 @@ def over_depths(adapter: PeftModel, cases: Sequence[Case], densities: Sequence[f
         result["texts"] = dict(zip((case.text for case in cases), rows, strict=True))
         return result
 
-    results: dict[str, Scores] = {}
     for target in densities:
+        at = {"target": target, "uniform_depth": None}
         try:
             with merged_at(adapter, target):
-                results[f"density_{target:g}"] = means()
+                found = means()
         except TopologyConfigError as error:
-            results[f"density_{target:g}"] = {"unreachable": str(error)}
+            found = {"unreachable": str(error)}
+        yield at, found
     for depth in range(1, config.depth + 1):
         with uniform_at(adapter, depth):
-            results[f"depth_{depth}"] = means()
-    return results
+            found = means()
+        yield {"target": None, "uniform_depth": depth}, found

@@ -1,7 +1,7 @@
 """Measure a topology adapter: quality over density, copying, needles, speed, beside the dense model and baselines.
 
     settings = EvaluationSettings(adapter="my-topology", lengths=[4096], densities=[0.1, 0.2])
-    result = evaluate(*load(settings), settings)
+    rows = evaluate(*load(settings), settings)
 
 Densities are targets at the evaluated length, window and sinks included. Every text is measured by itself, on the
 same windows for all methods. Baselines run at the density that the adapter realised on that text.
@@ -10,16 +10,14 @@ same windows for all methods. Baselines run at the density that the adapter real
 from __future__ import annotations
 
 import contextlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -27,7 +25,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import topo_adapter
 from topo_adapter import TopologyConfig, TopologyConfigError
 from topo_adapter.density import calibrated_density, calibration_of
 
@@ -47,6 +44,7 @@ from .measures import (
     score_dense,
     speed,
 )
+from .results import Row, make_row, origin
 from .texts import EVALUATION, TRAINING, fingerprint, text_windows
 
 DENSE, ADAPTER = "dense", "adapter"
@@ -229,8 +227,8 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 
 def continuations(
     adapter: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings, cases: list[Case]
-) -> list[dict[str, str]]:
-    """Greedy continuations of the first halves of three windows (or all there are), side by side.
+) -> list[Scores]:
+    """Greedy continuations of the first halves of three windows (or all there are): prompt's end, method and text.
 
     The windows have the shortest length at which the adapter can show anything.
     """
@@ -239,14 +237,20 @@ def continuations(
     texts = [case.windows for case in cases if case.length == length]
     turns = [each[i] for i in range(settings.windows) for each in texts if i < len(each)]
     prompts = [window[: length // 2] for window in turns[:3]]
-    sides = [{"prompt ends": tokenizer.decode(prompt[-40:], skip_special_tokens=True)} for prompt in prompts]
     made = dense_and_merged(
         adapter, reach[length], lambda: [continuation(adapter, tokenizer, prompt) for prompt in prompts]
     )
-    for method, target, found in made:
-        for side, text in zip(sides, found, strict=True):
-            side[label_of(method, target)] = text
-    return sides
+    return [
+        {
+            "prompt": tokenizer.decode(prompt[-40:], skip_special_tokens=True),
+            "length": length,
+            "method": method,
+            "target": target,
+            "continuation": found[number],
+        }
+        for number, prompt in enumerate(prompts)
+        for method, target, found in made
+    ]
 
 
 def label_of(method: str, target: float | None) -> str:
@@ -276,21 +280,20 @@ def take_maps(rows: list[Scores]) -> list[Scores]:
             depths = [row.pop("depths") for row in group if "depths" in row]
             if found:
                 mean = {layer: torch.tensor([each[layer] for each in found]).mean(0).tolist() for layer in found[0]}
-                maps.append({"length": length, "target": target, "depths": depths[0], "density": mean})
+                maps.append({"length": length, "target": target, "depths": depths[0], "density_map": mean})
     return maps
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {"device": str(device), "name": name, "platform": platform.platform(), "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # All of it
 
 
-def evaluate(adapter: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> dict[str, Any]:
-    """Everything that the settings ask for, as JSON; the adapter is left as it was.
+def evaluate(adapter: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> list[Row]:
+    """Everything that the settings ask for; the adapter is left as it was.
+
+    Returns:
+        Rows of `results`: `quality` of every method, length and text; `density_map` and `speed` of every length and
+        target; `continuation`, its text the note; `run`, the time of all.
 
     Raises:
         TopologyConfigError: the adapter is not calibrated, or a text is too short for a length.
@@ -300,31 +303,42 @@ def evaluate(adapter: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: E
     config, base = topology_config(config_of(adapter)), adapter.get_base_model()
     cases = [make_case(settings, config, tokenizer, text, n) for n in settings.lengths for text in settings.texts]
 
-    rows: list[Scores] = []
+    found: list[Scores] = []
     methods = 2 + len(settings.densities) * (6 if settings.baselines else 1)
     with tqdm(total=len(cases) * methods, desc="evaluating") as bar:
         for case in cases:
-            for row in rows_of(adapter, case, settings):
-                rows.append(row)
-                bar.set_postfix_str(f"{case.text}, {case.length} tokens, {row['method']}")
+            for scores in rows_of(adapter, case, settings):
+                found.append(scores)
+                bar.set_postfix_str(f"{case.text}, {case.length} tokens, {scores['method']}")
                 bar.update()
+    maps = take_maps(found)
 
-    return {
-        "arguments": asdict(settings),
-        "adapter": {
-            "base": base.config._name_or_path,
-            **{key: getattr(config, key) for key in ("arity", "depth", "local_window", "num_sink_tokens", "route_per")},
-            "calibrated_length": calibration_of(config)["length"],
-        },
-        "texts": {text: fingerprint(text) for text in settings.texts},
-        "windows": {f"{case.text} {case.length}": len(case.windows) for case in cases},
-        "maps": take_maps(rows),
-        "rows": rows,
-        "speed": timings(adapter, settings, cases) if settings.speed else [],
-        "continuations": continuations(adapter, tokenizer, settings, cases) if settings.generate else [],
+    where = origin(base.config._name_or_path, base.device)
+    common = {
+        "adapter": settings.adapter,
         "dtype": str(base.dtype),
-        "machine": machine(base.device),
-        "versions": {m.__name__: m.__version__ for m in (topo_adapter, torch, transformers, peft)}
-        | {"python": platform.python_version()},
-        "total_seconds": time.perf_counter() - started,
+        "seed": settings.seed,
+        **{key: getattr(config, key) for key in ("arity", "depth", "local_window", "num_sink_tokens", "route_per")},
+        "calibrated_length": calibration_of(config)["length"],
     }
+
+    def row(what: str, scores: Scores, note: str | None = None, **more: Any) -> Row:
+        scores = dict(scores)
+        chosen: Scores = {key: scores.pop(key) for key in ("length", "text", "method", "target") if key in scores}
+        return make_row(where, what, {**common, **chosen, **more}, scores, note)
+
+    windows = {(case.text, case.length): len(case.windows) for case in cases}
+    prints = {text: fingerprint(text) for text in settings.texts}
+    rows = []
+    for scores in found:
+        text, unreachable = scores["text"], scores.pop("unreachable", None)
+        more = {"fingerprint": prints[text], "windows": windows[text, scores["length"]]}
+        rows.append(row("quality", scores, unreachable, **more))
+    rows += [row("density_map", each) for each in maps]
+    if settings.speed:
+        rows += [row("speed", each) for each in timings(adapter, settings, cases)]
+    if settings.generate:
+        for each in continuations(adapter, tokenizer, settings, cases):
+            prompt, text = each.pop("prompt"), each.pop("continuation")
+            rows.append(row("continuation", each, text, prompt_ends=prompt))
+    return [*rows, row("run", {"total_seconds": time.perf_counter() - started})]
