@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
 from topo_adapter import TopologyConfig, initialize_routers, record_routes
+from topo_adapter.cache import Records
 from topo_adapter.tree import digits_to_address
 from topo_evaluation import results
 
@@ -57,12 +58,14 @@ def measure(arguments: Arguments, dtype: torch.dtype, device: str) -> dict[str, 
     logits = [model(ids[:, :split], past_key_values=cache).logits]
     logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(split, arguments.length)]
     decoded = torch.cat(logits, 1).float()
-    records = torch.stack([layer.indexer_keys[0, :, :-2].T for layer in cache.layers]).long()
+    leaves = 2 ** model.peft_config["default"].depth
+    records = [Records(layer.indexer_keys, merged.shape[2], leaves).address[0].T for layer in cache.layers]
+    kept = torch.stack(records).long()
     tail = slice(split, None)
     return {
         "addresses_unmerged_equal_merged": (unmerged == merged).float().mean().item(),
         "logit_difference_unmerged_merged_mean": (soft - hard).abs().mean().item(),
-        "key_addresses_prefill_equal_decode": (merged[:, 1, :, tail] == records[..., tail]).float().mean().item(),
+        "key_addresses_prefill_equal_decode": (merged[:, 1, :, tail] == kept[..., tail]).float().mean().item(),
         "logit_difference_prefill_decode_mean": (hard - decoded)[:, tail].abs().mean().item(),
         "top1_prefill_equal_decode": (hard.argmax(-1) == decoded.argmax(-1))[:, tail].float().mean().item(),
     }
