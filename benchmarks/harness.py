@@ -149,10 +149,13 @@ class Table:
             self.failures.append(f"{part} {config} {implementation}: error {row['error']}")
         self.rows.append(row)
         settings = {name: row[name] for name in SETTINGS if name in row}
-        metrics = {name: compact(value) for name, value in row.items() if name not in (*SETTINGS, "part", "note")}
-        results.append(
-            self.path, [results.make_row(self.origin, part, self.settings | settings, metrics, row.get("note"))]
-        )
+        metrics = {
+            name: float(f"{value:.5g}") if isinstance(value, float) else value
+            for name, value in row.items()
+            if name not in (*SETTINGS, "part", "note") and math.isfinite(value)
+        }
+        written = results.make_row(self.origin, part, self.settings | settings, metrics, row.get("note"))
+        results.append(self.path, [written])
         print(line(row), flush=True)
 
     def failed(self, part: str, config: str, implementation: str, error: Exception) -> None:
@@ -168,13 +171,6 @@ class Table:
         """`dense_ms` of the fastest dense implementation of a configuration; empty if none ran."""
         times = [row["ms"] for row in self.measured(part, config) if "topology" not in row["implementation"]]
         return {"dense_ms": min(times)} if times else {}
-
-
-def compact(value: Any) -> Any:
-    """Five digits; what is not finite is not known."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def line(row: dict[str, Any]) -> str:
