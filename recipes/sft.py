@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from datasets import Dataset, load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
-from embedded import smollm2, standard_library
 from topo_adapter import TopologyConfig
 from topo_adapter.sft import TopologySFTTrainer
+from topo_evaluation.embedded import smollm2, standard_library
 
 
 @dataclass

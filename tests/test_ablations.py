@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from topo_adapter import TopologyConfig, TopologyConfigError, calibrate
 from topo_adapter.recipe import DistillConfig
 
 pytest.importorskip("trl")
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import ablations
-from ablations import PAPER, VARIANTS, AblationArguments, Variant, evaluate, main, table, train
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+from recipes.ablations import PAPER, VARIANTS, AblationArguments, Variant, cases_of, main, table, train
+from topo_evaluation.depths import over_depths
+from topo_evaluation.results import flat, make_row, origin, read
+from topo_evaluation.texts import text_windows
 
 VOCAB = 64
 
@@ -76,17 +74,20 @@ def test_unknown_variants_are_refused() -> None:
 
 def test_main_trains_measures_and_reports(arguments: AblationArguments, capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
-    lines = [json.loads(line) for line in Path(arguments.output).read_text().splitlines()]
-    assert [line["variant"] for line in lines] == ["default", PAPER]
-    for line in lines:
-        assert line["homotopy"] == 1.0 and "unreachable" in line["results"]["density_0.02"]
-        depths = [line["results"][f"depth_{d}"]["density"] for d in range(1, 9)]
-        assert depths == sorted(depths, reverse=True)
+    rows = read(arguments.output)
+    assert list(dict.fromkeys(row["settings"]["variant"] for row in rows)) == ["default", PAPER]
+    for variant in arguments.variants:
+        found = [flat(row) for row in rows if row["settings"]["variant"] == variant]
+        assert found[0]["seconds"] > 0 and all(row["homotopy"] == 1.0 for row in found)
+        (low,) = (row for row in found if row.get("target") == 0.02)
+        assert "density" not in low and "target_density must be" in low["note"]
+        depths = [row["density"] for row in found if row.get("uniform_depth") is not None]
+        assert len(depths) == 8 and depths == sorted(depths, reverse=True)
     printed = capsys.readouterr().out
     assert printed.count("not reached") >= 2
     main(replace(arguments, report_only=True))
     assert capsys.readouterr().out.strip() in printed
-    assert len(Path(arguments.output).read_text().splitlines()) == 2
+    assert len(read(arguments.output)) == len(rows)
 
 
 def test_the_paper_starts_dense_and_trains_on_the_language_model_loss(arguments: AblationArguments) -> None:
@@ -100,27 +101,34 @@ def test_the_paper_starts_dense_and_trains_on_the_language_model_loss(arguments:
 def test_evaluation_is_of_the_merged_adapter(arguments: AblationArguments) -> None:
     adapter = routed(base(), depth=3, local_window=4, num_sink_tokens=2, task_type="CAUSAL_LM")
     calibrate(adapter, tokens(2, 48, seed=5))
-    found = evaluate(adapter, tokenizer(), replace(arguments, densities=[1.0, 0.6]))
-    assert found["density_1"]["over_dense_percent"] == pytest.approx(0, abs=1e-3)
-    assert found["density_1"]["density"] == 1.0 and found["density_0.6"]["density"] < 0.8
-    assert set(found) == {"density_1", "density_0.6", "depth_1", "depth_2", "depth_3"}
+    measured = list(over_depths(adapter, cases_of(adapter, tokenizer(), arguments), [1.0, 0.6]))
+    assert [at["target"] for at, _ in measured] == [1.0, 0.6, None, None, None]
+    found = {at["uniform_depth"]: scores for at, scores in measured}
+    assert list(found) == [None, 1, 2, 3]
+    (_, whole), (_, part), *_ = measured
+    assert whole["over_dense_percent"] == pytest.approx(0, abs=1e-3)
+    assert whole["density"] == 1.0 and part["density"] < 0.8
     assert not adapter.base_model.model.model.layers[0].self_attn.topo_adapter.merged  # left as it was
     adapter.peft_config["default"].visible_depth = 2
     adapter.merge_adapter()
-    ids = ablations.text_windows(arguments.texts[0], tokenizer(), 48, 2)
+    ids = text_windows(arguments.texts[0], tokenizer(), 48, 2)
     with torch.no_grad():
         loss = torch.stack([adapter(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
     adapter.unmerge_adapter()
     with adapter.disable_adapter(), torch.no_grad():
         dense = torch.stack([adapter(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
     expected = 100 * ((loss - dense).exp().item() - 1)
-    assert found["depth_2"]["over_dense_percent"] == pytest.approx(expected, abs=0.01)
+    assert found[2]["over_dense_percent"] == pytest.approx(expected, abs=0.01)
 
 
 def test_table_takes_the_uniform_depth_nearest_to_the_first_target() -> None:
     row = {"density": 0.1, "over_dense_percent": 5.0, "gap_recovered": 0.5}
-    results = {"density_0.1": row, "depth_1": row | {"density": 0.4}, "depth_2": row | {"density": 0.12}}
-    printed = table([{"variant": "default", "seed": 3, "seconds": 7.2, "results": results}])
-    assert printed.splitlines()[-1] == (
+    where = origin(None, "cpu")
+    settings = {"variant": "default", "seed": 3, "length": 4096}
+    rows = [make_row(where, "ablation_training", settings, {"seconds": 7.2})]
+    for target, depth, density in ((0.1, None, 0.1), (None, 1, 0.4), (None, 2, 0.12)):
+        at = {"target": target, "uniform_depth": depth}
+        rows.append(make_row(where, "ablation", settings | at, row | {"density": density}))
+    assert table(rows).splitlines()[-1] == (
         "| default | 3 | 7 | +5.00 % (0.100), copy 0.50 | 2: +5.00 % (0.120), copy 0.50 |"
     )

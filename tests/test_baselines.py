@@ -1,10 +1,8 @@
-"""The sparse baselines of the recipes against brute force, on tiny models and bare attention."""
+"""The sparse baselines against brute force, on tiny models and bare attention."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from topo_adapter import TopologyConfigError, UnsupportedModelError, measure_density, record_routes
 from topo_adapter.visibility import always_density
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import baselines
-from baselines import (
+from topo_evaluation import baselines
+from topo_evaluation.baselines import (
     Baseline,
     BlockTopK,
     LayerCall,
@@ -32,8 +28,6 @@ from baselines import (
     attending,
     find_threshold,
 )
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
 
 WINDOW, SINKS, LENGTH, BLOCK = 5, 2, 48, 7
 IDS = tokens(2, LENGTH)

@@ -1,9 +1,8 @@
-"""The parts of the benchmarks that need no GPU: inputs, oracles, masks, the CSV and what is made of it."""
+"""The parts of the benchmarks that need no GPU: inputs, oracles, masks, the rows and what is made of them."""
 
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,42 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicIndexedLayer
 
+from benchmarks import (
+    cases,
+    end_to_end,
+    flex,
+    generation,
+    harness,
+    layer,
+    models,
+    oracles,
+    plot,
+    trained,
+    training_step,
+)
 from topo_adapter.layout import contiguous_layout
 from topo_adapter.reference import reference_attention
 from topo_adapter.visibility import visible_pairs
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "kernels" / "benchmarks"))
-import end_to_end
-import measure
-import plot
-import trained
-import training_step
+SMALL = cases.Layer(heads=4, kv_heads=2, head_dim=16, hidden=8, window=16, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def seeded() -> None:
     torch.manual_seed(0)
-    for name, value in {"HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "HIDDEN": 8, "SCALE": 0.25, "WINDOW": 16}.items():
-        monkeypatch.setattr(measure, name, value)
 
 
-def mask_of(query_ball: Tensor, key_ball: Tensor) -> Tensor:
+def mask_of(query_ball: Tensor, key_ball: Tensor, window: int = SMALL.window) -> Tensor:
     layout = contiguous_layout(query_ball.shape[0], query_ball.shape[2])
-    return visible_pairs(query_ball, key_ball, layout, layout, measure.WINDOW, measure.SINKS)
+    return visible_pairs(query_ball, key_ball, layout, layout, window, SMALL.sinks)
 
 
 @pytest.mark.parametrize("balls", [1, 2, 20, 512])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_random_addresses(balls: int, skewed: bool) -> None:
-    address = measure.random_addresses(2, 3, 4096, balls, skewed)
+    address = cases.random_addresses(2, 3, 4096, balls, skewed)
     assert address.dtype == torch.int32 and address.shape == (2, 3, 4096)
-    assert address.min() >= 0 and address.max() < measure.MAX_LEAVES
+    assert address.min() >= 0 and address.max() < cases.MAX_LEAVES
     share = torch.bincount(address.flatten() % balls, minlength=balls) / address.numel()
     expected = torch.full((balls,), 1 / balls)
     if skewed and balls > 1:
@@ -54,55 +59,54 @@ def test_random_addresses(balls: int, skewed: bool) -> None:
 @pytest.mark.parametrize("length", [1, 15, 100])
 @pytest.mark.parametrize("balls", [1, 4, 50])
 def test_visible_count(length: int, balls: int) -> None:
-    case = measure.Case("", length, balls, routes=2, batch=2, skewed=balls == 4)
-    inputs = measure.prefill_inputs(case, "cpu", torch.float32)
+    case = cases.Case("", length, balls, routes=2, batch=2, skewed=balls == 4, layer=SMALL)
+    inputs = cases.prefill_inputs(case)
     query_ball, key_ball = inputs.query_address % balls, inputs.key_address % balls
-    counted = measure.visible_count(query_ball, key_ball, measure.WINDOW, measure.SINKS)
+    counted = oracles.visible_count(query_ball, key_ball, SMALL.window, SMALL.sinks)
     assert torch.equal(counted, mask_of(query_ball, key_ball).sum((0, 2, 3)).double())
     if balls == 1:
-        assert (counted == measure.causal_count(2, length)).all()
+        assert (counted == oracles.causal_count(2, length)).all()
 
 
 @pytest.mark.parametrize("queries", [1, 60])
 def test_sampled_error(queries: int) -> None:
-    inputs = measure.prefill_inputs(measure.Case("", 60, 4, routes=2, batch=2), "cpu", torch.float32)
+    inputs = cases.prefill_inputs(cases.Case("", 60, 4, routes=2, batch=2, layer=SMALL))
     query_ball, key_ball = inputs.query_address % 4, inputs.key_address % 4
     visible = mask_of(query_ball, key_ball).repeat_interleave(2, 1)[:, :, -queries:]
     q, query_ball = inputs.q[:, :, -queries:], query_ball[..., -queries:]
-    out = reference_attention(q, inputs.k, inputs.v, visible, measure.SCALE)
+    out = reference_attention(q, inputs.k, inputs.v, visible, SMALL.scale)
     rows = torch.arange(queries)
-    assert measure.sampled_error(out, q, inputs.k, inputs.v, query_ball, key_ball, rows) < 1e-6
+    assert oracles.sampled_error(out, q, inputs.k, inputs.v, query_ball, key_ball, rows, SMALL) < 1e-6
     other = (key_ball + 1) % 4
-    assert measure.sampled_error(out, q, inputs.k, inputs.v, query_ball, other, rows) > measure.MAX_ERROR
+    assert oracles.sampled_error(out, q, inputs.k, inputs.v, query_ball, other, rows, SMALL) > harness.MAX_ERROR
 
 
 def test_far_error() -> None:
-    inputs = measure.prefill_inputs(measure.Case("", 60, 1), "cpu", torch.float32)
+    inputs = cases.prefill_inputs(cases.Case("", 60, 1, routes=4, layer=SMALL))
     leaves = torch.rand(1, 4, 60, 8)
     layout = contiguous_layout(1, 60)
     never = torch.zeros(1, 4, 60), torch.ones(1, 4, 60)  # queries and keys in different balls: only the window is left
     local = mask_of(*never)
     causal = visible_pairs(never[0], never[0], layout, layout, 1, 0)
-    scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * measure.SCALE
+    scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * SMALL.scale
     probs = scores.masked_fill(~causal, -math.inf).softmax(-1)
     rows = torch.arange(60)
-    check = inputs.q, inputs.k, leaves, rows
-    assert measure.far_error(probs.masked_fill(local, 0.0) @ leaves, *check) < 1e-6
-    assert measure.far_error(probs @ leaves, *check) > measure.MAX_ERROR
+    check = inputs.q, inputs.k, leaves, rows, SMALL
+    assert oracles.far_error(probs.masked_fill(local, 0.0) @ leaves, *check) < 1e-6
+    assert oracles.far_error(probs @ leaves, *check) > harness.MAX_ERROR
 
 
 def test_sample_rows() -> None:
-    rows = measure.sample_rows(100)
+    rows = oracles.sample_rows(100)
     assert rows.min() == 0 and rows.max() == 99
 
 
 def test_decode_inputs() -> None:
-    case = measure.Case("", 200, 5, routes=4, batch=2)
-    records = measure.decode_records(case, "cpu")
+    records = cases.decode_records(cases.Case("", 200, 5, routes=4, batch=2, layer=SMALL))
     assert records.address.shape == (2, 200, 4) and records.address.dtype == torch.uint8
     assert torch.equal(records.position[0], torch.arange(1, 201, dtype=torch.int32)) and not records.document.any()
-    address = measure.random_addresses(2, 4, 1, 5)
-    seen, loaded = measure.decode_visible(address, records.address, 5)
+    address = cases.random_addresses(2, 4, 1, 5)
+    seen, loaded = oracles.decode_visible(address, records.address, 5, SMALL)
     query_ball = torch.zeros(2, 4, 200, dtype=torch.long)
     query_ball[..., -1:] = address % 5
     expected = mask_of(query_ball, records.address.transpose(1, 2) % 5)[:, :, -1]
@@ -110,63 +114,66 @@ def test_decode_inputs() -> None:
     assert torch.equal(loaded, expected.unflatten(1, (2, 2)).any(2))
 
 
-def test_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_mask() -> None:
     """At the window and block of the benchmark: a block is whole, needs a mask or is empty, as its pairs say."""
-    monkeypatch.setattr(measure, "WINDOW", 128)
     query_ball, key_ball = torch.randint(0, 2, (2, 3, 5))
-    partial, full = measure.block_mask_of(query_ball, key_ball)
-    tokens = [ball.repeat_interleave(measure.FLEX_BLOCK, -1)[None] for ball in (query_ball, key_ball)]
-    pairs = mask_of(*tokens)[0].unflatten(-1, (5, -1)).unflatten(1, (5, -1)).transpose(2, 3).flatten(-2)
+    partial, full = flex.block_mask_of(query_ball, key_ball)
+    tokens = [ball.repeat_interleave(flex.FLEX_BLOCK, -1)[None] for ball in (query_ball, key_ball)]
+    pairs = (
+        mask_of(*tokens, window=cases.Layer().window)[0]
+        .unflatten(-1, (5, -1))
+        .unflatten(1, (5, -1))
+        .transpose(2, 3)
+        .flatten(-2)
+    )
     assert torch.equal(full, pairs.all(-1))
     assert torch.equal(partial, pairs.any(-1) & ~pairs.all(-1))
 
 
 def test_cases() -> None:
     """Every row of the table of targets is there, for both kinds of routes."""
-    names = {(case.name, case.routes) for case in measure.prefill_cases() + measure.decode_cases()}
+    names = {(case.name, case.routes) for case in cases.prefill_cases() + cases.decode_cases()}
     for name in ("prefill 8k, 64 balls", "prefill 32k, one ball holds half", "decode 32k, batch 16, 10 %"):
-        assert {(name, measure.HEADS), (name, measure.KV_HEADS)} <= names
-    assert {case.length // case.balls for case in measure.growth_cases()} == {512}
-    for case in measure.density_cases() + measure.growth_cases():
-        assert case.balls <= 2 ** measure.router_depth(case.balls) <= measure.MAX_LEAVES
+        assert {(name, 32), (name, 8)} <= names
+    assert {case.length // case.balls for case in cases.growth_cases()} == {512}
+    for case in cases.density_cases() + cases.growth_cases():
+        assert case.balls <= 2**case.router_depth <= cases.MAX_LEAVES
 
 
 def test_only_refuses_unknown_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only must name parts among"):
-        measure.run(measure.Arguments(output=str(tmp_path / "x.csv"), only=["prefil"]))
+        layer.run(layer.Arguments(output=str(tmp_path / "x.jsonl"), only=["prefil"]))
 
 
 def timing(ms: float) -> Any:
-    return measure.summary([ms, ms + 1, ms - 1])
+    return harness.summary([ms, ms + 1, ms - 1])
 
 
-def example(path: Path) -> measure.Table:
+def example(path: Path) -> harness.Table:
     """A table with a row of every part."""
-    table = measure.Table(path, "abc")
+    table = harness.Table(path, "abc")
     table.bandwidth, table.rate = 3e12, 8e14
-    table.environment["gpu"] = "some GPU"
+    table.origin["machine"]["name"] = "some GPU"
     table.add("ceiling", "device copy", "torch", timing(2.0), {"note": "3.00 TB/s"})
     for length, ms in ((8192, 1.0), (32768, 16.0)):
         dense = {"length": length, "batch": 1, "density": 1.0, "gflop": 1e3, "megabytes": 1.0}
-        table.add("dense", measure.label(length), "sdpa cudnn", timing(ms), dense)
-        table.add("dense", measure.label(length), "sdpa flash", timing(2 * ms), dense)
+        table.add("dense", cases.label(length), "sdpa cudnn", timing(ms), dense)
+        table.add("dense", cases.label(length), "sdpa flash", timing(2 * ms), dense)
         for name in (plot.PER_QUERY_HEAD, plot.PER_KV_HEAD):
             ours = {"length": length, "batch": 1, "density": 0.05, "gflop": 40.0, "megabytes": 300.0, "error": 2e-3}
-            ours |= table.fastest("dense", measure.label(length))
+            ours |= table.fastest("dense", cases.label(length))
             for part in ("prefill", "growth", "density"):
-                table.add(part, f"{part} {measure.label(length)}, 64 balls", name, timing(2.0), ours)
+                table.add(part, f"{part} {cases.label(length)}, 64 balls", name, timing(2.0), ours)
             for stage in plot.STAGES:
-                table.add(
-                    "breakdown", f"prefill {measure.label(length)}, 64 balls", f"{stage}, {name}", timing(2.0), {}
-                )
+                table.add("breakdown", f"prefill {cases.label(length)}, 64 balls", f"{stage}, {name}", timing(2.0), {})
     decode = {"length": 131072, "batch": 1, "density": 0.05, "megabytes": 60.0}
     table.add("decode", "decode 128k, batch 1, 5 %", "sdpa flash", timing(2.0), decode | {"density": 1.0})
     ours = decode | table.fastest("decode", "decode 128k, batch 1, 5 %")
     table.add("decode", "decode 128k, batch 1, 5 %", plot.PER_QUERY_HEAD, timing(0.5), ours)
     table.add("distill", "distillation 32k", "topology", timing(30.0), {"peak_mb": 2500.0})
     table.add("training", "local step 32k, nf4", "topology", timing(1500.0), {"length": 32768, "peak_mb": 9000.0})
-    for name, ms, loss in (("dense", 4.0, "2.50"), ("topology, dial at 0.1", 2.0, "2.53")):
-        values = {"length": 8192, "batch": 8, "density": 0.1 if ms < 4 else 1.0, "note": f"loss {loss}"}
+    for name, ms, loss in (("dense", 4.0, 2.5), ("topology, dial at 0.1", 2.0, 2.53)):
+        values = {"length": 8192, "batch": 8, "density": 0.1 if ms < 4 else 1.0, "loss": loss}
         table.add("trained", "prefill 8k", name, timing(ms), values | table.fastest("trained", "prefill 8k"))
     for name, speed in (("dense", 100.0), (plot.PER_QUERY_HEAD, 250.0)):
         values = {"length": 8192, "batch": 1, "tokens_per_s": speed, "peak_mb": 20000.0}
@@ -177,7 +184,7 @@ def example(path: Path) -> measure.Table:
 
 
 def test_table_computes_floor_and_speedup(tmp_path: Path) -> None:
-    table = example(tmp_path / "x.csv")
+    table = example(tmp_path / "x.jsonl")
     row = next(r for r in table.rows if r["config"] == "prefill 32k, 64 balls")
     assert math.isclose(row["floor_ms"], 0.1) and math.isclose(row["gap"], 20.0) and math.isclose(row["speedup"], 8.0)
     assert not table.failures
@@ -187,31 +194,31 @@ def test_table_computes_floor_and_speedup(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_back_and_the_last_counts(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
+    path = tmp_path / "x.jsonl"
     table = example(path)
     assert len(plot.read_rows([path])) == len(table.rows)
-    again = measure.Table(path, "def")  # appends
-    again.environment["gpu"] = "some GPU"
+    again = harness.Table(path, "def")  # appends
+    again.origin["machine"]["name"] = "some GPU"
     again.add("growth", "growth 8k, 64 balls", plot.PER_KV_HEAD, timing(7.0), {"length": 8192})
     again.failed("growth", "growth 8k, 64 balls", plot.PER_QUERY_HEAD, RuntimeError('no, "really"\nnot'))
     rows = plot.of_part(plot.read_rows([path]), "growth")
     assert rows["growth 8k, 64 balls"][plot.PER_KV_HEAD]["ms"] == 7.0
     assert plot.PER_QUERY_HEAD not in rows["growth 8k, 64 balls"]
-    again.environment["gpu"] = "another GPU"
+    again.origin["machine"]["name"] = "another GPU"
     again.add("growth", "growth 16k, 64 balls", plot.PER_KV_HEAD, timing(7.0), {"length": 16384})
     with pytest.raises(ValueError, match="one GPU"):
         plot.read_rows([path])
 
 
 def test_performance_section(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
+    path = tmp_path / "x.jsonl"
     example(path)
-    section = plot.performance(plot.read_rows([path]), "x.csv")
+    section = plot.performance(plot.read_rows([path]), "x.jsonl")
     wanted = "| prefill 32k, 64 balls | 0.050 | 16 (sdpa cudnn) | 2 (8x) | 2 (8x) | 0.1 / 0.1 |"
     assert wanted in section.splitlines()
     assert "| decode 128k, batch 1, 5 % | 0.050 | 2 (sdpa flash) | 0.5 (4x) |  | 0.02 |" in section.splitlines()
     assert "| decode 8k batch 1, bf16, CUDA graph | 100 | 250 | 2.50x | 20.0 / 20.0 GB |" in section.splitlines()
-    assert "| prefill 8k, dial at 0.1 | 0.100 | 2.50 / 2.53 | 4 | 2 (2x) |" in section.splitlines()
+    assert "| prefill 8k, dial at 0.1 | 0.100 | 2.5000 / 2.5300 | 4 | 2 (2x) |" in section.splitlines()
     assert "| local step 32k, nf4 | 1.5 | 9.0 GB |" in section.splitlines()
     assert "some GPU" in section and "device copy 3.00 TB/s" in section
     text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
@@ -223,10 +230,10 @@ def test_performance_section(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    path, readme = tmp_path / "x.csv", tmp_path / "README.md"
+    path, readme = tmp_path / "x.jsonl", tmp_path / "README.md"
     example(path)
     readme.write_text(f"{plot.BEGIN}\n{plot.END}\n")
-    plot.main(plot.Arguments(csv=[str(path)], docs=str(tmp_path / "docs"), readme=str(readme)))
+    plot.main(plot.Arguments(results=[str(path)], docs=str(tmp_path / "docs"), readme=str(readme)))
     names = {"length", "density", "decode", "breakdown", "end_to_end"}
     assert {p.name for p in (tmp_path / "docs").iterdir()} == {f"performance_{name}.png" for name in names}
     assert "prefill 32k" in readme.read_text()
@@ -246,7 +253,7 @@ def test_static_copy_holds_keys_and_records() -> None:
         cache.update(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), index)
         cache.update_indexer(torch.arange(15, dtype=torch.int32).reshape(1, 5, 3), index)
         cache.layers[index].topology_router = 7
-    static = end_to_end.static_copy(cache, config, 3, 8)
+    static = generation.static_copy(cache, config, 3, 8)
     assert int(static.get_seq_length()) == 5
     for source, target in zip(cache.layers, static.layers, strict=True):
         assert target.keys.shape == (3, 1, 8, 4) and target.topology_router == 7
@@ -261,7 +268,7 @@ def test_quantise_replaces_all_linear_layers_but_the_head() -> None:
     model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64, bias=False) for name in ("q_proj", "lm_head")})
     x = torch.randn(2, 64)
     exact = model["q_proj"](x)
-    end_to_end.quantise(model)
+    models.quantise(model)
     assert isinstance(model["q_proj"], bnb.nn.Linear4bit) and type(model["lm_head"]) is torch.nn.Linear
     assert 0 < (model["q_proj"](x) - exact).norm() < 0.3 * exact.norm()
 
@@ -271,8 +278,8 @@ def test_layer_inputs_give_what_the_model_computes() -> None:
     model = routed(base, visible_depth=2, homotopy=1.0, local_window=4).eval()
     model.merge_adapter()
     computed: list[Tensor] = []
-    for layer in base.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: computed.append(args[0]))
+    for each in base.model.layers:
+        each.self_attn.o_proj.register_forward_pre_hook(lambda module, args: computed.append(args[0]))
     inputs = trained.layer_inputs(model, tokens(2, 40))
     assert len(inputs) == len(computed) == len(base.model.layers)
     for each, right in zip(inputs, computed, strict=True):

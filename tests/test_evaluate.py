@@ -1,11 +1,10 @@
-"""`recipes/evaluate.py` and its measures on tiny models: every number against a second account of it."""
+"""`topo_evaluation` and `recipes/evaluate.py` on tiny models: every number against a second account of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
+from recipes.evaluate import OutputArguments
+from recipes.evaluate import main as run
 from topo_adapter import TopologyConfig, TopologyConfigError, calibrate, measure_density, record_routes
 from topo_adapter.density import calibrated_density
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import evaluate
-import measures
-from baselines import TreeRoutes, Window, attending
-from evaluate import EvaluateArguments, in_reach, main, rows_of
-from measures import Case, Needle, answer_scores, copy_windows, gap_recovered, needle_prompts, score, score_adapter
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+from topo_evaluation import measures
+from topo_evaluation.baselines import TreeRoutes, Window, attending
+from topo_evaluation.measures import (
+    Case,
+    Needle,
+    answer_scores,
+    copy_windows,
+    gap_recovered,
+    needle_prompts,
+    score,
+    score_adapter,
+)
+from topo_evaluation.report import of
+from topo_evaluation.results import KEYS, Row
+from topo_evaluation.tasks import EvaluationSettings, in_reach, load, rows_of
+from topo_evaluation.texts import EVALUATION
 
 WINDOW, SINKS, LENGTH, VOCAB = 3, 2, 96, 259
 LENGTHS, DENSITIES = [64, LENGTH], [0.05, 0.5, 0.75]
@@ -63,7 +71,7 @@ def a_case(**settings: Any) -> Case:
     return Case("text", windows, **{"copies": copy_windows(windows, WINDOW), **settings})
 
 
-def settings_of(folder: Path, **settings: Any) -> EvaluateArguments:
+def settings_of(folder: Path, **settings: Any) -> EvaluationSettings:
     defaults = {
         "adapter": str(folder / "adapter"),
         "model": str(folder / "base"),
@@ -72,9 +80,12 @@ def settings_of(folder: Path, **settings: Any) -> EvaluateArguments:
         "texts": [str(folder / "a.txt"), str(folder / "b.txt")],
         "windows": 2,
         "device": "cpu",
-        "output_dir": str(folder / "out"),
     }
-    return EvaluateArguments(**{**defaults, **settings})
+    return EvaluationSettings(**{**defaults, **settings})
+
+
+def main(settings: EvaluationSettings, output: Path) -> list[Row]:
+    return run(settings, OutputArguments(str(output)))
 
 
 @pytest.fixture(scope="module")
@@ -345,63 +356,69 @@ def test_an_error_leaves_the_adapter_unmerged(adapter: PeftModel) -> None:
 
 
 def test_main_writes_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = settings_of(folder)
-    result = main(arguments)
     out = folder / "out"
-    written = json.loads((out / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert written["arguments"]["densities"] == DENSITIES
-    assert written["machine"]["device"] == "cpu" and written["dtype"] == "torch.float32"
-    assert {"torch", "transformers", "peft", "topo_adapter", "python"} <= written["versions"].keys()
-    assert all(len(fingerprint) == 16 for fingerprint in written["texts"].values()) and len(written["texts"]) == 2
-    assert written["adapter"]["calibrated_length"] == 80 and written["adapter"]["local_window"] == WINDOW
-    assert set(written["windows"].values()) == {2}
+    result = main(settings_of(folder), out)
+    lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert written == json.loads(json.dumps(result)) and all(tuple(row) == KEYS for row in written)
+    for row in written:
+        assert row["machine"]["device"] == "cpu" and row["settings"]["dtype"] == "torch.float32"
+        assert {"torch", "transformers", "peft", "topo_adapter", "python"} <= row["versions"].keys()
+        assert row["model"] == str(folder / "base") and row["date"] and row["command"].startswith("python ")
+        assert row["settings"]["calibrated_length"] == 80 and row["settings"]["local_window"] == WINDOW
     for name in ("perplexity.png", "density_map.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
-    rows = written["rows"]
+    rows = of(written, "quality")
     assert len(rows) == 2 * 2 * 5  # lengths, texts, dense + window + densities
-    assert [row["target"] for row in rows if "unreachable" in row] == 4 * [0.05]
+    assert [row["target"] for row in rows if "note" in row] == 4 * [0.05]
     assert not any("density_map" in row or "depths" in row for row in rows)
-    assert [(each["length"], each["target"]) for each in written["maps"]] == [
+    assert {row["windows"] for row in rows} == {2}
+    assert {len(row["fingerprint"]) for row in rows} == {16} and len({row["fingerprint"] for row in rows}) == 2
+    maps = of(written, "density_map")
+    assert [(each["length"], each["target"]) for each in maps] == [
         (length, density) for length in LENGTHS for density in DENSITIES[1:]
     ]
-    for each in written["maps"]:
-        assert each["density"].keys() == each["depths"].keys() == {"0", "1"}
+    for each in maps:
+        assert each["density_map"].keys() == each["depths"].keys() == {"0", "1"}
         same = [
             r for r in rows if (r["method"], r["length"], r["target"]) == ("adapter", each["length"], each["target"])
         ]
         mean = sum(row["density"] for row in same) / len(same)
-        assert torch.tensor(list(each["density"].values())).mean() == pytest.approx(mean, abs=1e-5)
+        assert torch.tensor(list(each["density_map"].values())).mean() == pytest.approx(mean, abs=1e-5)
     expected = [(n, m, t) for n in LENGTHS for m, t in (("dense", None), ("adapter", 0.5), ("adapter", 0.75))]
-    assert [(row["length"], row["method"], row["target"]) for row in written["speed"]] == expected
-    assert len(written["continuations"]) == 3 == len({side["prompt ends"] for side in written["continuations"]})
-    assert written["continuations"][0].keys() == {"prompt ends", "dense", "adapter at 0.5", "adapter at 0.75"}
+    assert [(row["length"], row["method"], row["target"]) for row in of(written, "speed")] == expected
+    continued = of(written, "continuation")
+    assert len({side["prompt_ends"] for side in continued}) == 3
+    assert [(side["length"], side["method"], side["target"]) for side in continued] == 3 * expected[:3]
 
     table = (out / "table.md").read_text()
     assert table.strip() in capsys.readouterr().out
-    dense = next(row for row in result["rows"] if row["method"] == "dense")
+    dense = next(row for row in rows if row["method"] == "dense")
     line = next(line for line in table.splitlines() if line.startswith("| dense"))
     assert line.startswith(f"| dense | 1.0000 | {dense['perplexity']:.2f} |")
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert "| adapter at 0.05 | unreachable |" in table and "- unreachable: target_density must be at least" in table
+    assert table.count("- prompt ends:") == 3 and table.count("- adapter at 0.5:") == 3
 
 
 def test_what_is_not_asked_for_is_not_measured(folder: Path) -> None:
     off = dict.fromkeys(("copy", "needle", "generate", "speed"), False)
-    arguments = settings_of(folder, lengths=[64], densities=[0.05], output_dir=str(folder / "off"), **off)
-    result = main(arguments)  # nothing in reach: no map either
-    assert result["speed"] == [] and result["continuations"] == [] and result["maps"] == []
-    assert not any("copy_loss" in row or "needle_exact" in row for row in result["rows"])
+    result = main(
+        settings_of(folder, lengths=[64], densities=[0.05], **off), folder / "off"
+    )  # nothing in reach: no map either
+    assert {row["what"] for row in result} == {"quality", "run"}
+    assert not any("copy_loss" in row or "needle_exact" in row for row in of(result, "quality"))
 
 
 def test_command_line(folder: Path) -> None:
     given = f"--adapter somewhere --lengths 512 2048 --densities 0.1 0.3 --texts {folder}/a.txt --baselines --no_speed"
-    (parsed,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(given.split())
+    (parsed,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(given.split())
     assert (parsed.adapter, parsed.model, parsed.lengths) == ("somewhere", None, [512, 2048])
     assert parsed.densities == [0.1, 0.3] and parsed.baselines and parsed.copy and not parsed.speed
-    (parsed,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(["--adapter", "x"])
-    assert parsed.lengths == [1024, 4096, 8192] and parsed.texts == list(evaluate.EVALUATION)
+    (parsed,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(["--adapter", "x"])
+    assert parsed.lengths == [1024, 4096, 8192] and parsed.texts == list(EVALUATION)
 
 
 # ---------------------------------------------------------------- refusals
@@ -432,13 +449,13 @@ def test_an_adapter_without_calibration(folder: Path, tmp_path: Path) -> None:
     model = routed(base())
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(TopologyConfigError, match=r"call topo_adapter.calibrate"):
-        main(settings_of(folder, adapter=str(tmp_path / "adapter")))
+        main(settings_of(folder, adapter=str(tmp_path / "adapter")), tmp_path)
 
 
 def test_an_adapter_of_another_kind(folder: Path, tmp_path: Path) -> None:
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(TopologyConfigError, match="must be a topology adapter"):
-        main(settings_of(folder, adapter=str(tmp_path / "adapter")))
+        main(settings_of(folder, adapter=str(tmp_path / "adapter")), tmp_path)
 
 
 def test_the_base_is_the_adapters_own_or_must_be_given(folder: Path, tmp_path: Path) -> None:
@@ -450,13 +467,13 @@ def test_the_base_is_the_adapters_own_or_must_be_given(folder: Path, tmp_path: P
         arguments = settings_of(folder, adapter=str(tmp_path), model=None)
         if name is None:
             with pytest.raises(TopologyConfigError, match="model must be given"):
-                evaluate.load(arguments)
+                load(arguments)
         else:
-            assert evaluate.load(arguments)[0].get_base_model().config._name_or_path == name
+            assert load(arguments)[0].get_base_model().config._name_or_path == name
 
 
-def test_devices_and_texts_that_do_not_exist(folder: Path) -> None:
+def test_devices_and_texts_that_do_not_exist(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TopologyConfigError, match="device must be"):
-        main(settings_of(folder, device="abacus"))
+        main(settings_of(folder, device="abacus"), tmp_path)
     with pytest.raises(TopologyConfigError, match="holds no window of 5000"):
-        main(settings_of(folder, lengths=[5000]))
+        main(settings_of(folder, lengths=[5000]), tmp_path)

@@ -7,7 +7,6 @@ logits of every shorter one and are computed once per case; the forms run each p
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from topo_adapter import RecordedRoutes, load_merged, measure_density, record_routes, save_merged
+from topo_evaluation.embedded import smollm2, standard_library
 
 pytestmark = pytest.mark.real
 
@@ -94,11 +94,6 @@ CASES = {
 @pytest.fixture(scope="module")
 def real() -> tuple[PreTrainedModel, Tensor]:
     """The model in float64 and 1,000 tokens of Python's standard library."""
-    sys.path.insert(0, str(REPOSITORY / "recipes"))
-    try:
-        from embedded import smollm2, standard_library
-    finally:
-        sys.path.remove(str(REPOSITORY / "recipes"))
     folder = os.environ.get("TOPO_SMOLLM2", str(REPOSITORY / ".models" / "smollm2-135m"))
     try:
         folder = smollm2(folder)

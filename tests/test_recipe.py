@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from topo_adapter.calibration import calibrate
 from topo_adapter.dial import choose_depths
 from topo_adapter.recipe import DistillConfig, distill, text_windows
 from topo_adapter.training import initialize_routers
+from topo_evaluation import texts
 
 datasets = pytest.importorskip("datasets")  # of the train extra
 Dataset, DatasetDict = datasets.Dataset, datasets.DatasetDict
@@ -510,13 +510,11 @@ def test_the_file_holds_what_was_calibrated(dtype: torch.dtype, tmp_path: Path) 
 
 class TestScript:
     @pytest.fixture
-    def script(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def script(self) -> Any:
         pytest.importorskip("trl")
-        monkeypatch.syspath_prepend(str(REPOSITORY / "recipes"))
-        import distill as script
+        from recipes import distill as script
 
-        yield script
-        sys.modules.pop("distill", None)
+        return script
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -570,18 +568,18 @@ class TestScript:
 
     def test_the_training_texts_are_the_default(self, script: Any, folder: Path, monkeypatch: Any) -> None:
         asked: list[str] = []
-        monkeypatch.setattr(script, "fetch", lambda names, folder: asked.extend(names))
-        monkeypatch.setattr(script, "documents", lambda name, folder: [f"{name} {number}" for number in range(3)])
+        monkeypatch.setattr(texts, "fetch", lambda names, folder: asked.extend(names))
+        monkeypatch.setattr(texts, "documents", lambda name, folder: [f"{name} {number}" for number in range(3)])
         text, *_ = self.parse(script, ["--output_dir", str(folder)])
         rows = [list(script.text_rows(text, seed)) for seed in (0, 0, 1)]
         assert rows[0] == rows[1] != rows[2] and sorted(rows[0]) == sorted(rows[2])
-        assert {row.split()[0] for row in rows[0]} == set(asked) == set(script.TRAINING) - set(script.TUNING)
-        assert asked and script.TUNING and not set(asked) & set(script.TUNING)
+        assert {row.split()[0] for row in rows[0]} == set(asked) == set(texts.TRAINING) - set(texts.TUNING)
+        assert asked and texts.TUNING and not set(asked) & set(texts.TUNING)
 
-    def test_texts_take_turns_by_their_length(self, script: Any) -> None:
-        texts = [[letter * size] * count for letter, size, count in (("a", 1, 100), ("b", 10, 3), ("c", 4, 5))]
-        found = list(script.taking_turns(texts, 0))
-        assert sorted(found) == sorted(document for text in texts for document in text)
+    def test_texts_take_turns_by_their_length(self) -> None:
+        split = [[letter * size] * count for letter, size, count in (("a", 1, 100), ("b", 10, 3), ("c", 4, 5))]
+        found = list(texts.taking_turns(split, 0))
+        assert sorted(found) == sorted(document for text in split for document in text)
         seen = dict.fromkeys("abc", 0)
         for document in found:
             left = [letter for letter, size in (("a", 100), ("b", 30), ("c", 20)) if seen[letter] < size]

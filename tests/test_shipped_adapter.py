@@ -17,13 +17,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from baselines import Window
-from embedded import smollm2
-from measures import Case, copy_windows, density_map, gap_recovered, merged_at, score, score_baseline, score_dense
-from texts import text_windows
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
+from topo_evaluation.baselines import Window
+from topo_evaluation.embedded import smollm2
+from topo_evaluation.measures import (
+    Case,
+    copy_windows,
+    density_map,
+    gap_recovered,
+    merged_at,
+    score,
+    score_baseline,
+    score_dense,
+)
+from topo_evaluation.texts import text_windows
 
 pytestmark = pytest.mark.real
 

