@@ -31,7 +31,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, HfArgumentParser
 
-import topo_adapter.layer
+import topo_adapter.forward
 from topo_adapter import TopologyConfig, initialize_routers
 
 from .cases import label
@@ -76,13 +76,13 @@ def prefill(model: Any, tokens: Tensor) -> tuple[DynamicCache, Tensor]:
 def density_of(run: Callable[[], object]) -> float:
     """Mean density over the layers of a merged model's forward."""
     densities: list[Tensor] = []
-    attention = topo_adapter.layer.hard_attention
+    attention = topo_adapter.forward.hard_attention
 
     def counted(q: Tensor, k: Tensor, v: Tensor, plan: Any, *args: Any, **kwargs: Any) -> Tensor:
         densities.append((plan.visible_count() / plan.causal_count()).mean())
         return attention(q, k, v, plan, *args, **kwargs)
 
-    with mock.patch.object(topo_adapter.layer, "hard_attention", counted):
+    with mock.patch.object(topo_adapter.forward, "hard_attention", counted):
         run()
     return torch.stack(densities).mean().item() if densities else float("nan")
 

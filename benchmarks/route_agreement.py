@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
 from topo_adapter import TopologyConfig, initialize_routers, record_routes
-from topo_adapter.cache import Records
+from topo_adapter.records import Records
 from topo_adapter.tree import digits_to_address
 from topo_evaluation import results
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from topo_adapter.attention import hard_attention
-from topo_adapter.cache import Records
 from topo_adapter.layout import SequenceLayout, contiguous_layout
 from topo_adapter.objective import distillation_loss
 from topo_adapter.plan import local_plan, make_plan
+from topo_adapter.records import Keys, Records
 from topo_adapter.router import Routes, TopologyRouter, relax
+from topo_adapter.scoring import Scoring
+from topo_adapter.visibility import Visibility
 
 from .cases import Case, Inputs, Layer
 
@@ -55,9 +57,10 @@ def route(hidden: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
 
 def plan_for(inputs: Inputs) -> Any:
     """The plan of one layer. Windows are the same in all layers of a forward, which share the layout: made once."""
-    layer, layout = inputs.case.layer, inputs.layout
-    addresses = inputs.query_address, inputs.key_address
-    return make_plan(*addresses, inputs.balls, inputs.case.balls, layout, layout, layer.window, layer.sinks)
+    case, layer, layout = inputs.case, inputs.case.layer, inputs.layout
+    tree = case.balls, 1, (1,) * layer.heads  # of one level
+    keys, rule = Keys(inputs.key_address, layout), (layer.window, layer.sinks)
+    return make_plan(Visibility(inputs.query_address[:, :, None], layout, keys, *tree, *rule, lambda *_: inputs.balls))
 
 
 def shared_plan(inputs: Inputs) -> Any:
@@ -68,7 +71,7 @@ def shared_plan(inputs: Inputs) -> Any:
 
 
 def attend(inputs: Inputs, plan: Any) -> Tensor:
-    return hard_attention(inputs.q, inputs.k, inputs.v, plan, inputs.case.layer.scale)
+    return hard_attention(inputs.q, inputs.k, inputs.v, plan, Scoring(inputs.case.layer.scale))
 
 
 def passes(inputs: Inputs, plan: Any) -> dict[str, Callable[[], Any]]:
@@ -101,10 +104,9 @@ def decode(
 
     return decode_attention(
         *(q, k, v, query_address, query.position, query.document),
-        *(records.address, records.position, records.document, balls),
+        *(records.address, records.position, records.document, balls, Scoring(layer.scale)),
         local_window=layer.window,
         num_sink_tokens=layer.sinks,
-        scale=layer.scale,
     )
 
 
@@ -119,7 +121,8 @@ def far_passes(
 
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
     local = local_plan(layout, layout, layer.window, layer.sinks)
-    options = kernels.Layout(local.order, local.document_start, local.start, local.end), layer.sinks, layer.scale, None
+    plan = kernels.LocalTensors(local.order, local.document_start, local.start, local.end, layer.sinks)
+    options = plan, Scoring(layer.scale)
 
     def forward(key_leaves: Tensor) -> Any:
         return kernels.far_values(q, k, key_leaves.to(kernels.leaf_dtype(q.dtype)), *options)
@@ -134,14 +137,7 @@ def distillation_step(q: Tensor, k: Tensor, query_logits: Tensor, key_logits: Te
     """The loss of one layer on all its queries, from digit logits `[B, H, N, L, 2]` with a gradient."""
     routes = Routes(relax(query_logits, 1.0, False), relax(key_logits, 1.0, False))
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
-    length = q.shape[2]
-    return distillation_loss(
-        q,
-        k,
-        routes,
-        layout,
-        local_window=layer.window,
-        num_sink_tokens=layer.sinks,
-        scale=layer.scale,
-        num_queries=length,
-    )
+    nowhere = torch.zeros(q.shape[0], q.shape[1], 1, q.shape[2], device=q.device)  # the loss asks for no address
+    keys, rule = Keys(nowhere[:, :, 0], layout), (layer.window, layer.sinks)
+    visibility = Visibility(nowhere, layout, keys, 2, query_logits.shape[-2], (0,) * q.shape[1], *rule)
+    return distillation_loss(q, k, routes, visibility, Scoring(layer.scale), num_queries=q.shape[2])

@@ -14,19 +14,20 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
-import topo_adapter.layer as layer_module
 from topo_adapter import MergeError, TopologyConfigError, measure_density
-from topo_adapter.layer import TopologyCall, TopologyHost
+from topo_adapter.forward import Attention, route
+from topo_adapter.layer import hosts
+from topo_adapter.passes import Pass, during
+from topo_adapter.router import TopologyRouter
 from topo_adapter.training import active_configs
 
 from .cases import label
@@ -51,44 +52,38 @@ class Arguments:
 class LayerInputs(NamedTuple):
     """What entered one routed layer: hidden states `[B, T, hidden]` with the module's keyword arguments, q, k and v."""
 
-    host: TopologyHost
     hidden_states: Tensor
     kwargs: dict[str, Any]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scores: dict[str, Any]
+    attention: Attention
 
     def attend(self) -> Tensor:
         """Router, plan and attention of the layer, as in a forward of the merged model."""
-        call = self.host.prepare(self.hidden_states, self.kwargs)
+        call = route(self.attention.call.host, self.hidden_states, self.kwargs)
         assert call is not None  # it was merged when its inputs were taken
-        return layer_module._hard_attention(call, self.query, self.key, self.value, call.depths, self.scores)
+        return replace(self.attention, call=call).hard()
+
+
+class TakeInputs(Pass):
+    """Keeps what every routed layer gets."""
+
+    def __init__(self) -> None:
+        self.found: list[LayerInputs] = []
+
+    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
+        self._last = hidden_states, dict(inputs)
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        self.found.append(LayerInputs(*self._last, attention))
+        return attention.topology()
 
 
 @torch.no_grad()
 def layer_inputs(model: Any, rows: Tensor) -> list[LayerInputs]:
     """Inputs of every routed layer of a merged model, from one forward without a cache."""
-    prepare, attention = TopologyHost.prepare, layer_module._hard_attention
-    entered: dict[TopologyHost, tuple[Tensor, dict[str, Any]]] = {}
-    found: list[LayerInputs] = []
-
-    def remember(host: TopologyHost, hidden_states: Tensor, kwargs: dict[str, Any]) -> TopologyCall | None:
-        entered[host] = hidden_states, dict(kwargs)
-        return prepare(host, hidden_states, kwargs)
-
-    def record(
-        call: TopologyCall, q: Tensor, k: Tensor, v: Tensor, depths: list[int], scores: dict[str, Any]
-    ) -> Tensor:
-        found.append(LayerInputs(call.host, *entered[call.host], q, k, v, scores))
-        return attention(call, q, k, v, depths, scores)
-
-    with (
-        mock.patch.object(TopologyHost, "prepare", remember),
-        mock.patch.object(layer_module, "_hard_attention", record),
-    ):
+    taken = TakeInputs()
+    with during(model, taken):
         model(input_ids=rows, use_cache=False, logits_to_keep=1)
-    return found
+    return taken.found
 
 
 @torch.no_grad()
@@ -143,7 +138,7 @@ def measure_attention(model: Any, name: str, table: Table, rows: Tensor, values:
     config = f"attention {label(rows.shape[1])} batch {len(rows)}, {len(inputs)} layers"
     if not table.fastest("trained", config):
         first, shape = inputs[0], {"length": rows.shape[1], "batch": len(rows)}
-        for dense, call in dense_calls(first.query, first.key, first.value).items():
+        for dense, call in dense_calls(first.attention.query, first.attention.key, first.attention.value).items():
             try:
                 one = time_call(call)
                 scaled = one._replace(ms=one.ms * len(inputs), p20=one.p20 * len(inputs), p80=one.p80 * len(inputs))
@@ -162,7 +157,7 @@ def all_layers(inputs: list[LayerInputs]) -> None:
 
 def shape_of(model: Any) -> tuple[int, int, int]:
     """Query heads, KV heads and head dimension of the first routed layer."""
-    geometry = layer_module.hosts(model)[0].geometry
+    geometry = hosts(model)[0].geometry
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return geometry.num_heads, geometry.num_kv_heads, width

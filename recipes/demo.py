@@ -102,7 +102,8 @@ def picture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Ten
     grid = torch.stack(list(densities.values()))
     layer = list(densities)[int(grid.mean(1).sub(grid.mean()).abs().argmin())]  # a layer of typical density
     record, shown = routes[layer], min(96, len(ids))
-    rows = [balls[0].cpu() for balls in record.balls(arity)]
+    query, key = record.balls(arity)
+    rows = [balls[0].cpu() for balls in (query[:, :, 0], key)]
     balls = torch.stack(rows, 1).flatten(0, 1)[:, -shown:]  # query and key row of each head in turn
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(16, 6.5), width_ratios=[1, 2.4], layout="constrained", dpi=110)

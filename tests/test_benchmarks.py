@@ -40,7 +40,7 @@ def seeded() -> None:
 
 def mask_of(query_ball: Tensor, key_ball: Tensor, window: int = SMALL.window) -> Tensor:
     layout = contiguous_layout(query_ball.shape[0], query_ball.shape[2])
-    return visible_pairs(query_ball, key_ball, layout, layout, window, SMALL.sinks)
+    return visible_pairs(query_ball[:, :, None], key_ball, layout, layout, window, SMALL.sinks)
 
 
 @pytest.mark.parametrize("balls", [1, 2, 20, 512])
@@ -87,7 +87,7 @@ def test_far_error() -> None:
     layout = contiguous_layout(1, 60)
     never = torch.zeros(1, 4, 60), torch.ones(1, 4, 60)  # queries and keys in different balls: only the window is left
     local = mask_of(*never)
-    causal = visible_pairs(never[0], never[0], layout, layout, 1, 0)
+    causal = visible_pairs(never[0][:, :, None], never[0], layout, layout, 1, 0)
     scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * SMALL.scale
     probs = scores.masked_fill(~causal, -math.inf).softmax(-1)
     rows = torch.arange(60)

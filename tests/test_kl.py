@@ -43,6 +43,7 @@ from topo_adapter.kl import (
     next_tokens,
     token_losses,
 )
+from topo_adapter.layer import hosts
 from topo_adapter.visibility import always_density
 
 # ---------------------------------------------------------------- losses
@@ -459,7 +460,7 @@ class Watch(KLTrainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            config = model.peft_config["default"]
+            config = hosts(model)[0].passes.current().in_force(model.peft_config["default"])
             assert config.gumbel_noise is False
             self.seen.append((self.state.global_step, config.visible_depth, config.calibration))
         return super().compute_loss(model, *args, **kwargs)

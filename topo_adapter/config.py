@@ -232,7 +232,7 @@ class TopologyConfig(PeftConfig):
         if self.calibration is not None:
             fields["calibration"] = {
                 **self.calibration,
-                **{name: _lines(self.calibration[name]) for name in ("density", "loss")},  # type: ignore[literal-required]
+                **{name: _lines(self.calibration[name]) for name in ("density", "loss")},
             }
         if self.on_the_dial():
             fields["visible_depth"] = None

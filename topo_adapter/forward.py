@@ -119,7 +119,7 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     router, merged, layer = active.router, active.merged, host.geometry.layer
     purpose = host.passes.current()
     config = purpose.in_force(active.config)
-    purpose.entered(router, hidden_states)
+    purpose.entered(router, hidden_states, inputs)
     refuse_inputs(layer, inputs)
     cache = cache_among(inputs)
     # trainers that sample from their model do so in training mode; no gradient is asked for then

@@ -40,8 +40,8 @@ class Pass:
         """The adapter's configuration, as this forward runs it; the adapter's own is never written to."""
         return config
 
-    def entered(self, router: TopologyRouter, hidden_states: Tensor) -> None:
-        """A layer's router is about to see its hidden states `[B, T, hidden_size]`."""
+    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
+        """A layer's router is about to see its hidden states `[B, T, hidden_size]`; inputs: the module's, by name."""
 
     def routed(self, call: TopologyCall, query_address: Tensor, key_address: Tensor) -> None:
         """A layer has addresses of its new tokens, int `[B, R, T]` each."""

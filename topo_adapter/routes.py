@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import TopologyConfig
 from .errors import UnsupportedModelError
 from .forward import TopologyCall
 from .layer import active_layers, evaluating
-from .layout import SequenceLayout, layout_from_padding
+from .layout import SequenceLayout, contiguous_layout, layout_from_padding
 from .passes import Pass, during
 from .plan import make_plan
 from .records import Keys
@@ -32,18 +31,17 @@ class RecordedRoutes:
     visible_depth: Tensor
     visits: Tensor
 
-    def visibility(self, layout: SequenceLayout, config: TopologyConfig) -> Visibility:
-        """Who sees whom of these tokens, by the rule of a config."""
-        return Visibility(
-            self.visits,
-            layout,
-            Keys(digits_to_address(self.key_digits, config.arity), layout),
-            config.arity,
-            config.depth,
-            tuple(self.visible_depth.tolist()),
-            config.local_window,
-            config.num_sink_tokens,
-        )
+    def visibility(self, layout: SequenceLayout, arity: int, local_window: int, num_sink_tokens: int) -> Visibility:
+        """Who sees whom of these tokens."""
+        keys = Keys(digits_to_address(self.key_digits, arity), layout)
+        tree = arity, self.key_digits.shape[-1], tuple(self.visible_depth.tolist())
+        return Visibility(self.visits, layout, keys, *tree, local_window, num_sink_tokens)
+
+    def balls(self, arity: int) -> tuple[Tensor, Tensor]:
+        """Balls at the visible depths, of the queries' visits int64 `[B, H, m, T]`, -1 for none, and of the keys
+        `[B, H, T]`: the tree shows a query the keys of its balls."""
+        batch, _, _, length = self.visits.shape
+        return self.visibility(contiguous_layout(batch, length, self.visits.device), arity, 1, 0).balls()
 
 
 class Record(Pass):
@@ -108,6 +106,6 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
         record = records[host.geometry.layer]
         device = record.visits.device
         tokens = SequenceLayout(layout.document.to(device), layout.position.to(device))
-        plan = make_plan(record.visibility(tokens, config))
+        plan = make_plan(record.visibility(tokens, config.arity, config.local_window, config.num_sink_tokens))
         densities[host.geometry.layer] = (plan.visible_count() / plan.causal_count()).cpu()
     return densities

@@ -244,7 +244,7 @@ def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
 class _Standardise(Pass):
     """Spreads what enters each router evenly over its tree."""
 
-    def entered(self, router: TopologyRouter, hidden_states: Tensor) -> None:
+    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
         router.standardise(hidden_states)
 
 

@@ -303,7 +303,7 @@ class TreeRoutes(Baseline):
                 f"{tuple(call.q.shape[:3])}, its record {tuple(record.query_digits.shape[:3])}"
             )
         query, key = record.balls(self.arity)
-        return lambda scores, far, first: query[:, :, first : first + len(far), None] == key[:, :, None]
+        return lambda scores, far, first: (query[..., first : first + len(far), None] == key[:, :, None, None]).any(2)
 
 
 @torch.no_grad()
@@ -357,7 +357,7 @@ def attending(model: PreTrainedModel, baseline: Baseline) -> Iterator[Tally]:
     if _in_force:
         raise UnsupportedModelError(f"one baseline can run at a time, {_in_force[0][0].name!r} is active")
     active = [host.in_force() for host in hosts(model)]
-    if any(found is not None and (found[2] or found[1].homotopy > 0) for found in active):
+    if any(found is not None and (found.merged or found.config.homotopy > 0) for found in active):
         raise UnsupportedModelError("model has an active topology adapter, disable it first: baselines need the base")
     config = model.config.get_text_config()
     before, tally = config._attn_implementation, Tally()
