@@ -369,7 +369,7 @@ def test_bridged_attention_with_a_softcap() -> None:
 def test_bridged_attention_in_low_precision(dtype: torch.dtype, bridge: str) -> None:
     problem = make_problem("packed", length=60, dtype=dtype)
     wide = widened(problem)
-    weight = weights_by_definition(wide, 0.7, bridge)
+    weight = weights_by_definition(wide, 0.7)
     check_rounding(
         bridged(problem, 0.7, bridge), weighted_attention(problem, weight.to(dtype)), weighted_attention(wide, weight)
     )

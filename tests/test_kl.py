@@ -460,8 +460,9 @@ class Watch(KLTrainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            config = hosts(model)[0].passes.current().in_force(model.peft_config["default"])
-            assert config.gumbel_noise is False
+            own = model.peft_config["default"]
+            config = hosts(model)[0].passes.current().in_force(own)
+            assert config.gumbel_noise is False and config is not own
             self.seen.append((self.state.global_step, config.visible_depth, config.calibration))
         return super().compute_loss(model, *args, **kwargs)
 

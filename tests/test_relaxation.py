@@ -123,7 +123,8 @@ def test_the_bridge_kernel_is_asked_for_as_many_leaves_as_it_is_given(
     problem = make_problem(arity=arity, depth=1, depths=depths, heads=2, kv_heads=2, dim=16, dtype=torch.float32)
     differentiable, _ = leaves_of(problem)
     q, k, v = differentiable.q, differentiable.k, differentiable.v
-    assert relaxation._kernels_bridge(q, k, v, differentiable.routes, problem.visibility()) is served
+    reasons = relaxation._no_kernel(q, k, v, differentiable.routes, problem.visibility(), 1.0)
+    assert reasons == ([] if served else ["arity ** depth must be at most 256, got 300"])
 
 
 # ---------------------------------------------------------------- the bridge's gradient

@@ -17,6 +17,7 @@ from .errors import (  # noqa: E402
     TopologyError,
     UnsupportedModelError,
 )
+from .kernel_report import why_not  # noqa: E402
 from .kl import KLTrainer  # noqa: E402
 from .layer import TopologyLayer  # noqa: E402
 from .model import TopologyModel  # noqa: E402
@@ -57,4 +58,5 @@ __all__ = [
     "recording_density",
     "save_merged",
     "set_density",
+    "why_not",
 ]

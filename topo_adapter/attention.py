@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .backend import kernels_serve
+from .backend import Operation, kernels_serve, misfits
 from .plan import Plan
 from .records import Keys, Records
 from .scoring import Scoring
@@ -24,8 +24,10 @@ _FASTEST_FIRST = [
 ]
 
 
-def _kernels_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return 16 <= q.shape[-1] <= 256 and kernels_serve(q, k, v)
+def _kernels_attend(operation: Operation, q: Tensor, k: Tensor, v: Tensor, visits: int) -> bool:
+    same = q.dtype == k.dtype == v.dtype
+    widths = q.shape[-1], v.shape[-1]
+    return same and kernels_serve(q, k, v) and not misfits(operation, widths=widths, visits=visits)
 
 
 def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
@@ -43,7 +45,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] > k.shape[1]
             )
-    if plan.query_order.shape[2] == 1 and _kernels_attend(q, k, v):
+    if _kernels_attend("attend", q, k, v, plan.query_order.shape[2]):
         from topo_kernels import topology_attention
 
         return topology_attention(q, k, v, plan.of_visit(0), scoring)
@@ -73,7 +75,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
     """
     records, query = visibility.keys.records, visibility.query
     assert records is not None  # serves_decode has looked
-    if visibility.visits.shape[2] > 1 or not _kernels_attend(q, k, v):
+    if not _kernels_attend("decode", q, k, v, visibility.visits.shape[2]):
         # laid out by keys: in the records' order, by routes, each step below is slower
         address = records.address.transpose(1, 2).to(torch.int32, memory_format=torch.contiguous_format)
         seen = replace(visibility, keys=Keys(address, records.layout))

@@ -6,11 +6,83 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CAPABILITY = (8, 0)
+
+Operation = Literal["route", "plan", "attend", "decode", "bridge", "distil"]
+
+
+class Limits(NamedTuple):
+    """What an operation's kernels have room for; None is no limit."""
+
+    head_dim: tuple[int, int] | None = None  # of queries, keys and values, which have one width
+    leaves: int | None = None  # `arity**depth`, at the deepest that is asked for
+    router_dim: int | None = None
+
+
+#: The one table of what kernels can do; `misfits` says it in words.
+LIMITS: dict[Operation, Limits] = {
+    "route": Limits(router_dim=128),
+    "plan": Limits(),
+    "attend": Limits(head_dim=(16, 256)),
+    "decode": Limits(head_dim=(16, 256)),
+    "bridge": Limits(head_dim=(16, 256), leaves=256),
+    "distil": Limits(head_dim=(16, 256), leaves=256),
+}
+
+
+def misfits(
+    operation: Operation,
+    *,
+    widths: Sequence[int] = (),
+    leaves: int = 1,
+    router_dim: int = 1,
+    visits: int = 1,
+    homotopy: float = 1.0,
+) -> list[str]:
+    """Why an operation of these sizes would not run on kernels, whatever the device; empty if it would.
+
+    Args:
+        widths: head dimensions of queries, keys and values. leaves: `arity**depth`. router_dim: of the router.
+        visits: of a query. homotopy: of a bridge.
+    """
+    limits, found = LIMITS[operation], []
+    if limits.head_dim is not None:
+        low, high = limits.head_dim
+        if not all(low <= width <= high for width in widths):
+            found.append(f"the head dimension must be {low} to {high}, got {', '.join(map(str, widths))}")
+        elif len(set(widths)) > 1:
+            found.append(f"queries, keys and values must have one head dimension, got {', '.join(map(str, widths))}")
+    if limits.leaves is not None and leaves > limits.leaves:
+        found.append(f"arity ** depth must be at most {limits.leaves}, got {leaves}")
+    if limits.router_dim is not None and router_dim > limits.router_dim:
+        found.append(f"router_dim must be at most {limits.router_dim}, got {router_dim}")
+    if visits > 1:
+        found.append(f"queries must visit one ball, got {visits}")
+    if operation == "bridge" and homotopy != 1:
+        found.append(f"homotopy must be 1, got {homotopy:g}")
+    return found
+
+
+def device_misfits(device: torch.device, *dtypes: torch.dtype) -> list[str]:
+    """Why no kernel runs on a device, or for a dtype; empty if they do."""
+    if device.type != "cuda":
+        return [f"the device must be a CUDA GPU, got {device.type}"]
+    found = []
+    if not _new_enough(device):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        found.append(f"compute capability must be {'.'.join(map(str, _CAPABILITY))} or more, got {capability}")
+    if importlib.util.find_spec("triton") is None:
+        found.append("triton must be installed")
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in _DTYPES:
+            found.append(f"the dtype must be float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
+    return found
 
 
 @functools.cache
@@ -26,14 +98,24 @@ def _triton_available() -> bool:
 
 @functools.cache
 def _new_enough(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def kernels_serve(*tensors: Tensor) -> bool:
-    """Whether all tensors are on a GPU that runs the kernels; integers and half to single precision floats."""
+    """Whether `device_misfits` finds nothing of all tensors; quickly, and it warns of a GPU without Triton."""
     if not all(t.is_cuda and (t.dtype in _DTYPES or not t.is_floating_point()) for t in tensors):
         return False
     return _new_enough(tensors[0].device) and _triton_available()
+
+
+@functools.cache
+def warn_of_slow_training(reasons: str) -> None:
+    """Say, once, why a GPU trains on a path whose time is `O(N^2)` in the length."""
+    warnings.warn(
+        f"this adapter trains without the kernels of its bridge, in time O(N^2) in the length: {reasons}. "
+        "topo_adapter.why_not(model) lists the reasons of all layers.",
+        stacklevel=2,
+    )
 
 
 def sent(values: Sequence[int], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backend import kernels_serve
+from .backend import kernels_serve, misfits
 from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
@@ -116,7 +116,7 @@ def kept_mass(
     layout, real = visibility.query, visibility.query.real[:, rows]
     query_weight, key_weight = (some.float() / some.sum().clamp(min=1) for some in (real, layout.real))
     depth, arity = key_probs.shape[-2:]
-    fits = 16 <= q.shape[-1] <= 256 and arity**depth <= 256
+    fits = not misfits("distil", widths=(q.shape[-1], k.shape[-1]), leaves=arity**depth)
     far_mass = _triton_far_mass if fits and kernels_serve(q, k, query_probs, key_probs) else _torch_far_mass
     kept, query_mean, key_mean = far_mass(
         sampled,

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .backend import kernels_serve
+from .backend import kernels_serve, misfits
 from .layout import SequenceLayout
 from .visibility import Visibility, per_head
 
@@ -98,7 +98,7 @@ def make_plan(visibility: Visibility) -> Plan:
     one = visibility.visits.shape[2] == 1  # which a router always makes
     if max(sizes) == 1 and local.order is None and one:
         return _dense_plan(visibility.visits, len(sizes), local, visibility.num_sink_tokens)
-    if not (one and kernels_serve(visibility.visits)):
+    if misfits("plan", visits=visibility.visits.shape[2]) or not kernels_serve(visibility.visits):
         tree = _sorted_tree(*visibility.balls(), query, key, *rule)
         return Plan(*tree, local.order, local.document_start, local.start, local.end, visibility.num_sink_tokens)
     from topo_kernels import tree_plan

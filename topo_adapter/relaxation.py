@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .attention import hard_attention
-from .backend import kernels_serve, sent
+from .backend import device_misfits, kernels_serve, misfits, sent, warn_of_slow_training
 from .plan import Plan, make_plan
 from .router import Routes
 from .scoring import Scoring
@@ -150,9 +150,11 @@ def bridged_attention(
     depths = visibility.depths
     if routes is not None:
         routes = routes.per_head(len(depths))
-    if homotopy == 1 and _kernels_bridge(q, k, v, routes, visibility):
+    if not (reasons := _no_kernel(q, k, v, routes, visibility, homotopy)):
         plan = make_plan(visibility) if plan is None else plan
         return _bridged_by_kernels(q, k, v, routes, visibility, plan, scoring, bridge)
+    if q.is_cuda and _router_learns(routes):
+        warn_of_slow_training("; ".join(reasons))
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, probs: Tensor | None, key_probs: Tensor | None, rows: slice
@@ -204,16 +206,25 @@ def _router_learns(routes: Routes | None) -> bool:
     return routes is not None and torch.is_grad_enabled() and any(role.probs.requires_grad for role in routes)
 
 
-def _kernels_bridge(q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, visibility: Visibility) -> bool:
-    one = visibility.visits.shape[2] == 1
-    if not (one and kernels_serve(q, k, v) and q.dtype == k.dtype == v.dtype and 16 <= q.shape[-1] <= 256):
-        return False
-    from topo_kernels import MAX_TILE_LEAVES
-
-    if routes is None or not _router_learns(routes):
-        return True
-    deepest = max(_depths_in_the_tree(visibility.depths, visibility.levels))
-    return routes.query.probs.dtype == torch.float32 and visibility.arity**deepest <= MAX_TILE_LEAVES
+def _no_kernel(
+    q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, visibility: Visibility, homotopy: float
+) -> list[str]:
+    """Why the bridge does not run on kernels; empty if it does. A router that learns needs more of them."""
+    learns, deepest = _router_learns(routes), max(_depths_in_the_tree(visibility.depths, visibility.levels))
+    found = misfits(
+        "bridge",
+        widths=(q.shape[-1], v.shape[-1]),
+        leaves=visibility.arity**deepest if learns else 1,
+        visits=visibility.visits.shape[2],
+        homotopy=homotopy,
+    )
+    if not q.dtype == k.dtype == v.dtype:
+        found.append(f"queries, keys and values must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if learns and routes is not None and routes.query.probs.dtype != torch.float32:
+        found.append(f"the router's probabilities must be float32, got {routes.query.probs.dtype}")
+    if not kernels_serve(q, k, v):
+        found += device_misfits(q.device, q.dtype, k.dtype, v.dtype)
+    return found
 
 
 def _bridged_by_kernels(

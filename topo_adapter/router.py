@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import graph_is_recorded, kernels_serve
+from .backend import graph_is_recorded, kernels_serve, misfits
 from .errors import TopologyConfigError
 from .tree import digits_to_address
 from .visibility import per_head
@@ -169,9 +169,9 @@ class TopologyRouter(nn.Module):
         """
         whole = self.down.weight.shape == (self.down.out_features, self.down.in_features)  # ZeRO-3 may hold none of it
         if whole and kernels_serve(hidden_states, self.down.weight):
-            from topo_kernels import MAX_ROUTER_WIDTH, route_addresses
+            from topo_kernels import route_addresses
 
-            if self.down.out_features <= MAX_ROUTER_WIDTH:
+            if not misfits("route", router_dim=self.down.out_features):
                 # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
                 if not merged and not graph_is_recorded():
                     self.forget_packing()

@@ -263,9 +263,11 @@ class Distil(Pass):
         self.losses: list[Tensor] = []
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        call, learning = attention.call, torch.is_grad_enabled()
+        if call.merged:  # nothing is left to learn
+            return attention.topology()
         attention.measured_plan()
         out = attention.base()
-        call, learning = attention.call, torch.is_grad_enabled()
         assert call.routes is not None  # asked for
         with torch.enable_grad():
             loss = distillation_loss(

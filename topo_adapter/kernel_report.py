@@ -1,0 +1,69 @@
+"""`why_not`: what keeps each layer of a model off the Triton kernels, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .backend import LIMITS, Operation, device_misfits, misfits
+from .errors import UnsupportedModelError
+from .gates import execution_device
+from .layer import CHILD, TopologyHost
+
+
+def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
+    """Why the layers of a model would not run on kernels, for the settings that are in force now.
+
+    Whatever does not runs in torch with the same result: `attend` in `O(N log N)` or faster than quadratic still, but
+    `bridge` (training) and `distil` in time `O(N^2)` in the length.
+
+    Args:
+        model: a PeftModel with an active topology adapter, or a merged model.
+
+    Returns:
+        Layer index -> operation ('route', 'plan', 'attend', 'decode', 'bridge', 'distil') -> reasons. Operations that
+        would run on kernels are left out, and so are layers where all would: `{}` is the best answer.
+
+    Raises:
+        UnsupportedModelError: no layer of the model has an active topology.
+    """
+    found: dict[int, dict[Operation, list[str]]] = {}
+    active = False
+    for module in model.modules():
+        host: Any = getattr(module, CHILD, None)
+        if not isinstance(host, TopologyHost) or (in_force := host.in_force()) is None:
+            continue
+        active = True
+        config, router = in_force.config, in_force.router
+        depths = [depth if depth <= config.depth else 1 for depth in host.depths(config)]
+        leaves = {"bridge": config.arity ** max(depths), "distil": config.arity**config.depth}
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+        everywhere = device_misfits(execution_device(module), *([] if dtype is None else [dtype]))
+        reasons = {
+            operation: everywhere
+            + misfits(
+                operation,
+                widths=_widths(module, host),
+                leaves=leaves.get(operation, 1),
+                router_dim=router.down.out_features,
+                homotopy=config.homotopy,
+            )
+            for operation in LIMITS
+        }
+        if in_force.merged:  # nothing trains
+            reasons["bridge"], reasons["distil"] = [], []
+        reasons = {operation: each for operation, each in reasons.items() if each}
+        if reasons:
+            found[host.geometry.layer] = reasons
+    if not active:
+        raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
+    return found
+
+
+def _widths(attention: Any, host: TopologyHost) -> list[int]:
+    """Head dimensions of queries and keys, and of values (multi-head latent attention has two)."""
+    config = host.base_config
+    width = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    width = width or getattr(config, "head_dim", None) or host.geometry.hidden_size // host.geometry.num_heads
+    return [width, getattr(attention, "v_head_dim", None) or width]
