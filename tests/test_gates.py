@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 
 import topo_adapter.gates
 from topo_adapter import CacheError, TopologyConfig, UnsupportedModelError
+from topo_adapter.forward import route
 
 BITING: dict[str, Any] = {"depth": 4, "visible_depth": 2, "router_dim": 8, "local_window": 3, "num_sink_tokens": 2}
 FULL, SLIDING = "full_attention", "sliding_attention"
