@@ -50,7 +50,7 @@ def visible_depth(length: int) -> int:
 
 def topology(model: Any, route_per: str, depth: int, tokens: Tensor) -> Any:
     """The model with a merged topology, routers initialised so that balls are about equally full."""
-    config = TopologyConfig(route_per=route_per, depth=depth, visible_depth=depth)  # type: ignore[arg-type]
+    config = TopologyConfig(route_per=route_per, depth=depth, visible_depth=depth, router_dim=32)  # type: ignore[arg-type]
     model = get_peft_model(model, config).eval()
     with torch.no_grad():
         initialize_routers(model, tokens)

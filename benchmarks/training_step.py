@@ -83,7 +83,7 @@ def main(arguments: Arguments) -> None:
     settings = {"dtype": arguments.dtype, "layers": arguments.layers}
     table = Table(Path(arguments.output), arguments.commit, NAME, settings)
     base = build(llama_config(arguments.layers), arguments.dtype == "nf4")
-    model = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM", router_dim=32, balance_weight=0.01))
     initialize_routers(model, torch.randint(0, base.config.vocab_size, (1, 2048), device="cuda"))
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for stage in arguments.stages:

@@ -103,18 +103,14 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
     """A variant's adapter on `base`, calibrated."""
     variant = VARIANTS[name]
     chosen: dict[str, Any] = {
-        "depth": 8,
+        "router_dim": 32,
         "local_window": arguments.local_window,
-        "balance_weight": 0.0,
     }
     config = TopologyConfig(**{**chosen, **variant.topology}, task_type="CAUSAL_LM")
     steps = {"local_steps": arguments.local_steps, "kl_steps": arguments.kl_steps, **variant.training}
     settings = DistillConfig(
         output_dir=str(Path(arguments.output).parent / f"checkpoints_{name}"),
         max_length=arguments.length,
-        per_device_train_batch_size=1,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
         logging_steps=25,
         save_strategy="no",
         report_to="none",

@@ -42,20 +42,35 @@ class TextArguments(ScriptArguments):
     texts_folder: str = field(default=FOLDER, metadata={"help": "Where topo_evaluation's texts are kept."})
 
 
+_DEFAULT: Any = TopologyConfig()
+
+
 @dataclass
 class TopologyArguments:
-    """Fields of `TopologyConfig`."""
+    """Fields of `TopologyConfig`, with its defaults."""
 
-    arity: int = field(default=2, metadata={"help": "Children per tree vertex."})
-    depth: int = field(default=6, metadata={"help": "Digits per address; every depth up to it is trained."})
-    visible_depth: int = field(default=4, metadata={"help": "Depth the saved adapter starts out at."})
-    router_dim: int = field(default=32, metadata={"help": "Width of the routers' hidden layer."})
-    route_per: str = field(default="query_head", metadata={"help": "'query_head' or 'kv_head'."})
-    depth_per: str = field(default="route", metadata={"help": "'route' or 'query_head': whose depth the dial chooses."})
-    local_window: int = field(default=128, metadata={"help": "A query always sees its last W tokens."})
-    num_sink_tokens: int = field(default=4, metadata={"help": "First tokens that every query sees."})
-    density_weight: float = field(default=0.1, metadata={"help": "Highest price of density in the end-to-end stage."})
-    balance_weight: float = field(default=0.0, metadata={"help": "Weight of per-level balance in that stage."})
+    arity: int = field(default=_DEFAULT.arity, metadata={"help": "Children per tree vertex."})
+    depth: int = field(default=_DEFAULT.depth, metadata={"help": "Digits per address."})
+    visible_depth: int = field(
+        default=_DEFAULT.visible_depth, metadata={"help": "Depth the saved adapter starts out at."}
+    )
+    router_dim: int = field(default=_DEFAULT.router_dim, metadata={"help": "Width of the routers' hidden layer."})
+    route_per: str = field(default=_DEFAULT.route_per, metadata={"help": "'query_head' or 'kv_head'."})
+    depth_per: str = field(
+        default=_DEFAULT.depth_per, metadata={"help": "'route' or 'query_head': whose depth the dial chooses."}
+    )
+    local_window: int = field(
+        default=_DEFAULT.local_window, metadata={"help": "A query always sees its last W tokens."}
+    )
+    num_sink_tokens: int = field(
+        default=_DEFAULT.num_sink_tokens, metadata={"help": "First tokens that every query sees."}
+    )
+    density_weight: float = field(
+        default=_DEFAULT.density_weight, metadata={"help": "Highest price of density in the end-to-end stage."}
+    )
+    balance_weight: float = field(
+        default=_DEFAULT.balance_weight, metadata={"help": "Weight of per-level balance in that stage."}
+    )
 
 
 def text_rows(text: TextArguments, seed: int) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from its PyPI wheel. 4-bit bases: `--load_in_4bit`. Layer-local distillation (re
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
@@ -25,14 +26,21 @@ class TextArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path; None: the standard library."})
 
 
+_DEFAULT: Any = TopologyConfig()
+
+
 @dataclass
 class TopologyArguments:
-    depth: int = field(default=6, metadata={"help": "Digits per address."})
-    visible_depth: int = field(default=4, metadata={"help": "Digits that must agree for a pair to be visible."})
-    local_window: int = field(default=128)
-    router_dim: int = field(default=32)
+    """Fields of `TopologyConfig`, with its defaults but for the balance, which this loss needs."""
+
+    depth: int = field(default=_DEFAULT.depth, metadata={"help": "Digits per address."})
+    visible_depth: int = field(
+        default=_DEFAULT.visible_depth, metadata={"help": "Digits that must agree for a pair to be visible."}
+    )
+    local_window: int = field(default=_DEFAULT.local_window)
+    router_dim: int = field(default=_DEFAULT.router_dim)
     balance_weight: float = field(default=0.01)
-    density_weight: float = field(default=0.1)
+    density_weight: float = field(default=_DEFAULT.density_weight)
 
 
 def main(text: TextArguments, training: SFTConfig, model: ModelConfig, topology: TopologyArguments) -> None:

@@ -120,7 +120,7 @@ def run(problem: Problem, tile_size: int | None = None, **tensors: Tensor | None
 def formula(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the definition, with tensors of `dtype`; scores in float32 at least, as `kept_mass` has them."""
     case = problem.case
-    scores = scaled_scores(problem.q.to(dtype), problem.k.to(dtype), problem.scale, case.softcap)
+    scores = scaled_scores(problem.q.to(dtype), problem.k.to(dtype), Scoring(problem.scale, case.softcap))
     causal = causal_pairs(problem.query, problem.key)[:, None]
     near = always_visible(problem.query, problem.key, case.window, case.sinks)[:, None]
     empty = ~causal.any(-1, keepdim=True)
@@ -333,7 +333,7 @@ def mass_formula(mass: Mass, dtype: torch.dtype) -> list[Tensor]:
     problem, case = mass.problem, mass.problem.case
     query_probs, key_probs = (p.to(wide).requires_grad_() for p in (mass.query_probs, mass.key_probs))
     query_leaves, key_leaves = (leaves_by_definition(p) for p in (query_probs, key_probs))
-    scores = scaled_scores(problem.q.to(dtype), problem.k.to(dtype), problem.scale, case.softcap)
+    scores = scaled_scores(problem.q.to(dtype), problem.k.to(dtype), Scoring(problem.scale, case.softcap))
     causal = causal_pairs(problem.query, problem.key)[:, None]
     near = always_visible(problem.query, problem.key, case.window, case.sinks)[:, None]
     attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1)

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ class TestDistill:
     def test_the_default_config(self, tmp_path: Path) -> None:
         adapter = distill(base(), rows(2, 140), args=arguments(tmp_path, local_steps=1, kl_steps=0))
         default, found = TopologyConfig(), adapter.peft_config["default"]
-        assert (found.depth, found.local_window, found.task_type) == (default.depth, default.local_window, "CAUSAL_LM")
+        for name in ("depth", "local_window", "router_dim", "balance_weight", "density_weight"):
+            assert getattr(found, name) == getattr(default, name), name
+        assert found.task_type == "CAUSAL_LM"
 
     def test_a_peft_model_is_trained_on(self, tmp_path: Path) -> None:
         adapter = distill(base(), rows(4), config(), arguments(tmp_path, adapter_dtype="float32"))
@@ -591,4 +594,7 @@ class TestScript:
         text, training, model, topology = self.parse(script, ["--config", str(path)])
         assert model.model_name_or_path == "embedded" and text.text_files is None
         assert (training.lowest_density, training.highest_density, training.kl_steps) == (0.05, 0.4, 1400)
-        assert TopologyConfig(**vars(topology)).depth == 8
+        assert TopologyConfig(**vars(topology)) == TopologyConfig()
+        default = DistillConfig(output_dir=training.output_dir)
+        changed = {f.name for f in fields(default) if getattr(default, f.name) != getattr(training, f.name)}
+        assert changed <= {"logging_dir"}, "distill(model, data) is the recipe"

@@ -73,7 +73,7 @@ class TopologyConfig(PeftConfig):
         },
     )
     router_dim: int | None = field(
-        default=32, metadata={"help": "Width of the router's hidden layer, >= 1; None is the model's hidden size."}
+        default=90, metadata={"help": "Width of the router's hidden layer, >= 1; None is the model's hidden size."}
     )
     tie_query_key: bool = field(
         default=False, metadata={"help": "One address for both roles (the paper) instead of one per role on one tree."}
@@ -124,7 +124,11 @@ class TopologyConfig(PeftConfig):
         },
     )
     balance_weight: float = field(
-        default=0.01, metadata={"help": "Weight of the per-level Switch load-balancing loss, >= 0."}
+        default=0.0,
+        metadata={
+            "help": "Weight of the per-level Switch load-balancing loss, >= 0. Distillation needs none; the loss of a "
+            "language model alone does (0.01)."
+        },
     )
     density_weight: float = field(
         default=0.1,

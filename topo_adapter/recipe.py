@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SchedulerType,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -47,18 +48,26 @@ _OF_STAGES = {
 class DistillConfig(TrainingArguments):
     """Arguments of `distill`: those of `transformers.TrainingArguments`, and each stage's own.
 
+    The defaults are the recipe whose results README prints.
+
     `max_steps`, `num_train_epochs` and `learning_rate` are refused: each stage has its own. Checkpoints go to
     `output_dir/local` and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if
     it has any.
     """
 
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows of a step on each device."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "As in TrainingArguments."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share of all in [0, 1)."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints of each stage that are kept."})
     local_steps: int = field(default=100, metadata={"help": "Steps of layer-local distillation, >= 0; 0 skips it."})
     local_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of that stage, > 0."})
     local_density_weight: float = field(
         default=0.05, metadata={"help": "Nats of kept mass that the density of evenly filled balls may cost, >= 0."}
     )
     num_queries: int = field(default=256, metadata={"help": "Queries sampled per layer and step of that stage, >= 1."})
-    kl_steps: int = field(default=1000, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
+    kl_steps: int = field(default=1400, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
     kl_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that stage, > 0."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || topology) in that stage, >= 0."})
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss in that stage, >= 0."})
@@ -67,7 +76,7 @@ class DistillConfig(TrainingArguments):
     )
     lowest_density: float = field(default=0.05, metadata={"help": "Lowest density that stage draws, > 0."})
     highest_density: float = field(default=0.4, metadata={"help": "Highest density that stage draws, <= 1."})
-    max_length: int = field(default=4096, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
+    max_length: int = field(default=8192, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(
         default="float8_e4m3fn",
         metadata={
@@ -161,8 +170,7 @@ def distill(
             of one length) or with `text`, or a string. Or an int64 tensor `[rows, T]` of token ids. Text is cut into
             windows of `args.max_length` tokens, each of which begins as the tokenizer begins a text; `input_ids`
             should begin so too. Empty texts are passed over.
-        config: of the adapter that is added; None, needed for a PeftModel, is the default but for `router_dim` 64 and
-            `balance_weight` 0.
+        config: of the adapter that is added; None, needed for a PeftModel, is the default.
         args: None is the default; see `DistillConfig`.
         processing_class: tokenizer of text rows; None loads the model's own.
         callbacks: go to the trainers of both stages.
@@ -185,8 +193,7 @@ def distill(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows, cut_here = _rows(dataset, model, args, processing_class)
     fresh = not isinstance(model, PeftModel)
-    default = TopologyConfig(task_type="CAUSAL_LM", router_dim=64, balance_weight=0.0)
-    adapter = get_peft_model(model, config or default) if fresh else model
+    adapter = get_peft_model(model, config or TopologyConfig(task_type="CAUSAL_LM")) if fresh else model
     training = args.local_steps > 0 or args.kl_steps > 0
     if training and not any(weight.requires_grad for weight in adapter.parameters()):
         raise UnsupportedModelError(
