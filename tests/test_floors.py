@@ -89,6 +89,29 @@ def test_imports_go_down(package: str) -> None:
             assert not roots & RECIPES, f"{module} imports a recipe from its folder: {sorted(roots & RECIPES)}"
 
 
+def test_topo_adapter_imports_what_stands_before_it() -> None:
+    """CONTRIBUTING's list of floors, module by module; types are no imports."""
+    lines = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("The floors of topo_adapter")[1]
+    listed = [name for line in lines.split("\n\n")[1].splitlines() for name in line.split()[1:]]
+    paths = {path.stem: path for path in FLOORS["topo_adapter"][0].glob("*.py") if path.stem != "__init__"}
+    assert sorted(listed) == sorted(paths), "every module has its floor"
+    for place, name in enumerate(listed):
+        for node in ast.walk(runtime(paths[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in listed[:place], f"{name} imports {node.module}"
+
+
+def runtime(source: str) -> ast.Module:
+    """The module without its `if TYPE_CHECKING:` blocks."""
+    module = ast.parse(source)
+    module.body = [
+        node
+        for node in module.body
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+    ]
+    return module
+
+
 def test_a_recipe_stands_alone() -> None:
     for module, imported in modules("recipes").items():
         roots = {name.split(".")[0] for name in imported}

@@ -82,7 +82,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         return scanned_attention(q, k, v, seen.mask(), query.real, seen.keys.layout.real, scoring)
     from topo_kernels import decode_attention as kernel
 
-    visits, sizes = visibility.route_visits()[:, :, 0], tuple(visibility.ball_sizes())
+    visits, sizes = visibility.route_visits()[:, :, 0], visibility.ball_sizes
     return kernel(
         q,
         k,

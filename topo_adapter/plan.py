@@ -94,7 +94,7 @@ def make_plan(visibility: Visibility) -> Plan:
     """
     query, key = visibility.query, visibility.keys.layout
     rule = visibility.local_window, visibility.num_sink_tokens
-    local, sizes = local_plan(query, key, *rule), visibility.ball_sizes()
+    local, sizes = local_plan(query, key, *rule), visibility.ball_sizes
     one = visibility.visits.shape[2] == 1  # which a router always makes
     if max(sizes) == 1 and local.order is None and one:
         return _dense_plan(visibility.visits, len(sizes), local, visibility.num_sink_tokens)
@@ -106,7 +106,7 @@ def make_plan(visibility: Visibility) -> Plan:
     *first, key_order = tree_plan(
         visibility.route_visits()[:, :, 0].int(),
         per_head(visibility.keys.address, len(sizes)).int(),
-        visibility.on_device(tuple(sizes), visibility.visits.device),
+        visibility.on_device(sizes, visibility.visits.device),
         local.start,
         None if local.order is None else local.document_start,
         local.tree_queries,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Visibility:
         keys = Keys(per_head(self.keys.address, heads), self.keys.layout)
         return replace(self, visits=per_head(self.visits, heads), keys=keys)
 
-    @property
+    @cached_property
     def route_depths(self) -> list[int]:
         """Visible depth of each route, or of each query head where depths differ within a route."""
         routes, heads = self.visits.shape[1], len(self.depths)
@@ -116,9 +117,10 @@ class Visibility:
         same = all(depth == shared[h // (heads // routes)] for h, depth in enumerate(self.depths))
         return shared if same else list(self.depths)
 
-    def ball_sizes(self) -> list[int]:
+    @cached_property
+    def ball_sizes(self) -> tuple[int, ...]:
         """Addresses modulo these, one for each of `route_depths`, are balls."""
-        return [num_balls(self.arity, self.levels, depth) for depth in self.route_depths]
+        return tuple(num_balls(self.arity, self.levels, depth) for depth in self.route_depths)
 
     def route_visits(self) -> Tensor:
         """Visits `[B, r, m, T]` for each of `route_depths`; below the leaves one that no key has."""
@@ -131,7 +133,7 @@ class Visibility:
 
     def balls(self) -> tuple[Tensor, Tensor]:
         """Balls of queries `[B, r, m, T]`, -1 for none, and of keys `[B, r, S]`, for each of `route_depths`."""
-        sizes = self.on_device(tuple(self.ball_sizes()), self.visits.device)[:, None]
+        sizes = self.on_device(self.ball_sizes, self.visits.device)[:, None]
         visits, address = self.route_visits(), per_head(self.keys.address, len(sizes))
         return torch.where(visits < 0, -1, visits % sizes[:, None]), address % sizes
 
