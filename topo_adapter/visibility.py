@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class Visibility:
         keys = Keys(per_head(self.keys.address, heads), self.keys.layout)
         return replace(self, visits=per_head(self.visits, heads), keys=keys)
 
-    @cached_property
+    @property
     def route_depths(self) -> list[int]:
         """Visible depth of each route, or of each query head where depths differ within a route."""
         routes, heads = self.visits.shape[1], len(self.depths)
@@ -117,7 +116,7 @@ class Visibility:
         same = all(depth == shared[h // (heads // routes)] for h, depth in enumerate(self.depths))
         return shared if same else list(self.depths)
 
-    @cached_property
+    @property
     def ball_sizes(self) -> tuple[int, ...]:
         """Addresses modulo these, one for each of `route_depths`, are balls."""
         return tuple(num_balls(self.arity, self.levels, depth) for depth in self.route_depths)
