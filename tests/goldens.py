@@ -70,7 +70,8 @@ class Recorder:
 
     def model(self, family: str, dtype: torch.dtype, **settings: Any) -> PeftModel:
         size = {"hidden_size": 64} if family == "llama" else {}  # the kernels need a head dimension of 16
-        return routed(tiny(family, dtype=dtype, **size).to(self.device), **settings)
+        # nothing that matters is left to a default, which may change
+        return routed(tiny(family, dtype=dtype, **size).to(self.device), **{"balance_weight": 0.01, **settings})
 
     def ids(self, batch: int = 2, seed: int = 0) -> Tensor:
         return tokens(batch, self.length, seed).to(self.device)
@@ -141,6 +142,8 @@ def arguments(folder: str, record: Recorder, steps: int, **more: Any) -> dict[st
         "report_to": [],
         "logging_steps": 1,
         "save_strategy": "no",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
         "use_cpu": record.device == "cpu",
         "disable_tqdm": True,
         **more,
