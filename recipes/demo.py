@@ -135,9 +135,7 @@ def main(arguments: DemoArguments) -> list[Row]:
         return model.float() if model.device.type == "cpu" else model
 
     # train
-    config = TopologyConfig(
-        depth=arguments.depth, local_window=arguments.local_window, router_dim=32, balance_weight=0.01
-    )
+    config = TopologyConfig(depth=arguments.depth, local_window=arguments.local_window, router_dim=32)
     model = get_peft_model(fresh_base(), config)
     initialize_routers(model, train[:1].to(model.device))
     model.print_trainable_parameters()

@@ -52,9 +52,10 @@ def test_the_innermost_pass_is_in_force_and_ends_with_its_block() -> None:
     assert host.passes.current() is ORDINARY
 
 
-def seen_in_backward(model: torch.nn.Module, run: list[Pass]) -> None:
-    """Append the pass that a backward pass in a thread of its own, as autograd's are on a GPU, finds."""
+def seen_in_backward(model: torch.nn.Module) -> Pass | UnsupportedModelError:
+    """The pass that a backward pass in a thread of its own, as autograd's are on a GPU, finds, or its error."""
     (host,) = hosts(model)
+    found: list[Pass | UnsupportedModelError] = []
 
     class Look(torch.autograd.Function):
         @staticmethod
@@ -63,31 +64,30 @@ def seen_in_backward(model: torch.nn.Module, run: list[Pass]) -> None:
 
         @staticmethod
         def backward(ctx: object, grad: Tensor) -> Tensor:
-            run.append(host.passes.current())
+            try:
+                found.append(host.passes.current())
+            except UnsupportedModelError as error:
+                found.append(error)
             return grad
 
-    def backward() -> None:
-        Look.apply(torch.ones(1, requires_grad=True)).sum().backward()
-
-    thread = threading.Thread(target=backward)
+    thread = threading.Thread(target=lambda: Look.apply(torch.ones(1, requires_grad=True)).sum().backward())
     thread.start()
     thread.join()
+    (seen,) = found
+    return seen
 
 
 def test_backward_passes_find_the_training_that_waits_for_them() -> None:
     """Gradient checkpointing runs layers again there; a recording of another thread is none of its business."""
     model = routed(tiny(num_hidden_layers=1))
-    found: list[Pass] = []
     with during(model, Train()) as training:
-        seen_in_backward(model, found)
+        assert seen_in_backward(model) is training
     with during(model, Pass()):
-        seen_in_backward(model, found)
-    assert found == [training, ORDINARY]
+        assert seen_in_backward(model) is ORDINARY
 
 
 def test_two_trainings_of_one_model_at_once_are_refused() -> None:
     model = routed(tiny(num_hidden_layers=1))
-    (host,) = hosts(model)
     ready, done = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -98,32 +98,11 @@ def test_two_trainings_of_one_model_at_once_are_refused() -> None:
     thread = threading.Thread(target=other)
     thread.start()
     ready.wait()
-
-    class Look(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:
-            host.passes.current()
-            return grad
-
-    failed: list[BaseException] = []
-
-    def backward() -> None:
-        try:
-            Look.apply(torch.ones(1, requires_grad=True)).sum().backward()
-        except UnsupportedModelError as error:
-            failed.append(error)
-
     with during(model, Train()):
-        third = threading.Thread(target=backward)
-        third.start()
-        third.join()
+        seen = seen_in_backward(model)
     done.set()
     thread.join()
-    assert len(failed) == 1 and "one thread at a time" in str(failed[0])
+    assert isinstance(seen, UnsupportedModelError) and "one thread at a time" in str(seen)
 
 
 def test_a_configuration_serves_several_models_and_stays_as_it_was() -> None:

@@ -250,7 +250,8 @@ class Calibrate(Pass):
         return out, weights
 
     def _observer(self, attention: Attention, own: Tensor) -> Callable[[Tensor], None]:
-        call, layer = attention.call, attention.call.host.geometry.layer
+        call, scoring = attention.call, attention.scoring  # not the attention, which holds the layer's graph
+        layer = call.host.geometry.layer
         q, k, v = (x.detach() for x in (attention.query, attention.key, attention.value))
 
         @torch.no_grad()
@@ -258,7 +259,7 @@ class Calibrate(Pass):
             gradients = self._gradients.setdefault(layer, [])
             gradients.append(gradient)
             if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
-                rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.deepest, attention.scoring)
+                rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.deepest, scoring)
                 self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
                 gradients.clear()
 

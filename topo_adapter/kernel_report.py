@@ -15,8 +15,8 @@ from .layer import CHILD, TopologyHost
 def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
     """Why the layers of a model would not run on kernels, for the settings that are in force now.
 
-    Whatever does not runs in torch with the same result: `attend` in `O(N log N)` or faster than quadratic still, but
-    `bridge` (training) and `distil` in time `O(N^2)` in the length.
+    An operation that would not run on them runs in torch, with the same result. `bridge` (training in force) is then in
+    time `O(N^2)` in the length, on kernels too but far faster there.
 
     Args:
         model: a PeftModel with an active topology adapter, or a merged model.
@@ -30,32 +30,28 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
     """
     found: dict[int, dict[Operation, list[str]]] = {}
     active = False
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1][:1]
     for module in model.modules():
         host: Any = getattr(module, CHILD, None)
         if not isinstance(host, TopologyHost) or (in_force := host.in_force()) is None:
             continue
         active = True
-        config, router = in_force.config, in_force.router
+        config = in_force.config
         depths = [depth if depth <= config.depth else 1 for depth in host.depths(config)]
         leaves = {"bridge": config.arity ** max(depths), "distil": config.arity**config.depth}
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
-        everywhere = device_misfits(execution_device(module), *([] if dtype is None else [dtype]))
-        reasons = {
-            operation: everywhere
-            + misfits(
+        everywhere = device_misfits(execution_device(module), *dtypes)
+        for operation in LIMITS:
+            if in_force.merged and operation in leaves:
+                continue  # nothing trains
+            reasons = everywhere + misfits(
                 operation,
                 widths=_widths(module, host),
                 leaves=leaves.get(operation, 1),
-                router_dim=router.down.out_features,
+                router_dim=in_force.router.down.out_features,
                 homotopy=config.homotopy,
             )
-            for operation in LIMITS
-        }
-        if in_force.merged:  # nothing trains
-            reasons["bridge"], reasons["distil"] = [], []
-        reasons = {operation: each for operation, each in reasons.items() if each}
-        if reasons:
-            found[host.geometry.layer] = reasons
+            if reasons:
+                found.setdefault(host.geometry.layer, {})[operation] = reasons
     if not active:
         raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
     return found

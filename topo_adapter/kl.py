@@ -172,7 +172,7 @@ class TrainAt(Pass):
         }
 
     def in_force(self, config: TopologyConfig) -> TopologyConfig:
-        return self._in_force[id(config)]
+        return self._in_force.get(id(config), config)
 
 
 def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:

@@ -72,8 +72,8 @@ class TopologyModel(BaseTuner):
                     f"its calibration is of {_layers_and_heads(measured)}, this {type(self.model).__name__} routes "
                     f"{_layers_and_heads(routed)}. Load it on the model that it was trained for."
                 )
-        mark = fingerprint(self.model)
-        if mark and config.base_fingerprint and not same_base(mark, config.base_fingerprint):
+        own = config.base_fingerprint
+        if own is not None and (mark := fingerprint(self.model)) is not None and not same_base(mark, own):
             warnings.warn(
                 f"the adapter was calibrated on another base ({config.base_model_name_or_path or 'unnamed'}): the "
                 f"input embedding of this {type(self.model).__name__} is not its own. On a base that it was not "
