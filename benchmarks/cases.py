@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout, contiguous_layout
-from topo_adapter.records import Records, pack_records
+from topo_adapter.core.layout import SequenceLayout, contiguous_layout
+from topo_adapter.core.records import Records, pack_records
 
 MAX_LEAVES = 4096
 DECODE_LEAVES = 256  # of the default depth, one byte per key and route

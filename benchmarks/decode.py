@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout
-from topo_adapter.records import Records
+from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.core.records import Records
 
 from .cases import Case, decode_records, random_addresses
 from .dense import dense_calls

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
 from topo_adapter import TopologyConfig, initialize_routers, record_routes
-from topo_adapter.records import Records
-from topo_adapter.tree import digits_to_address
+from topo_adapter.core.records import Records
+from topo_adapter.core.tree import digits_to_address
 from topo_evaluation import results
 
 

@@ -13,14 +13,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from topo_adapter.attention import hard_attention
-from topo_adapter.layout import SequenceLayout, contiguous_layout
-from topo_adapter.objective import distillation_loss
-from topo_adapter.plan import local_plan, make_plan
-from topo_adapter.records import Keys, Records
-from topo_adapter.router import Routes, TopologyRouter, relax
-from topo_adapter.scoring import Scoring
-from topo_adapter.visibility import Visibility
+from topo_adapter.core.layout import SequenceLayout, contiguous_layout
+from topo_adapter.core.records import Keys, Records
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.visibility import Visibility
+from topo_adapter.ops.attention import hard_attention
+from topo_adapter.ops.objective import distillation_loss
+from topo_adapter.ops.plan import local_plan, make_plan
+from topo_adapter.ops.router import Routes, TopologyRouter, relax
 
 from .cases import Case, Inputs, Layer
 

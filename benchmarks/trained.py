@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
 from topo_adapter import MergeError, TopologyConfigError, measure_density
+from topo_adapter.core.passes import Pass, during
 from topo_adapter.forward import Attention, route
 from topo_adapter.layer import hosts
-from topo_adapter.passes import Pass, during
-from topo_adapter.router import TopologyRouter
-from topo_adapter.training import active_configs
+from topo_adapter.ops.router import TopologyRouter
+from topo_adapter.training.trainer import active_configs
 
 from .cases import label
 from .dense import UNMASKED, choose_dense, dense_calls

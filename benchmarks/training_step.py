@@ -22,7 +22,7 @@ from peft import get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from topo_adapter import DistillationTrainer, TopologyConfig, initialize_routers
-from topo_adapter.kl import KLTrainer
+from topo_adapter.training.kl import KLTrainer
 
 from .cases import label
 from .harness import Table, summary

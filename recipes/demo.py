@@ -40,8 +40,8 @@ from topo_adapter import (
     record_routes,
     set_density,
 )
-from topo_adapter.layout import contiguous_layout
-from topo_adapter.visibility import always_visible
+from topo_adapter.core.layout import contiguous_layout
+from topo_adapter.core.visibility import always_visible
 from topo_evaluation.embedded import smollm2, standard_library, windows
 from topo_evaluation.results import Row, flat, make_row, origin, write
 from topo_evaluation.tasks import continuation

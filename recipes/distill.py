@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from topo_adapter import TopologyConfig
-from topo_adapter.recipe import DistillConfig, distill
+from topo_adapter.training.recipe import DistillConfig, distill
 from topo_evaluation.embedded import smollm2
 from topo_evaluation.texts import FOLDER, training_documents
 

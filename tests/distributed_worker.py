@@ -8,9 +8,9 @@ import torch
 from peft_helpers import routed, router_parameters, tiny, tokens
 
 from topo_adapter import initialize_routers
-from topo_adapter.kl import KLTrainer
-from topo_adapter.recipe import DistillConfig
-from topo_adapter.training import DistillationTrainer
+from topo_adapter.training.kl import KLTrainer
+from topo_adapter.training.local import DistillationTrainer
+from topo_adapter.training.recipe import DistillConfig
 
 
 def main(stage: str, folder: Path) -> None:

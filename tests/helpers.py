@@ -6,20 +6,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from topo_adapter.attention import hard_attention
-from topo_adapter.layout import (
+from topo_adapter.core.layout import (
     SequenceLayout,
     causal_pairs,
     contiguous_layout,
     layout_from_padding,
     layout_from_position_ids,
 )
-from topo_adapter.plan import Plan, build_plan
-from topo_adapter.records import Keys
-from topo_adapter.relaxation import bridged_attention
-from topo_adapter.router import RoleDigits, Routes
-from topo_adapter.scoring import Scoring
-from topo_adapter.visibility import Visibility, per_head
+from topo_adapter.core.records import Keys
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.visibility import Visibility, per_head
+from topo_adapter.ops.attention import hard_attention
+from topo_adapter.ops.plan import Plan, build_plan
+from topo_adapter.ops.relaxation import bridged_attention
+from topo_adapter.ops.router import RoleDigits, Routes
 
 # ---------------------------------------------------------------- layouts
 

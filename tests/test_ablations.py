@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from topo_adapter import TopologyConfig, TopologyConfigError, calibrate
-from topo_adapter.recipe import DistillConfig
+from topo_adapter.training.recipe import DistillConfig
 
 pytest.importorskip("trl")
 from recipes.ablations import PAPER, VARIANTS, AblationArguments, Variant, cases_of, main, table, train

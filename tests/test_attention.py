@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from topo_adapter import torch_attention
-from topo_adapter.attention import decode_attention, hard_attention
-from topo_adapter.layout import contiguous_layout, layout_from_padding
-from topo_adapter.plan import Plan, make_plan
-from topo_adapter.records import Keys, pack_records
-from topo_adapter.reference import reference_attention
-from topo_adapter.router import RoleDigits, Routes
+from topo_adapter.core.layout import contiguous_layout, layout_from_padding
+from topo_adapter.core.records import Keys, pack_records
+from topo_adapter.core.reference import reference_attention
+from topo_adapter.ops import torch_attention
+from topo_adapter.ops.attention import decode_attention, hard_attention
+from topo_adapter.ops.plan import Plan, make_plan
+from topo_adapter.ops.router import RoleDigits, Routes
 
 TIGHT = 1e-12
 NOTICED = 1e-3

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft_helpers import KV_HEADS, ROUTED, routed, tiny
 
-from topo_adapter import UnsupportedModelError, backend, kernel_report, why_not
-from topo_adapter.backend import LIMITS, device_misfits, kernels_serve, misfits
+from topo_adapter import UnsupportedModelError, kernel_report, why_not
+from topo_adapter.ops import backend
+from topo_adapter.ops.backend import LIMITS, device_misfits, kernels_serve, misfits
 
 CPU = "the device must be a CUDA GPU, got cpu"
 LEAVES = "arity ** depth must be at most 256, got 512"

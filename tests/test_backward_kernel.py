@@ -26,9 +26,9 @@ from test_kernels import (
 )
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout
-from topo_adapter.plan import Plan
-from topo_adapter.visibility import visible_pairs
+from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.core.visibility import visible_pairs
+from topo_adapter.ops.plan import Plan
 from topo_kernels import backward
 from topo_kernels.backward import BackwardTiles, attention_backward
 from topo_kernels.launch import Tile

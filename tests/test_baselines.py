@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from topo_adapter import TopologyConfigError, UnsupportedModelError, measure_density, record_routes
-from topo_adapter.visibility import always_density
+from topo_adapter.core.visibility import always_density
 from topo_evaluation import baselines
 from topo_evaluation.baselines import (
     Baseline,

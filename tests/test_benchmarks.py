@@ -26,9 +26,9 @@ from benchmarks import (
     trained,
     training_step,
 )
-from topo_adapter.layout import contiguous_layout
-from topo_adapter.reference import reference_attention
-from topo_adapter.visibility import visible_pairs
+from topo_adapter.core.layout import contiguous_layout
+from topo_adapter.core.reference import reference_attention
+from topo_adapter.core.visibility import visible_pairs
 
 SMALL = cases.Layer(heads=4, kv_heads=2, head_dim=16, hidden=8, window=16, dtype=torch.float32, device="cpu")
 

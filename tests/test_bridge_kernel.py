@@ -22,15 +22,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import topo_kernels
 import topo_kernels.leaves
-from topo_adapter import TopologyConfig, attention, initialize_routers, plan, relaxation
-from topo_adapter.layout import SequenceLayout, causal_pairs
-from topo_adapter.plan import build_plan
-from topo_adapter.records import Keys
-from topo_adapter.relaxation import bridged_attention, leaf_distribution
-from topo_adapter.router import RoleDigits, Routes
-from topo_adapter.scoring import Scoring
-from topo_adapter.tree import digits_to_address
-from topo_adapter.visibility import Visibility, always_visible, visible_pairs
+from topo_adapter import TopologyConfig, initialize_routers
+from topo_adapter.core.layout import SequenceLayout, causal_pairs
+from topo_adapter.core.records import Keys
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.tree import digits_to_address
+from topo_adapter.core.visibility import Visibility, always_visible, visible_pairs
+from topo_adapter.ops import attention, plan, relaxation
+from topo_adapter.ops.plan import build_plan
+from topo_adapter.ops.relaxation import bridged_attention, leaf_distribution
+from topo_adapter.ops.router import RoleDigits, Routes
 from topo_kernels import LocalTensors, backward, bridge, bridged_topology_attention, launch, topology_attention
 from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles

@@ -50,10 +50,10 @@ from topo_adapter import (
     save_merged,
     set_density,
 )
-from topo_adapter.dial import expected_loss
+from topo_adapter.core.dial import expected_loss
+from topo_adapter.core.passes import ORDINARY
 from topo_adapter.fingerprint import fingerprint, same_base
 from topo_adapter.layer import hosts
-from topo_adapter.passes import ORDINARY
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
 LENGTH = 40

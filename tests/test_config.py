@@ -12,7 +12,7 @@ from peft.utils import PeftType
 
 from topo_adapter import TopologyConfig, TopologyConfigError
 from topo_adapter.config import MAX_LEAVES
-from topo_adapter.tree import num_balls
+from topo_adapter.core.tree import num_balls
 
 INTEGERS: tuple[Any, ...] = (True, 2.0, "2", [2])
 NUMBERS: tuple[Any, ...] = (math.nan, math.inf, -math.inf, True, False, "0.5", None, [0.5], 1j)

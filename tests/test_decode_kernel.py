@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from test_kernels import DEVICE, GPU, LAYOUTS, Case, Problem, check, errors, make, nan_in_new_memory, poisoned
 from torch import Tensor
 
-from topo_adapter.cache import Records, pack_records
-from topo_adapter.layout import contiguous_layout
-from topo_adapter.scoring import Scoring
+from topo_adapter.core.layout import contiguous_layout
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.hf.cache import Records, pack_records
 from topo_kernels import decode
 from topo_kernels.decode import decode_attention
 

@@ -13,11 +13,11 @@ from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory,
 from test_leaves_kernel import coarsened, leaves_by_definition, rows
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout, causal_pairs
-from topo_adapter.plan import build_plan
-from topo_adapter.relaxation import scaled_scores
-from topo_adapter.scoring import Scoring
-from topo_adapter.visibility import always_visible
+from topo_adapter.core.layout import SequenceLayout, causal_pairs
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.visibility import always_visible
+from topo_adapter.ops.plan import build_plan
+from topo_adapter.ops.relaxation import scaled_scores
 from topo_kernels import LocalTensors, distill, far_mass
 from topo_kernels.distill import FarTiles, far_gradient, far_values
 from topo_kernels.launch import Tile

@@ -122,7 +122,7 @@ def test_perplexity_and_copy_loss_are_those_of_the_logits(adapter: PeftModel) ->
 
 
 def test_no_tensor_holds_the_logits_of_all_tokens(adapter: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("topo_adapter.kl._CHUNK_LOGITS", 20 * VOCAB)
+    monkeypatch.setattr("topo_adapter.training.losses._CHUNK_LOGITS", 20 * VOCAB)
     sizes: list[int] = []
     head = adapter.get_base_model().lm_head
     watch = head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-2]))

@@ -92,13 +92,22 @@ def test_imports_go_down(package: str) -> None:
 def test_topo_adapter_imports_what_stands_before_it() -> None:
     """CONTRIBUTING's list of floors, module by module; types are no imports."""
     lines = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").split("The floors of topo_adapter")[1]
-    listed = [name for line in lines.split("\n\n")[1].splitlines() for name in line.split()[1:]]
-    paths = {path.stem: path for path in FLOORS["topo_adapter"][0].glob("*.py") if path.stem != "__init__"}
+    floors = [line.split() for line in lines.split("\n\n")[1].splitlines()]
+    listed = [f"{folder.strip('./')}.{name}".strip(".") for folder, *names in floors for name in names]
+    root = FLOORS["topo_adapter"][0]
+    paths = {module_name(path, "topo_adapter").partition(".")[2]: path for path in root.rglob("[a-z]*.py")}
     assert sorted(listed) == sorted(paths), "every module has its floor"
     for place, name in enumerate(listed):
-        for node in ast.walk(runtime(paths[name].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module in listed[:place], f"{name} imports {node.module}"
+        below = {f"topo_adapter.{module}" for module in listed[:place]}
+        found = imports(ast.unparse(runtime(paths[name].read_text(encoding="utf-8"))), f"topo_adapter.{name}")
+        modules = {f"topo_adapter.{module}" for module in listed} & found
+        assert modules <= below, f"{name} imports {sorted(modules - below)}"
+
+
+def test_folders_of_topo_adapter_gather_nothing() -> None:
+    """What a folder offers is imported from its modules: a list of names in its `__init__` would load them all."""
+    for path in FLOORS["topo_adapter"][0].glob("*/__init__.py"):
+        assert not imports(path.read_text(encoding="utf-8"), path.parent.name, is_package=True), path
 
 
 def runtime(source: str) -> ast.Module:

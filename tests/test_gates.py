@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_ty
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-import topo_adapter.gates
+import topo_adapter.hf.gates
 from topo_adapter import CacheError, TopologyConfig, UnsupportedModelError
 from topo_adapter.forward import route
 
@@ -54,8 +54,8 @@ HONOURED = {"hidden_states", "attention_mask", "position_ids", "cache", "past_ke
 BEFORE_ATTENTION = {"position_embeddings", "attention_scaling", "conv_mask", "use_cache", "codebook_idx"}
 #: Handed to every layer; those that read keys from it borrow them, and are left alone.
 SHARED_KEYS = {"shared_kv_states"}
-REFUSED_AT_ATTACH = topo_adapter.gates._LOOPS
-REFUSED_AT_RUN = {*topo_adapter.gates._NOT_OWN_KEYS, "output_attentions"}
+REFUSED_AT_ATTACH = topo_adapter.hf.gates._LOOPS
+REFUSED_AT_RUN = {*topo_adapter.hf.gates._NOT_OWN_KEYS, "output_attentions"}
 #: Of modules that are no text decoder's attention: vision towers, residual mixers, another library's attention.
 OF_OTHER_MODULES = {"cu_seqlens", "max_seqlen", "freqs_ci", "block_states", "partial_block_states", "q", "k", "v"}
 
@@ -86,7 +86,7 @@ def test_every_argument_of_an_attention_function_is_known() -> None:
     passed = {keyword.arg for node in interface for keyword in node.keywords if keyword.arg}
     assert {"scaling", "dropout", "softcap", "sliding_window", "s_aux"} < passed
     only_flash_reads = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-    known = topo_adapter.gates._MODELLED | topo_adapter.gates._NOT_MODELLED | only_flash_reads
+    known = topo_adapter.hf.gates._MODELLED | topo_adapter.hf.gates._NOT_MODELLED | only_flash_reads
     assert passed - known == set()
 
 
@@ -361,7 +361,7 @@ def test_flash_tells_documents_by_cumulated_lengths() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(topo_adapter.gates._NOT_MODELLED | {"key_value_states", "encoder_hidden_states"})
+    "name", sorted(topo_adapter.hf.gates._NOT_MODELLED | {"key_value_states", "encoder_hidden_states"})
 )
 def test_what_acts_on_attention_is_refused(name: str) -> None:
     model = routed(tiny())
@@ -619,7 +619,7 @@ def test_a_model_that_runs_its_layers_again_is_refused() -> None:
 
     attention = HrmTextAttention(CONFIG_MAPPING["hrm_text"](**{**SIZES, "num_hidden_layers": 2}), 0)
     with pytest.raises(UnsupportedModelError, match="runs it several times in a forward"):
-        topo_adapter.gates.geometry_of(attention, "self_attn")
+        topo_adapter.hf.gates.geometry_of(attention, "self_attn")
 
 
 # ---------------------------------------------------------------- offloaded bases

@@ -28,13 +28,13 @@ from topo_adapter import (
     relaxation,
     router,
 )
-from topo_adapter.attention import hard_attention
-from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
-from topo_adapter.plan import Plan, build_plan, local_plan, make_plan
-from topo_adapter.records import Keys
-from topo_adapter.scoring import Scoring
-from topo_adapter.torch_attention import torch_attention
-from topo_adapter.visibility import Visibility
+from topo_adapter.core.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
+from topo_adapter.core.records import Keys
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.visibility import Visibility
+from topo_adapter.ops.attention import hard_attention
+from topo_adapter.ops.plan import Plan, build_plan, local_plan, make_plan
+from topo_adapter.ops.torch_attention import torch_attention
 from topo_kernels.attention import ForwardTiles
 from topo_kernels.backward import BackwardTiles
 from topo_kernels.bridge import BridgeTiles
@@ -203,7 +203,7 @@ def test_a_trained_router_is_packed_anew(merged: bool, kernels: None) -> None:
     fused_step(model)
     assert versions == [weight._version for weight in model.parameters()]  # or the test would prove nothing
     found = routes()
-    with mock.patch("topo_adapter.router.kernels_serve", return_value=False):
+    with mock.patch("topo_adapter.ops.router.kernels_serve", return_value=False):
         expected = routes()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(found, before, strict=True))

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
-from topo_adapter.plan import Plan, build_plan
-from topo_adapter.reference import reference_attention
-from topo_adapter.scoring import Scoring
-from topo_adapter.visibility import visible_pairs
+from topo_adapter.core.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
+from topo_adapter.core.reference import reference_attention
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.visibility import visible_pairs
+from topo_adapter.ops.plan import Plan, build_plan
 from topo_kernels import LocalTensors, PlanTensors, attention, topology_attention
 from topo_kernels.launch import Tile
 

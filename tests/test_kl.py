@@ -29,10 +29,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError, kl
-from topo_adapter.calibration import calibrate
-from topo_adapter.dial import choose_depths, expected_loss
-from topo_adapter.kl import (
+from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError
+from topo_adapter.core.dial import choose_depths, expected_loss
+from topo_adapter.core.visibility import always_density
+from topo_adapter.layer import hosts
+from topo_adapter.measuring.calibration import calibrate
+from topo_adapter.training import kl
+from topo_adapter.training.kl import (
     KLTrainer,
     _final_states,
     _nearest_map,
@@ -43,8 +46,6 @@ from topo_adapter.kl import (
     next_tokens,
     token_losses,
 )
-from topo_adapter.layer import hosts
-from topo_adapter.visibility import always_density
 
 # ---------------------------------------------------------------- losses
 

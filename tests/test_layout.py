@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 from transformers.masking_utils import create_causal_mask
 
-from topo_adapter.errors import TopologyError, UnsupportedModelError
-from topo_adapter.layout import (
+from topo_adapter.core.layout import (
     SequenceLayout,
     causal_pairs,
     contiguous_layout,
@@ -20,6 +19,7 @@ from topo_adapter.layout import (
     layout_from_padding,
     layout_from_position_ids,
 )
+from topo_adapter.errors import TopologyError, UnsupportedModelError
 
 N = 6
 TRIANGLE = torch.ones(N, N, dtype=torch.bool).tril()

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-import topo_adapter.cache
 import topo_adapter.forward
+import topo_adapter.hf.cache
 from topo_adapter import (
     CacheError,
     MergeError,
@@ -49,7 +49,7 @@ from topo_adapter import (
     record_routes,
     save_merged,
 )
-from topo_adapter.router import TopologyRouter
+from topo_adapter.ops.router import TopologyRouter
 
 WINDOW, SINKS, LENGTH = 3, 2, 21
 EXACT = 1e-6
@@ -702,8 +702,8 @@ def test_a_cache_holds_whole_addresses_whatever_the_map() -> None:
 def test_layers_share_the_layout_of_new_tokens(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = scene("untied-query_head-p2").form(form), DynamicCache()
     feed(model, IDS[:, :10], cache, [10])
-    made = mock.Mock(wraps=topo_adapter.cache.continued_layout)
-    monkeypatch.setattr(topo_adapter.cache, "continued_layout", made)
+    made = mock.Mock(wraps=topo_adapter.hf.cache.continued_layout)
+    monkeypatch.setattr(topo_adapter.hf.cache, "continued_layout", made)
     for step in range(1, 4):
         feed(model, IDS[:, 9 + step : 10 + step], cache, [1])
         assert made.call_count == step

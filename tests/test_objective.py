@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import topo_kernels
-from topo_adapter import objective
-from topo_adapter.layout import SequenceLayout
-from topo_adapter.objective import attach_loss, balance_loss, distillation_loss, gradient_at_once, kept_mass
-from topo_adapter.relaxation import leaf_distribution
-from topo_adapter.router import RoleDigits, Routes, TopologyRouter
-from topo_adapter.visibility import always_visible
+from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.core.visibility import always_visible
+from topo_adapter.ops import objective
+from topo_adapter.ops.objective import attach_loss, balance_loss, distillation_loss, gradient_at_once, kept_mass
+from topo_adapter.ops.relaxation import leaf_distribution
+from topo_adapter.ops.router import RoleDigits, Routes, TopologyRouter
 
 # ---------------------------------------------------------------- balance
 

@@ -13,8 +13,8 @@ from peft_helpers import logits_of, routed, tiny, tokens
 from torch import Tensor
 
 from topo_adapter import TopologyConfig, UnsupportedModelError, calibrate, record_routes
+from topo_adapter.core.passes import ORDINARY, Pass, changed, during
 from topo_adapter.layer import hosts
-from topo_adapter.passes import ORDINARY, Pass, changed, during
 
 
 class Train(Pass):

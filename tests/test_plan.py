@@ -10,8 +10,8 @@ from helpers import LAYOUTS, Problem, make_problem
 from hypothesis import given, settings
 from torch import Tensor
 
-from topo_adapter.plan import Plan
-from topo_adapter.router import RoleDigits
+from topo_adapter.ops.plan import Plan
+from topo_adapter.ops.router import RoleDigits
 
 
 def expand(plan: Plan) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from helpers import LAYOUTS
 from hypothesis import given, settings
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout
-from topo_adapter.plan import Plan, build_plan
+from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.ops.plan import Plan, build_plan
 from topo_kernels import checks
 from topo_kernels import plan as kernels
 

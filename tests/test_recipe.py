@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError, kl, recipe
-from topo_adapter.calibration import calibrate
-from topo_adapter.dial import choose_depths
-from topo_adapter.recipe import DistillConfig, distill, text_windows
-from topo_adapter.training import initialize_routers
+from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError
+from topo_adapter.core.dial import choose_depths
+from topo_adapter.measuring.calibration import calibrate
+from topo_adapter.training import kl, recipe
+from topo_adapter.training.data import text_windows
+from topo_adapter.training.recipe import DistillConfig, distill
+from topo_adapter.training.trainer import initialize_routers
 from topo_evaluation import texts
 
 datasets = pytest.importorskip("datasets")  # of the train extra

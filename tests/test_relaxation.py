@@ -18,8 +18,11 @@ from helpers import (
 )
 from torch import Tensor
 
-from topo_adapter import relaxation
-from topo_adapter.relaxation import (
+from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.tree import address_to_digits, ball
+from topo_adapter.core.visibility import always_visible
+from topo_adapter.ops import relaxation
+from topo_adapter.ops.relaxation import (
     above_the_leaves,
     leaf_distribution,
     leaf_distributions,
@@ -27,10 +30,7 @@ from topo_adapter.relaxation import (
     scaled_scores,
     shared_prefix_probability,
 )
-from topo_adapter.router import RoleDigits, Routes, relax
-from topo_adapter.scoring import Scoring
-from topo_adapter.tree import address_to_digits, ball
-from topo_adapter.visibility import always_visible
+from topo_adapter.ops.router import RoleDigits, Routes, relax
 
 TIGHT = 1e-12
 BRIDGES = ("full", "masked")

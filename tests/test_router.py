@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from helpers import largest_error
 from torch import Tensor
 
+from topo_adapter.core.tree import digits_to_address
 from topo_adapter.errors import TopologyConfigError
-from topo_adapter.router import TopologyRouter, relax
-from topo_adapter.tree import digits_to_address
+from topo_adapter.ops.router import TopologyRouter, relax
 
 HIDDEN, HEADS, DEPTH = 12, 3, 4
 

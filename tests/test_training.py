@@ -25,10 +25,11 @@ from topo_adapter import (
     initialize_routers,
     record_routes,
 )
+from topo_adapter.core.passes import ORDINARY, during
 from topo_adapter.layer import hosts
-from topo_adapter.objective import attach_loss
-from topo_adapter.passes import ORDINARY, during
-from topo_adapter.training import Distil, _RememberScale, topology_metrics
+from topo_adapter.ops.objective import attach_loss
+from topo_adapter.training.local import Distil
+from topo_adapter.training.trainer import _RememberScale, topology_metrics
 
 LENGTH = 48
 

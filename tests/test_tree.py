@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from topo_adapter.tree import (
+from topo_adapter.core.tree import (
     address_to_digits,
     ball,
     digits_to_address,

@@ -8,9 +8,9 @@ import torch
 from helpers import LAYOUTS, Problem, make_problem
 from torch import Tensor
 
-from topo_adapter.layout import SequenceLayout
-from topo_adapter.router import Routes
-from topo_adapter.visibility import always_visible, visible_pairs
+from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.core.visibility import always_visible, visible_pairs
+from topo_adapter.ops.router import Routes
 
 
 def digits(address: int, arity: int, levels: int) -> list[int]:

@@ -4,11 +4,10 @@ from .register import register
 
 register()
 
-from .calibration import calibrate  # noqa: E402
 from .checkpoint import load_merged, save_merged  # noqa: E402
 from .config import Calibration, TopologyConfig  # noqa: E402
+from .core.dial import choose_depths  # noqa: E402
 from .density import set_density  # noqa: E402
-from .dial import choose_depths  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterFileError,
     CacheError,
@@ -18,14 +17,16 @@ from .errors import (  # noqa: E402
     UnsupportedModelError,
 )
 from .kernel_report import why_not  # noqa: E402
-from .kl import KLTrainer  # noqa: E402
 from .layer import TopologyLayer  # noqa: E402
+from .measuring.calibration import calibrate  # noqa: E402
+from .measuring.report import density_report, recording_density  # noqa: E402
+from .measuring.routes import RecordedRoutes, measure_density, record_routes  # noqa: E402
 from .model import TopologyModel  # noqa: E402
-from .recipe import DistillConfig, distill  # noqa: E402
-from .report import density_report, recording_density  # noqa: E402
-from .router import TopologyRouter  # noqa: E402
-from .routes import RecordedRoutes, measure_density, record_routes  # noqa: E402
-from .training import DistillationTrainer, TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
+from .ops.router import TopologyRouter  # noqa: E402
+from .training.kl import KLTrainer  # noqa: E402
+from .training.local import DistillationTrainer  # noqa: E402
+from .training.recipe import DistillConfig, distill  # noqa: E402
+from .training.trainer import TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
 
 __version__ = "0.1.0"
 

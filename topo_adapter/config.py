@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .dial import check_density, choose_depths, expected_loss
+from .core.dial import check_density, choose_depths, expected_loss
 from .errors import TopologyConfigError
 
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and

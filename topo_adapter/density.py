@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from .config import Calibration, TopologyConfig
-from .dial import at_length, check_density
+from .core.dial import at_length, check_density
+from .core.visibility import always_density
 from .errors import TopologyConfigError
 from .layer import active_layers
-from .visibility import always_density
 
 _log = logging.getLogger("topo_adapter")
 

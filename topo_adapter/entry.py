@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .gates import refused_attentions
+from .hf.gates import refused_attentions
 from .layer import hosts
 
 #: The method through which all of transformers' continuous batching goes (`generate_batch` among it).

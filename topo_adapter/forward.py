@@ -18,14 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .attention import decode_attention, hard_attention, serves_decode
-from .backend import graph_is_recorded, sent
-from .cache import KeyRecords, cache_among
 from .config import TopologyConfig
-from .errors import UnsupportedModelError
-from .gates import refuse_inputs, refuse_unmodelled
-from .layer import CHILD, TopologyHost
-from .layout import (
+from .core.device import graph_is_recorded, sent
+from .core.layout import (
     SequenceLayout,
     contiguous_layout,
     layout_from_cu_seq_lens,
@@ -34,14 +29,19 @@ from .layout import (
     layout_from_position_ids,
     layout_from_recorded_mask,
 )
-from .objective import attach_loss, balance_loss
-from .passes import Pass
-from .plan import Plan, make_plan
-from .records import Keys
-from .relaxation import bridged_attention
-from .router import Routes
-from .scoring import Scoring
-from .visibility import Visibility
+from .core.passes import Pass
+from .core.records import Keys
+from .core.scoring import Scoring
+from .core.visibility import Visibility
+from .errors import UnsupportedModelError
+from .hf.cache import KeyRecords, cache_among
+from .hf.gates import refuse_inputs, refuse_unmodelled
+from .layer import CHILD, TopologyHost
+from .ops.attention import decode_attention, hard_attention, serves_decode
+from .ops.objective import attach_loss, balance_loss
+from .ops.plan import Plan, make_plan
+from .ops.relaxation import bridged_attention
+from .ops.router import Routes
 
 #: Name of the attention implementation. It must contain none of the substrings that transformers looks for ("flash",
 #: "sdpa", "paged", "flex_attention").

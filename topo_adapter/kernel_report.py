@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .backend import LIMITS, Operation, device_misfits, misfits
 from .errors import UnsupportedModelError
-from .gates import execution_device
+from .hf.gates import execution_device
 from .layer import CHILD, TopologyHost
+from .ops.backend import LIMITS, Operation, device_misfits, misfits
 
 
 def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:

@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import TopologyConfig
+from .core.passes import Passes
 from .errors import MergeError, UnsupportedModelError
-from .gates import Geometry, acting_arguments, eager_attention_of
-from .passes import Passes
-from .router import TopologyRouter
+from .hf.gates import Geometry, acting_arguments, eager_attention_of
+from .ops.router import TopologyRouter
 
 #: Name of the child module.
 CHILD = "topo_adapter"

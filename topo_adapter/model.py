@@ -21,7 +21,7 @@ from .entry import guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 from .fingerprint import fingerprint, same_base
 from .forward import install, uninstall
-from .gates import execution_device, find_full_attention, geometry_of
+from .hf.gates import execution_device, find_full_attention, geometry_of
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts
 
 

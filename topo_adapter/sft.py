@@ -2,7 +2,7 @@
 
 from trl import SFTTrainer
 
-from .training import TopologyTrainerMixin
+from .training.trainer import TopologyTrainerMixin
 
 
 class TopologySFTTrainer(TopologyTrainerMixin, SFTTrainer):

@@ -24,9 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topo_adapter import RecordedRoutes, TopologyConfigError, UnsupportedModelError
-from topo_adapter.gates import FULL, layer_kind
+from topo_adapter.core.visibility import always_density
+from topo_adapter.hf.gates import FULL, layer_kind
 from topo_adapter.layer import hosts
-from topo_adapter.visibility import always_density
 
 #: Name of the attention implementation; transformers looks for "flash", "sdpa", "paged", "flex_attention" in names.
 IMPLEMENTATION = "evaluation_baseline"

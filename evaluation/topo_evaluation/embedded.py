@@ -16,7 +16,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-from topo_adapter.recipe import text_windows
+from topo_adapter.training.data import text_windows
 
 #: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
 HELD_OUT_EVERY, SPLIT_SEED = 5, 0

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topo_adapter import TopologyConfig, measure_density, record_routes
-from topo_adapter.kl import logits_head, token_losses
-from topo_adapter.visibility import always_density
+from topo_adapter.core.visibility import always_density
+from topo_adapter.training.losses import logits_head, token_losses
 
 from .baselines import (
     Baseline,

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from topo_adapter.recipe import text_beginning
+from topo_adapter.training.data import text_beginning
 
 from .embedded import standard_library
 

@@ -28,7 +28,7 @@ class LocalPlan(Protocol):
 
 
 class Plan(LocalPlan, Protocol):
-    """A `LocalPlan` and, for R route heads, the balls: `topo_adapter.plan.Plan` is one.
+    """A `LocalPlan` and, for R route heads, the balls: `topo_adapter.ops.plan.Plan` is one.
 
     query_order, range_start, range_end: int32 `[B, R, T]`. Sorted query `i` is query `query_order[i]` and sees
         `key_order[range_start[i]:range_end[i]]`.

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
-from .forward import TopologyCall
-from .layer import active_layers, evaluating
-from .layout import SequenceLayout, contiguous_layout, layout_from_padding
-from .passes import Pass, during
-from .plan import make_plan
-from .records import Keys
-from .tree import address_to_digits, digits_to_address
-from .visibility import Visibility, per_head
+from ..core.layout import SequenceLayout, contiguous_layout, layout_from_padding
+from ..core.passes import Pass, during
+from ..core.records import Keys
+from ..core.tree import address_to_digits, digits_to_address
+from ..core.visibility import Visibility, per_head
+from ..errors import UnsupportedModelError
+from ..forward import TopologyCall
+from ..layer import active_layers, evaluating
+from ..ops.plan import make_plan
 
 
 @dataclass(frozen=True)

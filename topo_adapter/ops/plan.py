@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..core.layout import SequenceLayout
+from ..core.visibility import Visibility, per_head
 from .backend import kernels_serve, misfits
-from .layout import SequenceLayout
-from .visibility import Visibility, per_head
 
 _EXCLUDED = torch.iinfo(torch.int64).max
 
@@ -137,7 +137,7 @@ def build_plan(
     local_window: int,
     num_sink_tokens: int,
 ) -> Plan:
-    """The plan of a forward from balls, in torch; arguments as `topo_adapter.visibility.visible_pairs`."""
+    """The plan of a forward from balls, in torch; arguments as `topo_adapter.core.visibility.visible_pairs`."""
     tree = _sorted_tree(query_balls, key_ball, query, key, local_window, num_sink_tokens)
     local = _general_local_plan(query, key, local_window, num_sink_tokens)
     return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .errors import MergeError, UnsupportedModelError
-from .forward import TopologyCall
-from .layer import active_layers, hosts
-from .passes import Pass, during
-from .plan import Plan
-from .visibility import always_density
+from ..core.passes import Pass, during
+from ..core.visibility import always_density
+from ..errors import MergeError, UnsupportedModelError
+from ..forward import TopologyCall
+from ..layer import active_layers, hosts
+from ..ops.plan import Plan
 
 #: `density_report` warns above this ratio of realised to calibrated density.
 WARN_RATIO = 1.5

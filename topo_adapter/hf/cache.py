@@ -23,11 +23,11 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .backend import graph_is_recorded
-from .errors import CacheError
-from .layout import SequenceLayout, continued_layout
-from .records import Keys, Records, pack_records
-from .router import TopologyRouter
+from ..core.device import graph_is_recorded
+from ..core.layout import SequenceLayout, continued_layout
+from ..core.records import Keys, Records, pack_records
+from ..errors import CacheError
+from ..ops.router import TopologyRouter
 
 #: Names under which attention modules are handed their cache; newer ones are found by their type.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import graph_is_recorded, kernels_serve, misfits
-from .errors import TopologyConfigError
-from .tree import digits_to_address
-from .visibility import per_head
+from ..core.device import graph_is_recorded
+from ..core.tree import digits_to_address
+from ..core.visibility import per_head
+from ..errors import TopologyConfigError
+from .backend import kernels_serve, misfits
 
 if TYPE_CHECKING:
     from topo_kernels import PackedRouter

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .backend import sent
+from .device import sent
 from .layout import SequenceLayout, causal_pairs
 from .records import Keys
 from .tree import num_balls

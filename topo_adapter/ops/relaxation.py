@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..core.device import sent
+from ..core.scoring import Scoring
+from ..core.visibility import Visibility, per_head
 from .attention import hard_attention
-from .backend import device_misfits, kernels_serve, misfits, sent, warn_of_slow_training
+from .backend import device_misfits, kernels_serve, misfits, warn_of_slow_training
 from .plan import Plan, make_plan
 from .router import Routes
-from .scoring import Scoring
-from .visibility import Visibility, per_head
 
 #: A hidden key's logit may exceed the visible ones without limit: the derivative of the output in its mask, at 0, is
 #: `w (v_j - out)` with `w` its weight over the sum of theirs, but revealing it changes the output by `w / (1 + w)` of
@@ -30,7 +31,7 @@ def leaf_distributions(probs: Tensor, depth: int) -> list[Tensor]:
         probs: `[..., L, p]`, `L >= depth`.
 
     Returns:
-        One tensor `[..., p**d]` for each `d`; entry `b` belongs to ball `b` of `topo_adapter.tree.ball`. Products
+        One tensor `[..., p**d]` for each `d`; entry `b` belongs to ball `b` of `topo_adapter.core.tree.ball`. Products
         only, so the gradient is finite at one-hot input, where the gradient of `cumprod` divides by zero.
     """
     leaves = [probs.new_ones((*probs.shape[:-2], 1))]

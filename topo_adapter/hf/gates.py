@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .backend import graph_is_recorded
-from .errors import CacheError, UnsupportedModelError
+from ..core.device import graph_is_recorded
+from ..errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .forward import TopologyCall
+    from ..forward import TopologyCall
 
 _log = logging.getLogger("topo_adapter")
 

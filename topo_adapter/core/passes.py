@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .config import TopologyConfig
-    from .forward import Attention, TopologyCall
-    from .plan import Plan
-    from .router import TopologyRouter
+    from ..config import TopologyConfig
+    from ..forward import Attention, TopologyCall
+    from ..ops.plan import Plan
+    from ..ops.router import TopologyRouter
 
 
 class Pass:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 
-from .backend import graph_is_recorded
+from ..core.device import graph_is_recorded
+from ..core.scoring import Scoring
 from .plan import Plan
-from .scoring import Scoring
 
 _BLOCK = 128  # queries that are scored at once when sorted
 _SORTED_SCORE = 1.9  # cost of a score when sorted, in masked scores of the same 32 bits
@@ -30,7 +30,7 @@ _TABLE_ENTRIES = 2**23  # of one row of the mask for each ball; where there are 
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:
-    """`topo_adapter.attention.hard_attention` in torch: O(N) memory without gradients."""
+    """`topo_adapter.ops.attention.hard_attention` in torch: O(N) memory without gradients."""
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     only_sorted = learning or scoring.softcap is not None
     rows = []

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..core.scoring import Scoring
+from ..core.visibility import Visibility
 from .backend import kernels_serve, misfits
 from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
-from .scoring import Scoring
-from .visibility import Visibility
 
 
 def balance_loss(routes: Routes, real: Tensor) -> Tensor:

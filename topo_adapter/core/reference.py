@@ -9,7 +9,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale:
 
     Args:
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]` with `H` a multiple of `H_kv`; any float dtype.
-        visible: bool `[B, H, T, S]` (`topo_adapter.visibility.visible_pairs`).
+        visible: bool `[B, H, T, S]` (`topo_adapter.core.visibility.visible_pairs`).
         scale: factor on the scores before softmax.
 
     Returns:

@@ -42,17 +42,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .attention import hard_attention
-from .config import Calibration, TopologyConfig, VisibleDepth
-from .dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
-from .errors import MergeError, TopologyConfigError, UnsupportedModelError
-from .fingerprint import fingerprint
-from .forward import Attention, TopologyCall
-from .layer import TopologyHost, active_layers, evaluating
-from .passes import Pass, changed, during
-from .plan import make_plan
-from .scoring import Scoring
-from .visibility import always_density
+from ..config import Calibration, TopologyConfig, VisibleDepth
+from ..core.dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
+from ..core.passes import Pass, changed, during
+from ..core.scoring import Scoring
+from ..core.visibility import always_density
+from ..errors import MergeError, TopologyConfigError, UnsupportedModelError
+from ..fingerprint import fingerprint
+from ..forward import Attention, TopologyCall
+from ..layer import TopologyHost, active_layers, evaluating
+from ..ops.attention import hard_attention
+from ..ops.plan import make_plan
 
 _log = logging.getLogger("topo_adapter")
 

@@ -7,11 +7,11 @@ import numbers
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .errors import TopologyConfigError
+from ..errors import TopologyConfigError
 from .visibility import always_density
 
 if TYPE_CHECKING:
-    from .config import Calibration
+    from ..config import Calibration
 
 #: What a calibrated adapter runs at unless another density is asked for, at the calibrated length.
 DEFAULT_DENSITY = 0.17

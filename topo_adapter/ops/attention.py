@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..core.records import Keys, Records
+from ..core.scoring import Scoring
+from ..core.visibility import Visibility, per_head
 from .backend import Operation, kernels_serve, misfits
 from .plan import Plan
-from .records import Keys, Records
-from .scoring import Scoring
 from .torch_attention import scanned_attention, torch_attention
-from .visibility import Visibility, per_head
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,

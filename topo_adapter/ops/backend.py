@@ -116,13 +116,3 @@ def warn_of_slow_training(reasons: str) -> None:
         "topo_adapter.why_not(model) lists the reasons of all layers.",
         stacklevel=2,
     )
-
-
-def sent(values: Sequence[int], device: torch.device) -> Tensor:
-    """int32 `values` on a device, without waiting for what it is busy with as `torch.tensor(..., device=...)` does."""
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def graph_is_recorded() -> bool:
-    """Whether torch.compile or a CUDA graph records what runs, so that the host must not ask for values."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,1 @@
+"""What transformers hands an attention module: geometry, arguments, cache."""

@@ -1,0 +1,1 @@
+"""What an adapter does to a model: routes, density, and what each depth costs."""

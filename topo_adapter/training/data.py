@@ -1,0 +1,153 @@
+"""Rows of token ids, from whatever a user passes as a data set."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import TopologyConfigError
+from ..measuring.calibration import check_sequences
+from .trainer import active_configs
+
+
+def rows_of(
+    dataset: Iterable[Any],
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    length: int,
+    per_step: int,
+    needed: int,
+) -> tuple[Sequence[Any], bool]:
+    """Rows with `input_ids`, and whether they are windows cut from text here, not the data set's own.
+
+    Args:
+        dataset, tokenizer: as `distill`'s. model: whose tokenizer is loaded where none is given.
+        length: tokens of a window. per_step: rows of one step, the fewest to train on. needed: the most that are read.
+    """
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise TopologyConfigError(
+            f"dataset must be a datasets.Dataset or a list of texts, got {_short(dataset)}; "
+            "pass [text], or [Path(file).read_text()] for a file"
+        )
+    if isinstance(dataset, Mapping):
+        raise TopologyConfigError(
+            f"dataset must be one data set, got a {type(dataset).__name__} of {sorted(map(str, dataset))}; choose a "
+            "split: dataset['train']"
+        )
+    if isinstance(dataset, Tensor):
+        if dataset.ndim != 2 or dataset.dtype != torch.int64:
+            raise TopologyConfigError(
+                f"dataset must be int64 [rows, T] of token ids if it is a tensor, got {dataset.dtype} "
+                f"{list(dataset.shape)}"
+            )
+        return [{"input_ids": row} for row in dataset], False
+    rows = iter(dataset)
+    first = next(rows, None)
+    if first is None:
+        raise TopologyConfigError("dataset must have rows, got none")
+    if not isinstance(first, (str, Mapping)):
+        raise TopologyConfigError(
+            "dataset must have rows that are strings, or mappings with 'input_ids' or 'text', got "
+            f"{type(first).__name__}"
+        )
+    if not isinstance(first, str) and "input_ids" in first:
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            return dataset, False  # type: ignore[return-value]
+        return [first, *itertools.islice(rows, needed - 1)], False
+    if not isinstance(first, str) and "text" not in first:
+        raise TopologyConfigError(
+            f"dataset must have rows with 'input_ids' or 'text', or strings, got the columns {sorted(first)}"
+        )
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    texts = (_text_of(row, number) for number, row in enumerate(itertools.chain([first], rows)))
+    windows = text_windows(texts, tokenizer, length, needed)
+    if len(windows) < per_step:
+        raise TopologyConfigError(
+            f"dataset must have text for {per_step} windows of {length} tokens (one step), got "
+            f"{len(windows)}; add text or lower max_length"
+        )
+    return [{"input_ids": window} for window in windows], True
+
+
+def _text_of(row: Any, number: int) -> str:
+    text = row.get("text") if isinstance(row, Mapping) else row
+    if not isinstance(text, str):
+        raise TopologyConfigError(
+            f"dataset must have a text in every row, got {type(text).__name__} in row {number}; filter such rows out"
+        )
+    return text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text: its beginning-of-sequence token, or nothing."""
+    return [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
+
+
+def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Tensor]:
+    """Up to `count` windows of `length` tokens, int64, cut from the texts one after the other.
+
+    Each text ends with the tokenizer's end-of-text token, if it has one; empty texts are passed over. Each window
+    begins with the token that the tokenizer puts before a text, if it does: models that have always seen one read badly
+    without it (docs/log.md). Reads no more texts than it needs; a last part shorter than a window is left out.
+    """
+    windows: list[Tensor] = []
+    rest: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = text_beginning(tokenizer)
+    for text in texts:
+        if not text.strip():
+            continue
+        rest += tokenizer(text, verbose=False).input_ids + end
+        start = 0
+        while len(windows) < count:
+            missing = [] if rest[start : start + 1] == begin else begin
+            stop = start + length - len(missing)
+            if stop > len(rest):
+                break
+            windows.append(torch.tensor(missing + rest[start:stop]))
+            start = stop
+        rest = rest[start:]
+        if len(windows) == count:
+            break
+    return windows
+
+
+def rows_to_calibrate_on(rows: Sequence[Any], adapter: PeftModel, count: int, check_padding: bool) -> Tensor:
+    """The first rows, `[B, T]`, refused before training if they cannot be calibrated on."""
+    chosen = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(count, len(rows)))]
+    lengths = sorted({len(ids) for ids in chosen})
+    if len(lengths) > 1:
+        raise TopologyConfigError(
+            f"dataset must have rows of one length, got {lengths}; cut them into windows, or pass their text"
+        )
+    sequences = torch.stack(chosen)
+    for config in active_configs(adapter):
+        try:
+            check_sequences(sequences, config, adapter.get_base_model(), check_padding)
+        except TopologyConfigError as error:
+            raise TopologyConfigError(f"dataset must have rows that can be calibrated on: {error}") from None
+    return sequences
+
+
+def rows_to_train_on(rows: Sequence[Any], calibrated: int) -> Sequence[Any]:
+    """The rows after the first, which the dial is calibrated on; all of them where those are more than a tenth."""
+    if calibrated > len(rows) // 10:
+        return rows
+    rest = range(calibrated, len(rows))
+    # a datasets.Dataset stays one: the trainer drops its unused columns
+    return rows.select(rest) if hasattr(rows, "select") else Subset(rows, rest)  # type: ignore[arg-type]
