@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError
 from topo_adapter.core.dial import choose_depths
 from topo_adapter.measuring.calibration import calibrate
-from topo_adapter.training import kl, recipe
+from topo_adapter.training import data, kl, recipe
 from topo_adapter.training.data import text_windows
 from topo_adapter.training.recipe import DistillConfig, distill
 from topo_adapter.training.trainer import initialize_routers
@@ -311,7 +311,7 @@ class TestText:
             return text_windows(*args)
 
         monkeypatch.setattr(recipe, "calibrate", note)
-        monkeypatch.setattr(recipe, "text_windows", windows)
+        monkeypatch.setattr(data, "text_windows", windows)
         args = arguments(tmp_path, max_length=16, local_steps=steps, kl_steps=0, calibration_rows=5)
         distill(base(), ["w5 w6 w7 w8 " * 100], config(), args, processing_class=tokenizer())
         assert asked == [steps + 5] and measured[0].shape == (5, 16)
