@@ -9,7 +9,6 @@ end-to-end stage runs with gradient checkpointing.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 import time
@@ -71,7 +70,7 @@ def trainer(stage: str, model: Any, arguments: Arguments, length: int, folder: s
         report_to="none",
         disable_tqdm=True,
     )
-    kind: Any = DistillationTrainer if stage == "local" else functools.partial(KLTrainer, depths=(5, 5))
+    kind: Any = DistillationTrainer if stage == "local" else KLTrainer
     made: Trainer = kind(model=model, args=settings, train_dataset=rows, callbacks=[clock])
     return made
 

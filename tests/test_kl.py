@@ -31,6 +31,7 @@ from transformers import (
 
 from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError
 from topo_adapter.core.dial import choose_depths, expected_loss
+from topo_adapter.core.passes import ORDINARY
 from topo_adapter.core.visibility import always_density
 from topo_adapter.layer import hosts
 from topo_adapter.measuring.calibration import calibrate
@@ -41,7 +42,6 @@ from topo_adapter.training.kl import (
     _nearest_map,
     _weight,
     drawn_density,
-    drawn_depth,
     logits_head,
     next_tokens,
     token_losses,
@@ -168,17 +168,6 @@ class TestLogitsHead:
 
 
 class TestDraws:
-    @pytest.mark.parametrize("seed", [0, 7])
-    def test_each_block_visits_every_depth(self, seed: int) -> None:
-        drawn = [drawn_depth(seed, step, 2, 6) for step in range(50)]
-        blocks = [tuple(drawn[first : first + 5]) for first in range(0, 50, 5)]
-        assert all(sorted(block) == [2, 3, 4, 5, 6] for block in blocks)
-        assert len(set(blocks)) > 5
-        assert drawn == [drawn_depth(seed, step, 2, 6) for step in range(50)]
-
-    def test_one_depth(self) -> None:
-        assert {drawn_depth(0, step, 3, 3) for step in range(5)} == {3}
-
     def test_each_block_visits_every_stratum_of_densities(self) -> None:
         lowest, highest = 0.05, 0.8
         drawn = torch.tensor([drawn_density(3, step, lowest, highest) for step in range(160)], dtype=torch.float64)
@@ -194,8 +183,6 @@ class TestDraws:
     def test_are_functions_of_seed_and_step(self) -> None:
         draws = {seed: [drawn_density(seed, step, 0.1, 0.5) for step in range(16)] for seed in (0, 1)}
         assert draws[0] == [drawn_density(0, step, 0.1, 0.5) for step in range(16)] and draws[0] != draws[1]
-        depths = {seed: [drawn_depth(seed, step, 1, 4) for step in range(16)] for seed in (0, 1)}
-        assert depths[0] != depths[1]
 
     def test_one_density(self) -> None:
         assert drawn_density(0, 5, 0.3, 0.3) == pytest.approx(0.3)
@@ -261,7 +248,7 @@ ONE_STEP = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_sche
 
 def trainer_of(path: Path, model: nn.Module | None = None, **settings: Any) -> KLTrainer:
     """A trainer of a tiny adapter; settings of TrainingArguments and of the trainer are told apart here."""
-    own = {"depths", "densities", "calibration_rows", "kl_weight", "lm_weight", "train_dataset"}
+    own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "train_dataset"}
     own |= {"callbacks", "eval_dataset"}
     given = {name: settings.pop(name) for name in own & settings.keys()}
     model = adapter() if model is None else model
@@ -399,7 +386,6 @@ class TestAccumulation:
             trainer = trainer_of(
                 tmp_path,
                 adapter(**settings),
-                depths=(2, 2),
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=2 // batch,
                 callbacks=[Unscheduled()],
@@ -417,14 +403,14 @@ class TestAccumulation:
         padded = [{**row, "attention_mask": torch.full((LENGTH,), real)} for real in (1, 0)]
 
         def step(train_dataset: list[dict[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
-            return change(trainer_of(tmp_path, depths=(2, 2), train_dataset=train_dataset, **ONE_STEP, **settings))
+            return change(trainer_of(tmp_path, train_dataset=train_dataset, **ONE_STEP, **settings))
 
         assert_close(step(padded, gradient_accumulation_steps=2), step([row]))
 
     def test_the_price_of_density_is_part_of_the_gradient(self, tmp_path: Path) -> None:
         def step(density_weight: float) -> dict[str, Tensor]:
             model = adapter(density_weight=density_weight)
-            return change(trainer_of(tmp_path, model, depths=(2, 2), callbacks=[Unscheduled()], **ONE_STEP))
+            return change(trainer_of(tmp_path, model, callbacks=[Unscheduled()], **ONE_STEP))
 
         free, dear = step(0.0), step(3.0)
         assert max((dear[name] - value).abs().max() / value.abs().max() for name, value in free.items()) > 0.1
@@ -432,11 +418,8 @@ class TestAccumulation:
 
 class TestGradientCheckpointing:
     @pytest.mark.parametrize("use_reentrant", [True, False])
-    @pytest.mark.parametrize("draws", ["depths", "densities"])
-    def test_gradients_are_the_same(self, tmp_path: Path, use_reentrant: bool, draws: str) -> None:
-        drawn: dict[str, Any] = {"depths": (3, 3)}  # the config's own is 2
-        if draws == "densities":
-            drawn = {"densities": (0.7, 0.8), "calibration_rows": tokens(2, LENGTH, seed=3)}
+    def test_gradients_are_the_same(self, tmp_path: Path, use_reentrant: bool) -> None:
+        drawn: dict[str, Any] = {"densities": (0.7, 0.8), "calibration_rows": tokens(2, LENGTH, seed=3)}
 
         def step(**settings: Any) -> tuple[dict[str, Tensor], int]:
             model, runs = adapter(density_weight=1.0, visible_depth=2), []
@@ -469,7 +452,7 @@ class Watch(KLTrainer):
 
 
 def watch(path: Path, model: PeftModel, resume: str | None = None, **settings: Any) -> Watch:
-    own = ("depths", "densities", "calibration_rows", "callbacks")
+    own = ("densities", "calibration_rows", "callbacks")
     given = {name: settings.pop(name) for name in own if name in settings}
     trainer = Watch(model=model, args=arguments(path, **settings), train_dataset=rows(16), **given)
     trainer.train(resume_from_checkpoint=resume)
@@ -479,20 +462,14 @@ def watch(path: Path, model: PeftModel, resume: str | None = None, **settings: A
 class TestDraw:
     """What each training step runs at."""
 
-    def test_steps_have_the_drawn_depth(self, tmp_path: Path) -> None:
-        model = adapter(visible_depth={1: [2, 0, 3, 1]})
-        trainer = watch(tmp_path, model, depths=(2, 3), max_steps=6, gradient_accumulation_steps=2, seed=5)
-        drawn = [drawn_depth(5, step, 2, 3) for step in range(6)]
-        assert set(drawn) == {2, 3} and logged(trainer, "topology/visible_depth") == drawn
-        seen = [(step, depths) for step, depths, _ in trainer.seen]
-        assert seen == [(step, {1: [d, 0, d, d]}) for step, d in enumerate(drawn) for _ in range(2)]
+    def test_without_densities_steps_have_the_config_s_depths(self, tmp_path: Path) -> None:
+        depths = {1: [2, 0, 3, 1]}
+        model = adapter(visible_depth=depths)
+        trainer = watch(tmp_path, model, max_steps=3, gradient_accumulation_steps=2)
+        assert [seen for _, seen, _ in trainer.seen] == [depths] * 6
         config = model.peft_config["default"]
-        assert config.visible_depth == {1: [2, 0, 3, 1]} and config.gumbel_noise is True
+        assert config.visible_depth == depths and config.gumbel_noise is True
         assert config.calibration is None  # nothing measured where nothing needs it
-
-    def test_all_depths_are_drawn_by_default(self, tmp_path: Path) -> None:
-        trainer = watch(tmp_path, adapter(), max_steps=3)
-        assert {depths for _, depths, _ in trainer.seen} == {1, 2, 3}
 
     def test_steps_have_the_map_of_the_drawn_density(self, tmp_path: Path) -> None:
         model = adapter(visible_depth={0: 1})
@@ -609,7 +586,8 @@ class TestDraw:
         model = adapter(visible_depth=2, density_weight=0.4)
         model.get_base_model().lm_head.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            watch(tmp_path, model, depths=(3, 3))
+            watch(tmp_path, model)
+        assert hosts(model)[0].passes.current() is ORDINARY
         config = model.peft_config["default"]
         assert config.visible_depth == 2 and config.gumbel_noise is True and config.density_weight == 0.4
         assert len(model.get_base_model().lm_head._forward_pre_hooks) == 0
@@ -652,19 +630,15 @@ class TestCalibration:
 
 
 class TestResume:
-    @pytest.mark.parametrize("draws", ["depths", "densities"])
-    def test_goes_on_as_it_would_have(self, tmp_path: Path, draws: str) -> None:
+    def test_goes_on_as_it_would_have(self, tmp_path: Path) -> None:
         settings: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 0.03}
-        name = "topology/visible_depth"
-        if draws == "densities":
-            name = "topology/target_density"
-            settings |= {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9)}
+        settings |= {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9)}
 
         whole = watch(tmp_path, adapter(), **settings)
         resumed = watch(tmp_path, adapter(), str(tmp_path / "checkpoint-4"), **settings)
         assert [step for step, _, _ in resumed.seen] == [4, 5, 6, 7]
         assert resumed.seen == whole.seen[4:]
-        for key in (name, "loss", "kl"):
+        for key in ("topology/target_density", "loss", "kl"):
             assert logged(resumed, key) == logged(whole, key)
         expected, after = router_parameters(whole.model), router_parameters(resumed.model)
         fresh = router_parameters(adapter())
@@ -681,7 +655,6 @@ class TestTraining:
         trainer = trainer_of(
             tmp_path,
             model,
-            depths=(2, 2),
             max_steps=40,
             per_device_train_batch_size=4,
             learning_rate=0.02,
@@ -696,7 +669,7 @@ class TestTraining:
         assert model.peft_config["default"].homotopy == 1.0
 
     def test_logs_kl_and_language_model_loss(self, tmp_path: Path) -> None:
-        settings = {"kl_weight": 2.0, "lm_weight": 0.5, "logging_steps": 2, "max_steps": 4, "depths": (2, 2)}
+        settings = {"kl_weight": 2.0, "lm_weight": 0.5, "logging_steps": 2, "max_steps": 4}
         trainer = trainer_of(tmp_path, gradient_accumulation_steps=2, **settings)
         trainer.train()
         loss, kl, lm = (logged(trainer, name) for name in ("loss", "kl", "lm"))
@@ -738,7 +711,7 @@ class TestTraining:
 
     def test_half_precision(self, tmp_path: Path) -> None:
         def loss(**settings: Any) -> float:
-            trainer = trainer_of(tmp_path, depths=(2, 2), **settings)
+            trainer = trainer_of(tmp_path, **settings)
             trainer.train()
             return logged(trainer, "loss")[0]
 
@@ -750,7 +723,6 @@ class TestTraining:
         trainer = trainer_of(
             tmp_path,
             model,
-            depths=(1, 2),
             max_steps=2,
             learning_rate=0.1,
             eval_strategy="steps",
@@ -800,10 +772,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"depths": (0, 2)}, r"1 <= lowest <= highest <= 3 .*got \(0, 2\)"),
-            ({"depths": (1, 4)}, r"got \(1, 4\)"),
-            ({"depths": (3, 2)}, r"got \(3, 2\)"),
-            ({"depths": (1, 2), "densities": (0.1, 0.2)}, "depths must be None"),
             ({"densities": (0.0, 0.2)}, "densities must be"),
             ({"densities": (0.3, 0.2)}, "densities must be"),
             ({"densities": (0.3, 1.2)}, "densities must be"),

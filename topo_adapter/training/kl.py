@@ -36,29 +36,19 @@ _MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose nex
 TEMPERATURES = (2.0, 0.5)
 
 
-def drawn_depth(seed: int, step: int, lowest: int, highest: int) -> int:
-    """The visible depth of a training step, uniform over `lowest..highest`.
+def drawn_density(seed: int, step: int, lowest: float, highest: float) -> float:
+    """The density of a training step, log-uniform in `[lowest, highest]`.
 
     A function of its arguments alone, so every process draws alike and a resumed run goes on as it would have. Each
-    run of `highest - lowest + 1` steps visits every depth once, in an order of its own: logs over several steps
-    stay comparable.
+    run of 8 steps has a density of each eighth of the range, in an order of its own: logs over several steps stay
+    comparable.
     """
-    return lowest + _drawn(seed, step, highest - lowest + 1)
-
-
-def drawn_density(seed: int, step: int, lowest: float, highest: float) -> float:
-    """The density of a training step, log-uniform in `[lowest, highest]`; drawn as `drawn_depth` is, from 8 strata."""
+    block, index = divmod(step, _STRATA)
+    strata = list(range(_STRATA))
+    random.Random(f"{seed}/{block}").shuffle(strata)  # a string seeds alike on every platform and in every process
     offset = random.Random(f"{seed}/{step}/density").random()
-    share = (_drawn(seed, step, _STRATA) + offset) / _STRATA
+    share = (strata[index] + offset) / _STRATA
     return lowest * (highest / lowest) ** share
-
-
-def _drawn(seed: int, step: int, count: int) -> int:
-    """One of `0..count - 1`: each run of `count` steps has each once, in an order of its own."""
-    choices = list(range(count))
-    block, index = divmod(step, count)
-    random.Random(f"{seed}/{block}").shuffle(choices)  # a string seeds alike on every platform and in every process
-    return choices[index]
 
 
 class TrainAt(Pass):
@@ -74,16 +64,6 @@ class TrainAt(Pass):
 
     def in_force(self, config: TopologyConfig) -> TopologyConfig:
         return self._in_force.get(id(config), config)
-
-
-def _at_depth(configured: VisibleDepth, depth: int) -> VisibleDepth:
-    """`depth` everywhere but in the heads that a depth map keeps dense."""
-    if not isinstance(configured, dict):
-        return depth
-    return {
-        layer: [depth if d else 0 for d in depths] if isinstance(depths, list) else (depth if depths else 0)
-        for layer, depths in configured.items()
-    }
 
 
 class _Map(NamedTuple):
@@ -163,15 +143,13 @@ class KLTrainer(TopologyTrainerMixin):
     The price of density is the config's `density_weight`, or what the dial saves by more density at the step's map,
     where that is less.
 
-    Without `densities` each step has one visible depth for all heads (`drawn_depth`), but for those that a
-    `visible_depth` map keeps at 0. Any tokenised text will do; padding (`attention_mask` `[B, T]`) carries no loss,
-    packed documents are told by `position_ids`.
+    Without `densities` each step trains the config's own `visible_depth`. Any tokenised text will do; padding
+    (`attention_mask` `[B, T]`) carries no loss, packed documents are told by `position_ids`.
 
     Evaluation reports the same loss at the config's own `visible_depth`.
 
     Args:
-        depths: lowest and highest depth to draw, `1 <= lowest <= highest <= config.depth`; None is all of them.
-        densities: lowest and highest density to draw instead, `0 < lowest <= highest <= 1`, at the length of
+        densities: lowest and highest density to draw, `0 < lowest <= highest <= 1`, at the length of
             `calibration_rows`; a density below that of the sparsest map is trained at the sparsest.
         calibration_rows: int64 `[B, T]`, needed with `densities`: what `calibrate` measures on, and its
             `check_padding`.
@@ -187,7 +165,6 @@ class KLTrainer(TopologyTrainerMixin):
     def __init__(
         self,
         *args: Any,
-        depths: tuple[int, int] | None = None,
         densities: tuple[float, float] | None = None,
         calibration_rows: Tensor | None = None,
         check_padding: bool = True,
@@ -197,21 +174,12 @@ class KLTrainer(TopologyTrainerMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         if densities is not None:
-            if depths is not None:
-                raise TopologyConfigError(f"depths must be None where densities are drawn, got {depths}")
             if not 0 < densities[0] <= densities[1] <= 1:
                 raise TopologyConfigError(
                     f"densities must be lowest and highest with 0 < lowest <= highest <= 1, got {densities}"
                 )
             if calibration_rows is None:
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
-        deepest = min(config.depth for config in active_configs(self.model))
-        lowest, highest = (1, deepest) if depths is None else depths
-        if not 1 <= lowest <= highest <= deepest:
-            raise TopologyConfigError(
-                f"depths must be lowest and highest with 1 <= lowest <= highest <= {deepest} (the config's depth), "
-                f"got {depths}"
-            )
         for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight)):
             if not 0 <= weight < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
@@ -222,7 +190,7 @@ class KLTrainer(TopologyTrainerMixin):
                 f"model must be a PeftModel, got {type(self.model).__name__}: the teacher is the model with its "
                 "adapter disabled; see get_peft_model"
             )
-        self.depths, self.kl_weight, self.lm_weight = (lowest, highest), kl_weight, lm_weight
+        self.kl_weight, self.lm_weight = kl_weight, lm_weight
         self.densities, self.calibration_rows, self.check_padding = densities, calibration_rows, check_padding
         if densities is not None and calibration_rows is not None:
             _warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
@@ -248,9 +216,7 @@ class KLTrainer(TopologyTrainerMixin):
         configs = active_configs(model)
         step = self.state.global_step
         if self.densities is None:
-            depth = drawn_depth(self.args.seed, step, *self.depths)
-            self._drawn = {"topology/visible_depth": float(depth)}
-            maps = [_Map(_at_depth(config.visible_depth, depth), config.density_weight) for config in configs]
+            maps = [_Map(config.visible_depth, config.density_weight) for config in configs]
         else:
             self._calibrate(step)
             density = drawn_density(self.args.seed, step, *self.densities)
