@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topo_adapter.core.layout import SequenceLayout, contiguous_layout
 from topo_adapter.core.records import Records, pack_records
+from topo_adapter.core.rule import Rule
 
 MAX_LEAVES = 4096
 DECODE_LEAVES = 256  # of the default depth, one byte per key and route
@@ -67,8 +68,8 @@ class Inputs:
     v: Tensor
     query_address: Tensor
     key_address: Tensor
-    balls: Tensor
     layout: SequenceLayout
+    rule: Rule
 
 
 def random_addresses(
@@ -109,7 +110,7 @@ def prefill_inputs(case: Case) -> Inputs:
         v=normal(batch, layer.kv_heads, length, layer.head_dim),
         query_address=addresses(),
         key_address=addresses(),
-        balls=torch.full((case.routes,), case.balls, dtype=torch.int32, device=layer.device),
+        rule=Rule(case.balls, 1, (1,) * layer.heads, case.routes, layer.window, layer.sinks),  # a tree of one level
         layout=contiguous_layout(batch, length, layer.device),
     )
 

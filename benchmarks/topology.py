@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topo_adapter.core.layout import SequenceLayout, contiguous_layout
 from topo_adapter.core.records import Keys, Records
+from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.visibility import Visibility
 from topo_adapter.ops.attention import hard_attention
@@ -57,10 +58,8 @@ def route(hidden: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
 
 def plan_for(inputs: Inputs) -> Any:
     """The plan of one layer. Windows are the same in all layers of a forward, which share the layout: made once."""
-    case, layer, layout = inputs.case, inputs.case.layer, inputs.layout
-    tree = case.balls, 1, (1,) * layer.heads  # of one level
-    keys, rule = Keys(inputs.key_address, layout), (layer.window, layer.sinks)
-    return make_plan(Visibility(inputs.query_address[:, :, None], layout, keys, *tree, *rule, lambda *_: inputs.balls))
+    keys = Keys(inputs.key_address, inputs.layout)
+    return make_plan(Visibility(inputs.query_address[:, :, None], inputs.layout, keys, inputs.rule))
 
 
 def shared_plan(inputs: Inputs) -> Any:
@@ -138,6 +137,6 @@ def distillation_step(q: Tensor, k: Tensor, query_logits: Tensor, key_logits: Te
     routes = Routes(relax(query_logits, 1.0, False), relax(key_logits, 1.0, False))
     layout = contiguous_layout(q.shape[0], q.shape[2], q.device)
     nowhere = torch.zeros(q.shape[0], q.shape[1], 1, q.shape[2], device=q.device)  # the loss asks for no address
-    keys, rule = Keys(nowhere[:, :, 0], layout), (layer.window, layer.sinks)
-    visibility = Visibility(nowhere, layout, keys, 2, query_logits.shape[-2], (0,) * q.shape[1], *rule)
+    rule = Rule(2, query_logits.shape[-2], (0,) * q.shape[1], q.shape[1], layer.window, layer.sinks)
+    visibility = Visibility(nowhere, layout, Keys(nowhere[:, :, 0], layout), rule)
     return distillation_loss(q, k, routes, visibility, Scoring(layer.scale), num_queries=q.shape[2])

@@ -14,6 +14,7 @@ from topo_adapter.core.layout import (
     layout_from_position_ids,
 )
 from topo_adapter.core.records import Keys
+from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.visibility import Visibility, per_head
 from topo_adapter.ops.attention import hard_attention
@@ -109,11 +110,14 @@ class Problem:
             visits if self.more_visits is None else torch.cat([visits, self.more_visits], 2),
             self.query,
             Keys(key, self.key),
-            self.arity,
-            self.routes.query.probs.shape[-2],
-            tuple(depths),
-            self.window,
-            self.sinks,
+            Rule(
+                self.arity,
+                self.routes.query.probs.shape[-2],
+                tuple(depths),
+                query.shape[1],
+                self.window,
+                self.sinks,
+            ),
         )
 
     def balls(self) -> tuple[Tensor, Tensor]:

@@ -275,7 +275,7 @@ def decode(problem: Problem, count: int, softcap: float | None = None) -> Tensor
     """The last tokens of a problem whose routes are the `R` query heads, the others cached."""
     last = problem.asking(slice(-count, None))
     visibility = last.visibility()
-    records = pack_records(visibility.keys.address, problem.key, problem.arity**visibility.levels)
+    records = pack_records(visibility.keys.address, problem.key, problem.arity**visibility.rule.levels)
     return decode_attention(
         last.q, last.k, last.v, replace(visibility, keys=Keys(records=records)), last.scoring(softcap)
     )

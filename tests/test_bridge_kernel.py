@@ -25,6 +25,7 @@ import topo_kernels.leaves
 from topo_adapter import TopologyConfig, initialize_routers
 from topo_adapter.core.layout import SequenceLayout, causal_pairs
 from topo_adapter.core.records import Keys
+from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.tree import digits_to_address
 from topo_adapter.core.visibility import Visibility, always_visible, visible_pairs
@@ -178,11 +179,7 @@ def definition(problem: Problem) -> dict[str, Tensor]:
             problem.query_ball[:, :, None],
             problem.layout,
             Keys(problem.key_ball, problem.layout),
-            arity,
-            levels,
-            (levels,) * case.heads,
-            case.window,
-            case.sinks,
+            Rule(arity, levels, (levels,) * case.heads, problem.query_ball.shape[1], case.window, case.sinks),
         ),
         Scoring(**problem.options),
         homotopy=1.0,

@@ -30,6 +30,7 @@ from topo_adapter import (
 )
 from topo_adapter.core.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.core.records import Keys
+from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.visibility import Visibility
 from topo_adapter.ops.attention import hard_attention
@@ -220,7 +221,7 @@ def problem(length: int = 50) -> tuple[Tensor, ...]:
 
 
 def visibility(query: Tensor, key: Tensor, layout: SequenceLayout, depths: tuple[int, ...]) -> Visibility:
-    return Visibility(query[:, :, None], layout, Keys(key, layout), 2, 3, depths, 4, 2)
+    return Visibility(query[:, :, None], layout, Keys(key, layout), Rule(2, 3, depths, query.shape[1], 4, 2))
 
 
 def test_plain_dense_heads_are_sdpa(kernels: None) -> None:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .config import TopologyConfig
-from .core.device import graph_is_recorded, sent
+from .core.device import graph_is_recorded
 from .core.layout import (
     SequenceLayout,
     contiguous_layout,
@@ -131,12 +131,12 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     if dense and not (training or purpose.needs_probabilities or purpose.needs_addresses):
         return None
 
-    depths = host.depths(config)
+    rule = host.rule(config, router.num_heads, keep=merged)
     differentiable = purpose.needs_probabilities or (
         not merged and not purpose.needs_addresses and torch.is_grad_enabled()
     )
     chosen, routed = None, True
-    choosing = any(0 < depth <= config.depth for depth in depths)
+    choosing = any(0 < depth <= rule.levels for depth in rule.depths)
     if not (differentiable or training or purpose.needs_addresses or choosing):
         routed = False  # every head is dense or has no tree: nobody asks for addresses
         batch, length = hidden_states.shape[:2]
@@ -164,21 +164,8 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     # cached keys have addresses only: no bridge to them
     routes = chosen if differentiable and (records is None or records.empty) else None
     keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-    visibility = Visibility(
-        query_address[:, :, None],
-        query,
-        keys,
-        config.arity,
-        config.depth,
-        tuple(depths),
-        config.local_window,
-        config.num_sink_tokens,
-        # every step of training may have a map of its own: not to be kept
-        host.on_device if merged else sent,
-    )
-    call = TopologyCall(host, purpose, config, visibility, routes, merged, training, mask)
-    purpose.routed(call, query_address, key_address)
-    return call
+    visibility = Visibility(query_address[:, :, None], query, keys, rule)
+    return TopologyCall(host, purpose, config, visibility, routes, merged, training, mask)
 
 
 def _layout(
@@ -240,15 +227,21 @@ class Attention:
         """What the model runs without a topology, and its attention weights if it returns them."""
         return base_attention(self.module)(self.module, self.query, self.key, self.value, self.mask, **self.kwargs)
 
-    def hard(self) -> Tensor:
-        """The hard topology: a few new tokens scan the cache, longer chunks sort it."""
+    @property
+    def scans_cache(self) -> bool:
+        """Whether the hard topology is executed without a plan."""
+        return serves_decode(self.query, self.key, self.value, self.call.visibility.keys.records)
+
+    def hard(self, plan: Plan | None = None) -> Tensor:
+        """The hard topology: a few new tokens scan the cache, longer chunks sort it.
+
+        plan: of the visibility, if there is one already.
+        """
         tensors, visibility = (self.query, self.key, self.value), self.call.visibility
-        if serves_decode(*tensors, visibility.keys.records):
+        if plan is None and self.scans_cache:
             out = decode_attention(*tensors, visibility, self.scoring)
         else:
-            plan = make_plan(visibility)
-            self.call.purpose.planned(self.call, plan)
-            out = hard_attention(*tensors, plan, self.scoring)
+            out = hard_attention(*tensors, make_plan(visibility) if plan is None else plan, self.scoring)
         return out.transpose(1, 2).contiguous()
 
     def bridged(self, plan: Plan | None = None, detached: bool = False) -> tuple[Tensor, Tensor]:

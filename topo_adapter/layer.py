@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import TopologyConfig
 from .core.passes import Passes
+from .core.rule import Rule
 from .errors import MergeError, UnsupportedModelError
 from .hf.gates import Geometry, acting_arguments, eager_attention_of
 from .ops.router import TopologyRouter
@@ -70,7 +71,7 @@ class TopologyHost(nn.Module):
         self.passes = Passes()
         self.schedule = Schedule()
         self.unused: set[str] = set()  # adapters that were never loaded nor in force
-        self._constants: dict[tuple[int, ...], Tensor] = {}
+        self._rules: dict[tuple[Any, ...], Rule] = {}
 
     def in_force(self) -> InForce | None:
         """None if the base is to run."""
@@ -85,11 +86,18 @@ class TopologyHost(nn.Module):
         """Visible depth of each query head."""
         return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
 
-    def on_device(self, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """int32 constants, kept: a copy from the host may not be recorded in a graph."""
-        known = self._constants.get(values)
-        if known is None or known.device != device:
-            known = self._constants[values] = torch.tensor(values, dtype=torch.int32, device=device)
+    def rule(self, config: TopologyConfig, routes: int, keep: bool) -> Rule:
+        """What a configuration makes visible here.
+
+        routes: of the router. keep: for the forwards that follow, whose depths stay, as in training they do not.
+        """
+        window = config.local_window, config.num_sink_tokens
+        values = config.arity, config.depth, tuple(self.depths(config)), routes, *window
+        known = self._rules.get(values)
+        if known is None:
+            known = Rule(*values)
+            if keep:
+                self._rules[values] = known
         return known
 
 

@@ -18,8 +18,7 @@ from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from ..config import TopologyConfig
-    from ..forward import Attention, TopologyCall
-    from ..ops.plan import Plan
+    from ..forward import Attention
     from ..ops.router import TopologyRouter
 
 
@@ -42,12 +41,6 @@ class Pass:
 
     def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
         """A layer's router is about to see its hidden states `[B, T, hidden_size]`; inputs: the module's, by name."""
-
-    def routed(self, call: TopologyCall, query_address: Tensor, key_address: Tensor) -> None:
-        """A layer has addresses of its new tokens, int `[B, R, T]` each."""
-
-    def planned(self, call: TopologyCall, plan: Plan) -> None:
-        """A layer is about to execute a plan."""
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         """The attention's output `[B, T, H, D]`, and weights if the base returns any."""

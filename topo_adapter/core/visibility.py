@@ -8,16 +8,15 @@ kernels - is tested against this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .device import sent
 from .layout import SequenceLayout, causal_pairs
 from .records import Keys
-from .tree import num_balls
+from .rule import Rule
 
 
 def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
@@ -75,25 +74,17 @@ class Visibility:
         visits: integer `[B, R, m, T]`, the leaves whose balls a query sees, -1 for none. `R` routes are the query
             heads' or, each shared by as many query heads, the KV heads'.
         query: layout of the `T` queries. keys: addresses `[B, R, S]` and layout of the `S` keys.
-        arity, levels: `p`, `L`. depths: visible depth of each query head, in `0..L + 1`; 0 is one ball that holds all,
-            at `L + 1` a query is in no key's ball.
-        local_window: >= 1. num_sink_tokens: >= 0.
-        on_device: makes int32 tensors of host constants.
+        rule: tree, depths, window and sinks; for `R` routes.
     """
 
     visits: Tensor
     query: SequenceLayout
     keys: Keys
-    arity: int
-    levels: int
-    depths: tuple[int, ...]
-    local_window: int
-    num_sink_tokens: int
-    on_device: Callable[[tuple[int, ...], torch.device], Tensor] = sent
+    rule: Rule
 
     def at(self, depths: Sequence[int]) -> Visibility:
         """The same at other depths."""
-        return replace(self, depths=tuple(depths))
+        return replace(self, rule=self.rule.at(depths))
 
     def of_rows(self, rows: slice | Tensor) -> Visibility:
         """Some queries, all keys."""
@@ -102,37 +93,22 @@ class Visibility:
 
     def by_head(self) -> Visibility:
         """With one route for each query head."""
-        heads = len(self.depths)
-        if self.visits.shape[1] == heads:
+        heads = len(self.rule.depths)
+        if self.rule.routes == heads:
             return self
         keys = Keys(per_head(self.keys.address, heads), self.keys.layout)
-        return replace(self, visits=per_head(self.visits, heads), keys=keys)
-
-    @property
-    def route_depths(self) -> list[int]:
-        """Visible depth of each route, or of each query head where depths differ within a route."""
-        routes, heads = self.visits.shape[1], len(self.depths)
-        shared = list(self.depths[:: heads // routes])
-        same = all(depth == shared[h // (heads // routes)] for h, depth in enumerate(self.depths))
-        return shared if same else list(self.depths)
-
-    @property
-    def ball_sizes(self) -> tuple[int, ...]:
-        """Addresses modulo these, one for each of `route_depths`, are balls."""
-        return tuple(num_balls(self.arity, self.levels, depth) for depth in self.route_depths)
+        return replace(self, visits=per_head(self.visits, heads), keys=keys, rule=self.rule.by_head())
 
     def route_visits(self) -> Tensor:
-        """Visits `[B, r, m, T]` for each of `route_depths`; below the leaves one that no key has."""
-        depths = self.route_depths
-        visits = per_head(self.visits, len(depths))
-        if max(depths) <= self.levels:
+        """Visits `[B, r, m, T]` for each of the rule's `route_depths`; below the leaves one that no key has."""
+        visits = per_head(self.visits, len(self.rule.route_depths))
+        if not self.rule.below_the_leaves:
             return visits
-        nowhere = tuple(self.arity**self.levels if depth > self.levels else -1 for depth in depths)
-        return torch.maximum(visits, self.on_device(nowhere, visits.device)[:, None, None])
+        return torch.maximum(visits, self.rule.nowhere_on(visits.device)[:, None, None])
 
     def balls(self) -> tuple[Tensor, Tensor]:
-        """Balls of queries `[B, r, m, T]`, -1 for none, and of keys `[B, r, S]`, for each of `route_depths`."""
-        sizes = self.on_device(self.ball_sizes, self.visits.device)[:, None]
+        """Balls of queries `[B, r, m, T]`, -1 for none, and of keys `[B, r, S]`, for each of the `route_depths`."""
+        sizes = self.rule.sizes_on(self.visits.device)[:, None]
         visits, address = self.route_visits(), per_head(self.keys.address, len(sizes))
         return torch.where(visits < 0, -1, visits % sizes[:, None]), address % sizes
 
@@ -142,11 +118,11 @@ class Visibility:
 
     def always(self) -> Tensor:
         """bool `[B, T, S]`: visible whatever the addresses are."""
-        return always_visible(self.query, self.keys.layout, self.local_window, self.num_sink_tokens)
+        return always_visible(self.query, self.keys.layout, *self.rule.window_and_sinks)
 
     def mask(self) -> Tensor:
-        """bool `[B, r, T, S]`, for each of `route_depths`: `visible_pairs`."""
-        return visible_pairs(*self.balls(), self.query, self.keys.layout, self.local_window, self.num_sink_tokens)
+        """bool `[B, r, T, S]`, for each of the `route_depths`: `visible_pairs`."""
+        return visible_pairs(*self.balls(), self.query, self.keys.layout, *self.rule.window_and_sinks)
 
 
 def per_head(x: Tensor, heads: int, dim: int = 1) -> Tensor:

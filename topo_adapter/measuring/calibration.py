@@ -244,7 +244,9 @@ class Calibrate(Pass):
         return changed(config, visible_depth=self.depths, homotopy=1.0)
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        out, weights = (attention.bridged()[0], None) if any(attention.call.visibility.depths) else attention.base()
+        out, weights = (
+            (attention.bridged()[0], None) if any(attention.call.visibility.rule.depths) else attention.base()
+        )
         if out.requires_grad:  # not of the dense reference, nor the first of reentrant checkpointing's two forwards
             out.register_hook(self._observer(attention, out.detach()))
         return out, weights
@@ -422,7 +424,7 @@ def _density_and_loss(
         density = (plan.visible_count() / plan.causal_count()).double()
         density = density.repeat_interleave(heads // density.numel())
         loss = torch.zeros_like(density)
-        if d or any(call.visibility.depths):
+        if d or any(call.visibility.rule.depths):
             change = hard_attention(query, key, value, plan, scoring).transpose(1, 2).to(exact) - own.to(exact)
             for number, gradient in enumerate(gradients):
                 moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]

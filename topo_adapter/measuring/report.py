@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.passes import Pass, during
 from ..core.visibility import always_density
 from ..errors import MergeError, UnsupportedModelError
-from ..forward import TopologyCall
+from ..forward import Attention, TopologyCall
 from ..layer import active_layers, hosts
-from ..ops.plan import Plan
+from ..ops.plan import Plan, make_plan
 
 #: `density_report` warns above this ratio of realised to calibrated density.
 WARN_RATIO = 1.5
@@ -87,14 +87,21 @@ def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
 
 
 class _CountDensity(Pass):
-    def planned(self, call: TopologyCall, plan: Plan) -> None:
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        if not attention.call.hard or attention.scans_cache:
+            return attention.topology()
+        plan = make_plan(attention.call.visibility)
+        self._count(attention.call, plan)
+        return attention.hard(plan), None
+
+    def _count(self, call: TopologyCall, plan: Plan) -> None:
         """Add visible, expected and causal pairs of a mean head, float64 `[3]`; nothing waits for the device."""
         calibration = call.config.calibration
         assert calibration is not None  # recording_density has looked
         density = calibration["density"][call.host.geometry.layer]
         length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
         near = always_density(length, window, sinks)
-        revealed = sum(values[d] for values, d in zip(density, call.visibility.depths, strict=True)) / len(density)
+        revealed = sum(values[d] for values, d in zip(density, call.visibility.rule.depths, strict=True)) / len(density)
         share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
         visible, causal = plan.visible_count().mean(), plan.causal_count()
         local = visible - plan.far_count().mean()

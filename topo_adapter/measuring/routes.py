@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ..core.layout import SequenceLayout, contiguous_layout, layout_from_padding
 from ..core.passes import Pass, during
 from ..core.records import Keys
+from ..core.rule import Rule
 from ..core.tree import address_to_digits, digits_to_address
 from ..core.visibility import Visibility, per_head
 from ..errors import UnsupportedModelError
-from ..forward import TopologyCall
+from ..forward import Attention
 from ..layer import active_layers, evaluating
 from ..ops.plan import make_plan
 
@@ -34,8 +35,9 @@ class RecordedRoutes:
     def visibility(self, layout: SequenceLayout, arity: int, local_window: int, num_sink_tokens: int) -> Visibility:
         """Who sees whom of these tokens."""
         keys = Keys(digits_to_address(self.key_digits, arity), layout)
-        tree = arity, self.key_digits.shape[-1], tuple(self.visible_depth.tolist())
-        return Visibility(self.visits, layout, keys, *tree, local_window, num_sink_tokens)
+        depths = tuple(self.visible_depth.tolist())
+        rule = Rule(arity, self.key_digits.shape[-1], depths, len(depths), local_window, num_sink_tokens)
+        return Visibility(self.visits, layout, keys, rule)
 
     def balls(self, arity: int) -> tuple[Tensor, Tensor]:
         """Balls at the visible depths, of the queries' visits int64 `[B, H, m, T]`, -1 for none, and of the keys
@@ -52,13 +54,14 @@ class Record(Pass):
     def __init__(self) -> None:
         self.routes: dict[int, RecordedRoutes] = {}
 
-    def routed(self, call: TopologyCall, query_address: Tensor, key_address: Tensor) -> None:
-        depths, tree = call.visibility.depths, (call.config.arity, call.config.depth)
-        query, key = (per_head(address_to_digits(x, *tree), len(depths)) for x in (query_address, key_address))
-        visits = per_head(call.visibility.visits.long(), len(depths))
-        self.routes[call.host.geometry.layer] = RecordedRoutes(
-            query, key, torch.tensor(depths, device=query.device), visits
-        )
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        seen = attention.call.visibility
+        rule, depths = seen.rule, torch.tensor(seen.rule.depths, device=seen.visits.device)
+        visits = per_head(seen.visits.long(), len(depths))
+        key = per_head(address_to_digits(seen.keys.address, rule.arity, rule.levels), len(depths))
+        query = address_to_digits(visits[:, :, 0], rule.arity, rule.levels)
+        self.routes[attention.call.host.geometry.layer] = RecordedRoutes(query, key, depths, visits)
+        return attention.topology()
 
 
 @torch.no_grad()

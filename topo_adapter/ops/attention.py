@@ -82,7 +82,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         return scanned_attention(q, k, v, seen.mask(), query.real, seen.keys.layout.real, scoring)
     from topo_kernels import decode_attention as kernel
 
-    visits, sizes = visibility.route_visits()[:, :, 0], visibility.ball_sizes
+    visits, rule = visibility.route_visits()[:, :, 0], visibility.rule
     return kernel(
         q,
         k,
@@ -90,11 +90,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         visits,
         query.position,
         query.document,
-        per_head(records.address, len(sizes), dim=2),
+        per_head(records.address, len(rule.route_depths), dim=2),
         records.position,
         records.document,
-        visibility.on_device(sizes, visits.device),
+        rule.sizes_on(visits.device),
         scoring,
-        local_window=visibility.local_window,
-        num_sink_tokens=visibility.num_sink_tokens,
+        local_window=rule.local_window,
+        num_sink_tokens=rule.num_sink_tokens,
     )

@@ -147,7 +147,7 @@ def _triton_far_mass(
     """As `_torch_far_mass`."""
     from topo_kernels import LocalTensors, far_mass
 
-    rule = visibility.local_window, visibility.num_sink_tokens
+    rule = visibility.rule.window_and_sinks
     plan = local_plan(visibility.query, visibility.query, *rule)
     sampled = plan.document_start[:, rows], plan.start[:, rows], plan.end[:, rows]
     return far_mass(
@@ -155,7 +155,7 @@ def _triton_far_mass(
         k,
         query_probs,
         key_probs,
-        LocalTensors(plan.order, *sampled, visibility.num_sink_tokens),
+        LocalTensors(plan.order, *sampled, visibility.rule.num_sink_tokens),
         query_weight,
         key_weight,
         scoring,

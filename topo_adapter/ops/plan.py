@@ -93,30 +93,37 @@ def make_plan(visibility: Visibility) -> Plan:
     Within a document positions must be distinct.
     """
     query, key = visibility.query, visibility.keys.layout
-    rule = visibility.local_window, visibility.num_sink_tokens
-    local, sizes = local_plan(query, key, *rule), visibility.ball_sizes
+    rule = visibility.rule
+    local, sizes = local_plan(query, key, *rule.window_and_sinks), rule.ball_sizes
     one = visibility.visits.shape[2] == 1  # which a router always makes
     if max(sizes) == 1 and local.order is None and one:
-        return _dense_plan(visibility.visits, len(sizes), local, visibility.num_sink_tokens)
+        return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
     if misfits("plan", visits=visibility.visits.shape[2]) or not kernels_serve(visibility.visits):
-        tree = _sorted_tree(*visibility.balls(), query, key, *rule)
-        return Plan(*tree, local.order, local.document_start, local.start, local.end, visibility.num_sink_tokens)
+        tree = _sorted_tree(*visibility.balls(), query, key, *rule.window_and_sinks)
+        return _joined(tree, local, rule.num_sink_tokens)
     from topo_kernels import tree_plan
 
     *first, key_order = tree_plan(
         visibility.route_visits()[:, :, 0].int(),
         per_head(visibility.keys.address, len(sizes)).int(),
-        visibility.on_device(sizes, visibility.visits.device),
+        rule.sizes_on(visibility.visits.device),
         local.start,
         None if local.order is None else local.document_start,
         local.tree_queries,
         local.tree_keys,
         max_balls=max(sizes),
-        num_sink_tokens=visibility.num_sink_tokens,
+        num_sink_tokens=rule.num_sink_tokens,
     )
     query_order, start, end = (x[:, :, None] for x in first)
     tree = query_order, start, end, key_order
-    return Plan(*tree, local.order, local.document_start, local.start, local.end, visibility.num_sink_tokens)
+    return _joined(tree, local, rule.num_sink_tokens)
+
+
+def _joined(
+    tree: tuple[Tensor, Tensor, Tensor, Tensor], local: LocalPlan, num_sink_tokens: int, dense: bool = False
+) -> Plan:
+    """A plan from `query_order`, `range_start`, `range_end`, `key_order` and what all layers share."""
+    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens, dense)
 
 
 def _dense_plan(visits: Tensor, routes: int, local: LocalPlan, num_sink_tokens: int) -> Plan:
@@ -126,7 +133,7 @@ def _dense_plan(visits: Tensor, routes: int, local: LocalPlan, num_sink_tokens: 
     end = (local.start - num_sink_tokens).clamp(min=0)[:, None, None].expand(shape)
     key_order = torch.where(order + num_sink_tokens < order.numel(), order + num_sink_tokens, 0)
     tree = order.expand(shape), torch.zeros_like(end), end, key_order.expand(*shape[:2], -1)
-    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens, dense=True)
+    return _joined(tree, local, num_sink_tokens, dense=True)
 
 
 def build_plan(
@@ -140,7 +147,7 @@ def build_plan(
     """The plan of a forward from balls, in torch; arguments as `topo_adapter.core.visibility.visible_pairs`."""
     tree = _sorted_tree(query_balls, key_ball, query, key, local_window, num_sink_tokens)
     local = _general_local_plan(query, key, local_window, num_sink_tokens)
-    return Plan(*tree, local.order, local.document_start, local.start, local.end, num_sink_tokens)
+    return _joined(tree, local, num_sink_tokens)
 
 
 def _sorted_tree(

@@ -148,7 +148,7 @@ def bridged_attention(
         far_pairs: at least float32 `[H]`, how many pairs the tree alone makes visible, neither in a window nor with a
             sink: what a head costs. The value is that of the hard mask, the router's gradient that of the soft one.
     """
-    depths = visibility.depths
+    depths = visibility.rule.depths
     if routes is not None:
         routes = routes.per_head(len(depths))
     if not (reasons := _no_kernel(q, k, v, routes, visibility, homotopy)):
@@ -211,11 +211,11 @@ def _no_kernel(
     q: Tensor, k: Tensor, v: Tensor, routes: Routes | None, visibility: Visibility, homotopy: float
 ) -> list[str]:
     """Why the bridge does not run on kernels; empty if it does. A router that learns needs more of them."""
-    learns, deepest = _router_learns(routes), max(_depths_in_the_tree(visibility.depths, visibility.levels))
+    learns, deepest = _router_learns(routes), max(_depths_in_the_tree(visibility.rule.depths, visibility.rule.levels))
     found = misfits(
         "bridge",
         widths=(q.shape[-1], v.shape[-1]),
-        leaves=visibility.arity**deepest if learns else 1,
+        leaves=visibility.rule.arity**deepest if learns else 1,
         visits=visibility.visits.shape[2],
         homotopy=homotopy,
     )
@@ -239,7 +239,7 @@ def _bridged_by_kernels(
     bridge: Literal["full", "masked"],
 ) -> tuple[Tensor, Tensor]:
     """`bridged_attention` at homotopy 1: the hard attention, and its router's gradient."""
-    depths = visibility.depths
+    depths = visibility.rule.depths
     if routes is None or not _router_learns(routes) or max(depths) == 0:
         return hard_attention(q, k, v, plan, scoring), per_head(plan.far_count().float(), len(depths), dim=0)
     from topo_kernels import bridged_topology_attention

@@ -1,0 +1,76 @@
+"""What decides, beside addresses and layouts, what a query sees (docs/method.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .device import sent
+from .tree import num_balls
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Tree, depths, window and sinks of one layer, and what follows from them alone.
+
+    Attributes:
+        arity, levels: `p`, `L`. depths: visible depth of each query head, in `0..L + 1`; 0 is one ball that holds all,
+            at `L + 1` a query is in no key's ball.
+        routes: `R`, as many as query heads, or each shared by as many query heads.
+        local_window: >= 1. num_sink_tokens: >= 0.
+        route_depths: visible depth of each route, or of each query head where depths differ within a route.
+        ball_sizes: addresses modulo these, one for each of `route_depths`, are balls.
+    """
+
+    arity: int
+    levels: int
+    depths: tuple[int, ...]
+    routes: int
+    local_window: int
+    num_sink_tokens: int
+    route_depths: tuple[int, ...] = field(init=False)
+    ball_sizes: tuple[int, ...] = field(init=False)
+    _sent: dict[tuple[torch.device, bool], Tensor] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        shared = len(self.depths) // self.routes
+        depths = self.depths[::shared]
+        if shared > 1 and any(depth != depths[head // shared] for head, depth in enumerate(self.depths)):
+            depths = self.depths
+        object.__setattr__(self, "route_depths", depths)
+        object.__setattr__(self, "ball_sizes", tuple([num_balls(self.arity, self.levels, depth) for depth in depths]))
+
+    def at(self, depths: Sequence[int]) -> Rule:
+        """The same at other depths."""
+        return replace(self, depths=tuple(depths))
+
+    def by_head(self) -> Rule:
+        """With one route for each query head."""
+        return replace(self, routes=len(self.depths))
+
+    @property
+    def window_and_sinks(self) -> tuple[int, int]:
+        return self.local_window, self.num_sink_tokens
+
+    @property
+    def below_the_leaves(self) -> bool:
+        """Whether any route sees nothing by the tree."""
+        return max(self.route_depths) > self.levels
+
+    def sizes_on(self, device: torch.device) -> Tensor:
+        """`ball_sizes`, int32; the rule keeps it: a copy from the host may not be recorded in a graph."""
+        return self._on(device, False, self.ball_sizes)
+
+    def nowhere_on(self, device: torch.device) -> Tensor:
+        """int32, for each of `route_depths`: below the leaves an address that no key has, else -1."""
+        leaves = self.arity**self.levels
+        return self._on(device, True, tuple([leaves if depth > self.levels else -1 for depth in self.route_depths]))
+
+    def _on(self, device: torch.device, which: bool, values: tuple[int, ...]) -> Tensor:
+        known = self._sent.get((device, which))
+        if known is None:
+            known = self._sent[device, which] = sent(values, device)
+        return known
