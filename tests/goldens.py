@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__" and "--device" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -43,6 +42,7 @@ from topo_adapter import (
     record_routes,
     save_merged,
 )
+from topo_adapter.ops.backend import forced
 
 #: Maps with dense heads, heads without a tree, layers of one depth and, in most families, dense layers.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -250,26 +250,21 @@ def in_the_interpreter(values: dict[str, Any]) -> None:
     from conftest import speed_up_the_interpreter
 
     speed_up_the_interpreter()
-    modules = [module for name, module in sys.modules.items() if name.startswith("topo_adapter")]
-    patches = [mock.patch.object(m, "kernels_serve", lambda *_: True) for m in modules if hasattr(m, "kernels_serve")]
-    for patch in patches:
-        patch.start()
     record = Recorder("cpu", 30)
-    model = record.model("llama", torch.float32, **SETTINGS["kv_head"])
-    model.merge_adapter()
-    with torch.no_grad():
-        cache = DynamicCache(config=model.config)
-        for number, chunk in enumerate(record.ids(1).split([22, 8], 1)):  # sorted, and scanned
-            record.add(f"chunk {number}", model(input_ids=chunk, past_key_values=cache).logits)
-    model = record.model("llama", torch.float32, **SETTINGS["map"]).train()
-    torch.manual_seed(0)
-    loss = loss_of(model, record.ids(1))
-    loss.backward()
-    record.add("loss", loss)
-    record.add("gradients", router_gradients(model))
-    distillation(record, "training", [{"input_ids": row} for row in tokens(4, record.length, 3)])
-    for patch in patches:
-        patch.stop()
+    with forced(True):
+        model = record.model("llama", torch.float32, **SETTINGS["kv_head"])
+        model.merge_adapter()
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            for number, chunk in enumerate(record.ids(1).split([22, 8], 1)):  # sorted, and scanned
+                record.add(f"chunk {number}", model(input_ids=chunk, past_key_values=cache).logits)
+        model = record.model("llama", torch.float32, **SETTINGS["map"]).train()
+        torch.manual_seed(0)
+        loss = loss_of(model, record.ids(1))
+        loss.backward()
+        record.add("loss", loss)
+        record.add("gradients", router_gradients(model))
+        distillation(record, "training", [{"input_ids": row} for row in tokens(4, record.length, 3)])
     values["interpreter"] = record.values
 
 

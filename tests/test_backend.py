@@ -12,7 +12,7 @@ from peft_helpers import KV_HEADS, ROUTED, routed, tiny
 
 from topo_adapter import UnsupportedModelError, kernel_report, why_not
 from topo_adapter.ops import backend
-from topo_adapter.ops.backend import LIMITS, device_misfits, kernels_serve, misfits
+from topo_adapter.ops.backend import LIMITS, device_misfits, forced, kernels_serve, misfits
 
 CPU = "the device must be a CUDA GPU, got cpu"
 LEAVES = "arity ** depth must be at most 256, got 512"
@@ -51,14 +51,25 @@ def test_the_table_is_that_of_the_kernels() -> None:
 
 def test_no_kernel_runs_on_a_cpu() -> None:
     assert device_misfits(torch.device("cpu"), torch.float32) == [CPU]
-    assert not kernels_serve(torch.zeros(1))
+    assert not kernels_serve("plan", torch.zeros(1))
+
+
+def test_forced_is_for_a_while_and_for_what_it_names() -> None:
+    tensor = torch.zeros(1)
+    with forced(True, "route"):
+        assert kernels_serve("route", tensor, router_dim=8) and not kernels_serve("plan", tensor)
+        assert not kernels_serve("route", tensor, router_dim=1000)  # no kernel has room for it
+        with forced(False):
+            assert not kernels_serve("route", tensor)
+        assert kernels_serve("route", tensor)
+    assert not kernels_serve("route", tensor)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
 def test_words_and_predicate_agree_on_a_gpu(dtype: torch.dtype) -> None:
     tensor = torch.zeros(1, dtype=dtype, device="cuda")
-    assert kernels_serve(tensor) == (not device_misfits(tensor.device, dtype))
+    assert kernels_serve("plan", tensor) == (not device_misfits(tensor.device, dtype))
 
 
 @pytest.fixture

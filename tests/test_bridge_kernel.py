@@ -29,9 +29,9 @@ from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.tree import digits_to_address
 from topo_adapter.core.visibility import Visibility, always_visible, visible_pairs
-from topo_adapter.ops import attention, plan, relaxation
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.plan import build_plan
-from topo_adapter.ops.relaxation import bridged_attention, leaf_distribution
+from topo_adapter.ops.relaxation import _MAX_GAP, bridged_attention, leaf_distribution
 from topo_adapter.ops.router import RoleDigits, Routes
 from topo_kernels import LocalTensors, backward, bridge, bridged_topology_attention, launch, topology_attention
 from topo_kernels.attention import ForwardTiles
@@ -40,7 +40,7 @@ from topo_kernels.bridge import BridgeTiles
 from topo_kernels.launch import Tile
 from topo_kernels.leaves import Rows
 
-MAX_GAP = relaxation._MAX_GAP
+MAX_GAP = _MAX_GAP
 
 # ---------------------------------------------------------------- cases
 
@@ -526,8 +526,7 @@ def test_what_layers_share_dies_with_their_plan(identity: bool) -> None:
 def kernels(planning: bool = GPU) -> Iterator[mock.Mock]:
     """`bridged_attention` takes the kernels, here the interpreted ones too; counts the calls of the bridged one."""
     with ExitStack() as stack:
-        for module in (relaxation, attention, plan) if planning else (relaxation, attention):
-            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
+        stack.enter_context(forced(True, "bridge", "attend", *(["plan"] if planning else [])))
         if not GPU:
             stack.enter_context(tile(64))
             choose = topo_kernels.plan.choose_plan_tiles
@@ -661,7 +660,7 @@ def test_a_model_trains_on_kernels(reach: str) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    with mock.patch.object(relaxation, "kernels_serve", lambda *_: False):
+    with forced(False, "bridge"):
         right = gradients()
     with kernels() as bridge:
         found = gradients()

@@ -40,7 +40,6 @@ from topo_adapter import (
     TopologyConfigError,
     UnsupportedModelError,
     calibrate,
-    calibration,
     choose_depths,
     density_report,
     load_merged,
@@ -54,6 +53,7 @@ from topo_adapter.core.dial import expected_loss
 from topo_adapter.core.passes import ORDINARY
 from topo_adapter.fingerprint import fingerprint, same_base
 from topo_adapter.layer import hosts
+from topo_adapter.measuring import calibration
 
 DEPTH, WINDOW, SINKS = 4, 3, 2
 LENGTH = 40

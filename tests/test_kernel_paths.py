@@ -20,13 +20,8 @@ import topo_kernels.leaves
 import topo_kernels.plan
 from topo_adapter import (
     TopologyConfig,
-    attention,
     initialize_routers,
-    objective,
-    plan,
     record_routes,
-    relaxation,
-    router,
 )
 from topo_adapter.core.layout import SequenceLayout, contiguous_layout, layout_from_padding, layout_from_position_ids
 from topo_adapter.core.records import Keys
@@ -34,6 +29,7 @@ from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.visibility import Visibility
 from topo_adapter.ops.attention import hard_attention
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.plan import Plan, build_plan, local_plan, make_plan
 from topo_adapter.ops.torch_attention import torch_attention
 from topo_kernels.attention import ForwardTiles
@@ -42,7 +38,6 @@ from topo_kernels.bridge import BridgeTiles
 from topo_kernels.launch import Tile
 from topo_kernels.leaves import Rows
 
-MODULES = (attention, objective, plan, relaxation, router)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, VOCAB = 28, 97
 
@@ -51,8 +46,7 @@ LENGTH, VOCAB = 28, 97
 def kernels() -> Iterator[None]:
     """Everything that may run on kernels does."""
     with ExitStack() as stack:
-        for module in MODULES:
-            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: True))
+        stack.enter_context(forced(True))
         if DEVICE == "cpu":  # the interpreter pays per tile
             small = BridgeTiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
             stack.enter_context(mock.patch.object(topo_kernels.bridge, "choose_bridge_tiles", lambda *_: small))
@@ -124,7 +118,7 @@ def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, requ
     model, ids = merged_model(1 if settings else 2, **settings), tokens()  # two layers share the layout of new tokens
     mask = torch.ones_like(ids)
     mask[1, :5] = 0  # left padding
-    with mock.patch.object(attention, "kernels_serve", lambda *_: False):
+    with forced(False, "attend", "decode"):
         right = model(ids, attention_mask=mask, use_cache=False).logits
         with mock.patch.object(model.peft_config["default"], "local_window", 5):
             other = model(ids, attention_mask=mask, use_cache=False).logits
@@ -204,7 +198,7 @@ def test_a_trained_router_is_packed_anew(merged: bool, kernels: None) -> None:
     fused_step(model)
     assert versions == [weight._version for weight in model.parameters()]  # or the test would prove nothing
     found = routes()
-    with mock.patch("topo_adapter.ops.router.kernels_serve", return_value=False):
+    with forced(False, "route"):
         expected = routes()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(found, before, strict=True))
@@ -288,9 +282,7 @@ def test_kernels_and_torch_train_alike(settings: dict[str, Any], request: pytest
     model = merged_model(2, **settings, **learning)
     model.unmerge_adapter()
     model.train()
-    with ExitStack() as stack:
-        for module in MODULES:
-            stack.enter_context(mock.patch.object(module, "kernels_serve", lambda *_: False))
+    with forced(False):
         right = gradients(model)
         with mock.patch.object(model.peft_config["default"], "density_weight", 0.0):
             without_price = gradients(model)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import topo_kernels
 from topo_adapter.core.layout import SequenceLayout
 from topo_adapter.core.visibility import always_visible
-from topo_adapter.ops import objective
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.objective import attach_loss, balance_loss, distillation_loss, gradient_at_once, kept_mass
 from topo_adapter.ops.relaxation import leaf_distribution
 from topo_adapter.ops.router import RoleDigits, Routes, TopologyRouter
@@ -308,7 +308,7 @@ def test_kernels_and_torch_agree(layout: str, num_queries: int) -> None:
         moved = (RoleDigits(p, role.digits.to(DEVICE)) for p, role in zip(probs, problem.routes, strict=True))
         torch.manual_seed(3)
         with (
-            mock.patch.object(objective, "kernels_serve", lambda *_: kernels),
+            forced(kernels, "distil"),
             mock.patch.object(topo_kernels, "far_mass", wraps=topo_kernels.far_mass) as far_mass,
         ):
             loss = distil(

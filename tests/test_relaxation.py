@@ -22,6 +22,7 @@ from topo_adapter.core.scoring import Scoring
 from topo_adapter.core.tree import address_to_digits, ball
 from topo_adapter.core.visibility import always_visible
 from topo_adapter.ops import relaxation
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.relaxation import (
     above_the_leaves,
     leaf_distribution,
@@ -116,14 +117,16 @@ def test_below_the_leaves_a_query_is_in_no_ball_and_costs_one_level() -> None:
 
 @pytest.mark.parametrize(("arity", "depths", "served"), [(2, (2, 2), True), (300, (0, 2), False), (300, (0, 0), True)])
 def test_the_bridge_kernel_is_asked_for_as_many_leaves_as_it_is_given(
-    arity: int, depths: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+    arity: int, depths: tuple[int, int], served: bool
 ) -> None:
     """A head without a tree costs one level, and 300 leaves are more than the kernel has."""
-    monkeypatch.setattr(relaxation, "kernels_serve", lambda *_: True)
     problem = make_problem(arity=arity, depth=1, depths=depths, heads=2, kv_heads=2, dim=16, dtype=torch.float32)
     differentiable, _ = leaves_of(problem)
     q, k, v = differentiable.q, differentiable.k, differentiable.v
-    reasons = relaxation._no_kernel(q, k, v, differentiable.routes, problem.visibility(), 1.0)
+    with forced(True):
+        reasons = relaxation._no_kernel(q, k, v, differentiable.routes, problem.visibility(), 1.0)
+    with forced(False):
+        assert relaxation._no_kernel(q, k, v, differentiable.routes, problem.visibility(), 1.0)
     assert reasons == ([] if served else ["arity ** depth must be at most 256, got 300"])
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.router import TopologyRouter
 from topo_kernels import router as kernels
 from topo_kernels.router import PackedRouter, pack_router, route_addresses
@@ -189,9 +190,9 @@ def test_8_bit_weights_through_the_router() -> None:
     router, hidden = make(Case(length=40))
     before = router.addresses(hidden)
     router.round_to(torch.float8_e4m3fn)
-    with mock.patch("topo_adapter.ops.router.kernels_serve", return_value=False):
+    with forced(False, "route"):
         expected = router.addresses(hidden)
-    with mock.patch("topo_adapter.ops.router.kernels_serve", return_value=True):
+    with forced(True, "route"):
         found = router.addresses(hidden)
     for a, b, other in zip(found, expected, before, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, other)

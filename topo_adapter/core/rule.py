@@ -23,6 +23,8 @@ class Rule:
         local_window: >= 1. num_sink_tokens: >= 0.
         route_depths: visible depth of each route, or of each query head where depths differ within a route.
         ball_sizes: addresses modulo these, one for each of `route_depths`, are balls.
+        below_the_leaves: whether any route sees nothing by the tree.
+        window_and_sinks: `local_window, num_sink_tokens`.
     """
 
     arity: int
@@ -33,6 +35,8 @@ class Rule:
     num_sink_tokens: int
     route_depths: tuple[int, ...] = field(init=False)
     ball_sizes: tuple[int, ...] = field(init=False)
+    below_the_leaves: bool = field(init=False)
+    window_and_sinks: tuple[int, int] = field(init=False)
     _sent: dict[tuple[torch.device, bool], Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,8 @@ class Rule:
             depths = self.depths
         object.__setattr__(self, "route_depths", depths)
         object.__setattr__(self, "ball_sizes", tuple([num_balls(self.arity, self.levels, depth) for depth in depths]))
+        object.__setattr__(self, "below_the_leaves", max(depths) > self.levels)
+        object.__setattr__(self, "window_and_sinks", (self.local_window, self.num_sink_tokens))
 
     def at(self, depths: Sequence[int]) -> Rule:
         """The same at other depths."""
@@ -50,15 +56,6 @@ class Rule:
     def by_head(self) -> Rule:
         """With one route for each query head."""
         return replace(self, routes=len(self.depths))
-
-    @property
-    def window_and_sinks(self) -> tuple[int, int]:
-        return self.local_window, self.num_sink_tokens
-
-    @property
-    def below_the_leaves(self) -> bool:
-        """Whether any route sees nothing by the tree."""
-        return max(self.route_depths) > self.levels
 
     def sizes_on(self, device: torch.device) -> Tensor:
         """`ball_sizes`, int32; the rule keeps it: a copy from the host may not be recorded in a graph."""

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..core.records import Keys, Records
 from ..core.scoring import Scoring
 from ..core.visibility import Visibility, per_head
-from .backend import Operation, kernels_serve, misfits
+from .backend import Operation, kernels_serve
 from .plan import Plan
 from .torch_attention import scanned_attention, torch_attention
 
@@ -27,7 +27,7 @@ _FASTEST_FIRST = [
 def _kernels_attend(operation: Operation, q: Tensor, k: Tensor, v: Tensor, visits: int) -> bool:
     same = q.dtype == k.dtype == v.dtype
     widths = q.shape[-1], v.shape[-1]
-    return same and kernels_serve(q, k, v) and not misfits(operation, widths=widths, visits=visits)
+    return same and kernels_serve(operation, q, k, v, widths=widths, visits=visits)
 
 
 def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,11 +102,35 @@ def _new_enough(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
-def kernels_serve(*tensors: Tensor) -> bool:
+_forced: dict[Operation, bool] = {}
+
+
+@contextlib.contextmanager
+def forced(served: bool, *operations: Operation) -> Iterator[None]:
+    """For tests: operations, all unless some are named, run on kernels that have room for them whatever the device, in
+    Triton's interpreter; or they run in torch.
+    """
+    before = dict(_forced)
+    _forced.update(dict.fromkeys(operations or LIMITS, served))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def device_serves(operation: Operation, *tensors: Tensor) -> bool:
     """Whether `device_misfits` finds nothing of all tensors; quickly, and it warns of a GPU without Triton."""
+    if operation in _forced:
+        return _forced[operation]
     if not all(t.is_cuda and (t.dtype in _DTYPES or not t.is_floating_point()) for t in tensors):
         return False
     return _new_enough(tensors[0].device) and _triton_available()
+
+
+def kernels_serve(operation: Operation, *tensors: Tensor, **sizes: Any) -> bool:
+    """Whether kernels run an operation on these tensors; sizes: as `misfits`."""
+    return device_serves(operation, *tensors) and not misfits(operation, **sizes)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.scoring import Scoring
 from ..core.visibility import Visibility
-from .backend import kernels_serve, misfits
+from .backend import kernels_serve
 from .plan import local_plan
 from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
 from .router import RoleDigits, Routes
@@ -116,8 +116,9 @@ def kept_mass(
     layout, real = visibility.query, visibility.query.real[:, rows]
     query_weight, key_weight = (some.float() / some.sum().clamp(min=1) for some in (real, layout.real))
     depth, arity = key_probs.shape[-2:]
-    fits = not misfits("distil", widths=(q.shape[-1], k.shape[-1]), leaves=arity**depth)
-    far_mass = _triton_far_mass if fits and kernels_serve(q, k, query_probs, key_probs) else _torch_far_mass
+    sizes = {"widths": (q.shape[-1], k.shape[-1]), "leaves": arity**depth}
+    served = kernels_serve("distil", q, k, query_probs, key_probs, **sizes)
+    far_mass = _triton_far_mass if served else _torch_far_mass
     kept, query_mean, key_mean = far_mass(
         sampled,
         k,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.layout import SequenceLayout
 from ..core.visibility import Visibility, per_head
-from .backend import kernels_serve, misfits
+from .backend import kernels_serve
 
 _EXCLUDED = torch.iinfo(torch.int64).max
 
@@ -98,7 +98,7 @@ def make_plan(visibility: Visibility) -> Plan:
     one = visibility.visits.shape[2] == 1  # which a router always makes
     if max(sizes) == 1 and local.order is None and one:
         return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
-    if misfits("plan", visits=visibility.visits.shape[2]) or not kernels_serve(visibility.visits):
+    if not kernels_serve("plan", visibility.visits, visits=visibility.visits.shape[2]):
         tree = _sorted_tree(*visibility.balls(), query, key, *rule.window_and_sinks)
         return _joined(tree, local, rule.num_sink_tokens)
     from topo_kernels import tree_plan

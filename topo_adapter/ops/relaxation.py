@@ -14,7 +14,7 @@ from ..core.device import sent
 from ..core.scoring import Scoring
 from ..core.visibility import Visibility, per_head
 from .attention import hard_attention
-from .backend import device_misfits, kernels_serve, misfits, warn_of_slow_training
+from .backend import device_misfits, device_serves, misfits, warn_of_slow_training
 from .plan import Plan, make_plan
 from .router import Routes
 
@@ -223,8 +223,8 @@ def _no_kernel(
         found.append(f"queries, keys and values must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if learns and routes is not None and routes.query.probs.dtype != torch.float32:
         found.append(f"the router's probabilities must be float32, got {routes.query.probs.dtype}")
-    if not kernels_serve(q, k, v):
-        found += device_misfits(q.device, q.dtype, k.dtype, v.dtype)
+    if not device_serves("bridge", q, k, v):
+        found += device_misfits(q.device, q.dtype, k.dtype, v.dtype) or ["kernels are switched off"]
     return found
 
 

@@ -13,7 +13,7 @@ from ..core.device import graph_is_recorded
 from ..core.tree import digits_to_address
 from ..core.visibility import per_head
 from ..errors import TopologyConfigError
-from .backend import kernels_serve, misfits
+from .backend import kernels_serve
 
 if TYPE_CHECKING:
     from topo_kernels import PackedRouter
@@ -42,6 +42,8 @@ class Routes(NamedTuple):
 
     def per_head(self, heads: int) -> Routes:
         """With the routes of KV heads repeated for the `heads` query heads that share them."""
+        if self.query.probs.shape[1] == heads:
+            return self
         query = RoleDigits(*(per_head(x, heads) for x in self.query))
         return Routes(query, query if self.key is self.query else RoleDigits(*(per_head(x, heads) for x in self.key)))
 
@@ -169,14 +171,13 @@ class TopologyRouter(nn.Module):
             query and key addresses, int32 `[B, H, T]`; the same tensor if tied.
         """
         whole = self.down.weight.shape == (self.down.out_features, self.down.in_features)  # ZeRO-3 may hold none of it
-        if whole and kernels_serve(hidden_states, self.down.weight):
+        if whole and kernels_serve("route", hidden_states, self.down.weight, router_dim=self.down.out_features):
             from topo_kernels import route_addresses
 
-            if not misfits("route", router_dim=self.down.out_features):
-                # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
-                if not merged and not graph_is_recorded():
-                    self.forget_packing()
-                return route_addresses(hidden_states, self._packed(hidden_states.dtype))
+            # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
+            if not merged and not graph_is_recorded():
+                self.forget_packing()
+            return route_addresses(hidden_states, self._packed(hidden_states.dtype))
         query_logits, key_logits = self(hidden_states)
         # both roles at once: for a single token, as in decoding, the number of operations is the cost
         logits = query_logits[None] if self.key is None else torch.stack([query_logits, key_logits])

@@ -24,7 +24,7 @@ _BLOCK = 128  # queries that are scored at once when sorted
 _SORTED_SCORE = 1.9  # cost of a score when sorted, in masked scores of the same 32 bits
 _SORTED_SCORE_16_BITS = 6.0  # the same in masked scores of 16 bits: sorted ones are made in float32
 _SORTED_BLOCK = 150_000  # cost of a block of one head beside its scores, in masked scores
-_MASK_ENTRIES = 2**21  # of the mask of one block of queries, where that leaves at least `_FEWEST_ROWS` of them
+_MASK_BYTES = 2**23  # of the mask of one block of queries, where that leaves at least `_FEWEST_ROWS` of them
 _FEWEST_ROWS = 32
 _TABLE_ENTRIES = 2**23  # of one row of the mask for each ball; where there are more balls, they are compared
 
@@ -131,7 +131,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, b: int, scorin
     query_ball, key_ball, balls = _ball_numbers(plan, b)
     first, local_start, local_end = plan.document_start[b], plan.local_start[b], plan.local_end[b]
     sink_end = _sinks(plan, b)[1]
-    block = max(_FEWEST_ROWS, _MASK_ENTRIES // (routes * keys) // _FEWEST_ROWS * _FEWEST_ROWS)
+    block = max(_FEWEST_ROWS, _MASK_BYTES // (q.itemsize * routes * keys) // _FEWEST_ROWS * _FEWEST_ROWS)
     place = torch.arange(keys, dtype=first.dtype, device=q.device)
     seen, hidden = (torch.tensor(x, dtype=q.dtype, device=q.device) for x in (0.0, float("-inf")))
     table = None  # a row of the mask for each ball: copying rows is far cheaper than comparing and writing entries
