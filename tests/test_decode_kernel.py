@@ -432,6 +432,7 @@ def test_compiles_without_a_break() -> None:
         ("local_window", lambda n: 0, "local_window must be >= 1, got 0"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
         ("scoring", lambda _: Scoring(1.0, 0.0), "softcap must be None or > 0, got 0.0"),
+        ("scoring", lambda _: Scoring(0.0, None), "scale must be > 0, got 0.0"),
     ],
 )
 def test_refuses(argument: str, change: Any, message: str) -> None:

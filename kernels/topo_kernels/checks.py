@@ -75,13 +75,8 @@ def check_scoring(scoring: Scoring) -> None:
     """Refuse a scale or softcap that is not positive with a ValueError."""
     if not scoring.scale > 0:
         raise ValueError(f"scale must be > 0, got {scoring.scale}.")
-    check_softcap(scoring.softcap)
-
-
-def check_softcap(softcap: float | None) -> None:
-    """Refuse a softcap that is not positive with a ValueError."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}.")
+    if scoring.softcap is not None and not scoring.softcap > 0:
+        raise ValueError(f"softcap must be None or > 0, got {scoring.softcap}.")
 
 
 def check_device(function: str, **tensors: Tensor) -> None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device, check_qkv, check_sinks, check_softcap
+from .checks import check_device, check_qkv, check_scoring, check_sinks
 from .launch import overlap, score_arguments, stride_arguments
 from .primitives import LOWEST, let_next_start, tanh, wait_for_previous
 from .types import Scores, Scoring
@@ -524,7 +524,7 @@ def decode_attention(
     key = {"key_address": key_address, "key_position": key_position, "key_document": key_document}
     _check(q, k, v, query, key, balls, local_window)
     check_sinks(num_sink_tokens)
-    check_softcap(scoring.softcap)
+    check_scoring(scoring)
     check_device("decode_attention", q=q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError(
