@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from topo_adapter import (
     DistillationTrainer,
@@ -159,6 +159,81 @@ class TestSchedule:
         assert resumed_log == whole_log and len(set(whole_log)) > 3
         for name, value in router_state(whole).items():
             torch.testing.assert_close(router_state(resumed)[name], value, rtol=0, atol=0)
+
+
+class Stop(TrainerCallback):
+    """Ends a training early, as early stopping does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+class TestEvaluationInBetween:
+    """Of the model that training ends with, whatever the step."""
+
+    @pytest.mark.parametrize("trainer_class", [Trainer, LMTrainer])
+    def test_runs_in_full_force_and_training_goes_on_where_it_was(self, tmp_path: Path, trainer_class: type) -> None:
+        model = tiny_peft()
+        config = model.peft_config["default"]
+        seen: dict[bool, list[float]] = {True: [], False: []}
+        model.register_forward_pre_hook(lambda module, _: seen[module.training].append(round(config.homotopy, 4)))
+        args = arguments(
+            tmp_path,
+            max_steps=4,
+            learning_rate=0.1,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_on_start=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+        )
+        callback = TopologyCallback(homotopy=(0.0, 1.0), homotopy_share=1.0)
+        data = {"train_dataset": rows(4), "eval_dataset": rows(1), "callbacks": [callback]}
+        trainer = trainer_class(model=model, args=args, **data)
+        trainer.train()
+        assert seen[True] == [0, 0.25, 0.5, 0.75] and set(seen[False]) == {1.0}
+        saved = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())
+        assert saved["homotopy"] == 0.25  # of the step, whose weights these are
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+    def test_distillation_evaluates_as_it_trains(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+        trainer = DistillationTrainer(model=model, args=args, train_dataset=rows(2), eval_dataset=rows(1))
+        seen = []
+        config = model.peft_config["default"]
+        model.register_forward_pre_hook(lambda module, _: None if module.training else seen.append(config.homotopy))
+        trainer.train()
+        assert seen[0] == 0.0
+
+    def test_a_run_that_stops_early_says_at_what(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        args = arguments(tmp_path, max_steps=8)
+        with pytest.warns(UserWarning, match=r"ended after 2 of 8 steps, at homotopy 0\.18"):
+            LMTrainer(model=model, args=args, train_dataset=rows(8), callbacks=[Stop()]).train()
+        config = model.peft_config["default"]
+        assert (config.homotopy, config.temperature) == (1.0, 0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            LMTrainer(model=tiny_peft(), args=arguments(tmp_path, max_steps=2), train_dataset=rows(8)).train()
+        assert not any("training ended" in message for message in messages(caught))
+
+
+@pytest.mark.parametrize("with_mixin", [True, False])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_routers_of_a_quantised_base_are_trained_in_float32(tmp_path: Path, quantised: bool, with_mixin: bool) -> None:
+    model = tiny_peft()
+    model.get_base_model().is_loaded_in_4bit = quantised
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.bfloat16)  # as TRL does on such a base; elsewhere it is a choice
+    trainer_class, callbacks = (LMTrainer, []) if with_mixin else (Trainer, [TopologyCallback()])
+    trainer = trainer_class(model=model, args=arguments(tmp_path), train_dataset=rows(1), callbacks=callbacks)
+    if not with_mixin:
+        callbacks[0].on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert {weight.dtype for weight in router_state(model).values()} == {torch.float32 if quantised else torch.bfloat16}
 
 
 MISSED = "trained at homotopy 0 and nothing is known to raise it"

@@ -37,6 +37,15 @@ def round_routers(model: nn.Module, dtype: torch.dtype, only_8_bit: bool = False
             active.router.round_to(dtype)
 
 
+def restore_precision(model: nn.Module) -> None:
+    """Routers that no optimizer would move are float32 again.
+
+    8-bit ones, as `distill` leaves them, and those of a quantised base: TRL makes whatever it trains on one bfloat16.
+    """
+    quantised = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    round_routers(model, torch.float32, only_8_bit=not quantised)
+
+
 def topology_metrics(model: nn.Module) -> dict[str, float]:
     """Temperature, homotopy and the layers' mean density, balance and auxiliary loss at the last step."""
     config = active_configs(model)[0]
@@ -54,7 +63,9 @@ _FIRST_STEPS = 10  # that have to hide something
 class TopologyCallback(TrainerCallback):
     """Drives temperature, homotopy and the auxiliary loss's ramp; each is a function of the global step alone.
 
-    That makes a resumed run continue where it stopped. After the last step homotopy is 1.
+    That makes a resumed run continue where it stopped. After the last step homotopy is 1, as after a run that was
+    stopped early, which is warned of. Evaluation in between runs at homotopy 1 too: the losses of all steps are of the
+    model that training ends with, so that `load_best_model_at_end` and early stopping compare what they should.
 
     Args:
         temperature: first and last Gumbel-Softmax temperature, interpolated geometrically.
@@ -85,6 +96,7 @@ class TopologyCallback(TrainerCallback):
         self.homotopy_share, self.ramp_share = homotopy_share, ramp_share
         self.scale_is_exact = False  # set by TopologyTrainerMixin
         self._dense_steps: int | None = None  # steps without a hidden pair; None: not looked for, or all is well
+        self._training_at: list[float] | None = None  # homotopy of each configuration, while an evaluation runs at 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -99,6 +111,10 @@ class TopologyCallback(TrainerCallback):
                 f"fp16={args.fp16} and {args.gradient_accumulation_steps}: the auxiliary gradient would not be scaled "
                 "with the loss. Use TopologySFTTrainer, or put TopologyTrainerMixin before your trainer class."
             )
+        if not self.scale_is_exact:  # the mixin did it before anything was sharded
+            restore_precision(model)
+        if args.eval_on_start:
+            self._in_full_force(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -119,8 +135,48 @@ class TopologyCallback(TrainerCallback):
         if self._dense_steps is not None:
             self._look_for_hidden_pairs(model, state)
         if state.global_step >= state.max_steps:  # before the last checkpoint is written
-            for config in active_configs(model):
-                config.temperature, config.homotopy = self.temperature[1], 1.0
+            self._finish(model)
+        if control.should_evaluate:
+            self._in_full_force(model)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if control.should_evaluate:
+            self._in_full_force(model)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self._training_at is not None:
+            for config, homotopy in zip(active_configs(model), self._training_at, strict=True):
+                config.homotopy = homotopy
+            self._training_at = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        reached = min(config.homotopy for config in active_configs(model))
+        if self.homotopy is not None and reached < 1:
+            warnings.warn(
+                f"training ended after {state.global_step} of {state.max_steps} steps, at homotopy {reached:.2g}: the "
+                "adapter is in full force now, as in evaluations before, but its routers were not trained so. Train "
+                "on to the end, or raise homotopy earlier: TopologyCallback(homotopy_share=...).",
+                stacklevel=2,
+            )
+        self._finish(model)
+
+    def _finish(self, model: nn.Module) -> None:
+        for config in active_configs(model):
+            config.temperature, config.homotopy = self.temperature[1], 1.0
+
+    def _in_full_force(self, model: nn.Module) -> None:
+        """Until `on_evaluate`, unless training leaves homotopy alone."""
+        if self.homotopy is not None and self._training_at is None:
+            configs = active_configs(model)
+            self._training_at = [config.homotopy for config in configs]
+            for config in configs:
+                config.homotopy = 1.0
 
     def _look_for_hidden_pairs(self, model: nn.Module, state: TrainerState) -> None:
         """Warn where the first steps hid nothing from anyone: then the routers learn nothing."""
@@ -185,7 +241,7 @@ class TopologyTrainerMixin(Trainer):
             self.add_callback(given[0])
         for callback in given:
             callback.scale_is_exact = True
-        round_routers(self.model, torch.float32, only_8_bit=True)  # `distill` leaves them, and no optimizer moves them
+        restore_precision(self.model)
 
     def default_topology_callback(self) -> TopologyCallback:
         return TopologyCallback()
