@@ -151,7 +151,10 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "not finite": (tensors(lambda t: {**t, _DOWN: t[_DOWN] * float("nan")}), "must be finite"),
     "beyond float32": (tensors(lambda t: {k: v.double() + 1e300 for k, v in t.items()}), "must be finite"),
-    "a base weight": (tensors(lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(61, 32)}), "they are of two saves"),
+    "a base weight": (
+        tensors(lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(61, 32)}),
+        "they are of two saves",
+    ),
     "half a router": (tensors(lambda t: {k: v for k, v in t.items() if k != _DOWN}), "must have the shapes"),
     "others": (tensors(lambda t: {k: v + 1 for k, v in t.items()}), "they are of two saves"),
     "of another dtype": (tensors(lambda t: {k: v.bfloat16() for k, v in t.items()}), "they are of two saves"),
