@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .core.dial import check_density, choose_depths, expected_loss
 from .errors import AdapterFileError, TopologyConfigError
@@ -204,7 +204,10 @@ class TopologyConfig(PeftConfig):
         self.kept_weights: Path | None = None
         self._written: Path | None = None  # tensors of the last save
         self._check_peft_fields()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise TopologyConfigError(f"task_type: {str(error)[:400]}") from error
         self.peft_type = PeftType.TOPOLOGY
         self._check_int("format_version", self.format_version, 1)
         if self.format_version > FORMAT_VERSION:
@@ -273,9 +276,6 @@ class TopologyConfig(PeftConfig):
             if value is not None and not isinstance(value, kinds):  # type: ignore[arg-type]
                 raise TopologyConfigError(f"{name} must be a {_names_of(kinds)} or None, got {_shown(value)}")
         self._check_bool("inference_mode", self.inference_mode)
-        if self.task_type is not None and self.task_type not in list(TaskType):
-            known = ", ".join(TaskType)
-            raise TopologyConfigError(f"task_type must be one of {known} or None, got {_shown(self.task_type)}")
 
     @property
     def tree(self) -> Tree:

@@ -77,30 +77,20 @@ def find(model_id: str | os.PathLike, name: str, subfolder: str | None = None, *
 # ---------------------------------------------------------------- reading
 
 
-def read_json(path: str | os.PathLike, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """The object of a JSON file.
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """The fields of an adapter_config.json. Warns if a newer PEFT wrote it.
 
     Raises:
-        AdapterFileError: it is no regular file, larger than `limit` bytes, or not one JSON object that names each key
-            once.
+        AdapterFileError: it is no regular file, larger than any config, not one JSON object that names each key once,
+            of another kind of adapter, or has a pattern where names are needed.
     """
     with _opened(path) as (file, size):
-        if size > limit:
-            raise AdapterFileError(f"{path} must have at most {limit:,} bytes, got {size:,}")
-        return _object(file.read(limit + 1), str(path))
-
-
-def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """`read_json` of an adapter_config.json. Warns if a newer PEFT wrote it.
-
-    Raises:
-        AdapterFileError: also if it is of another kind of adapter, has more fields than any version, or a pattern where
-            names are needed.
-    """
-    fields = read_json(path)
+        if size > MAX_CONFIG:
+            raise AdapterFileError(f"{path} must have at most {MAX_CONFIG:,} bytes, got {size:,}")
+        fields = _object(file.read(MAX_CONFIG + 1), str(path))
     if len(fields) > _MAX_FIELDS or fields.keys() & {"self", "cls"}:
         raise AdapterFileError(f"{path} must have the fields of a config, at most {_MAX_FIELDS}, got {len(fields):,}")
-    if (kind := fields.get("peft_type")) != PEFT_TYPE:
+    if (kind := fields.get("peft_type", PEFT_TYPE)) != PEFT_TYPE:  # PEFT says that it is missing
         raise AdapterFileError(f"peft_type of {path} must be {PEFT_TYPE!r}, got {_short(kind)}; load it with PEFT")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(names := fields.get(name), str):
@@ -137,7 +127,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     try:
         entries = {name: Entry(str(e["dtype"]), tuple(map(int, e["shape"]))) for name, e in header.items()}
-        end = max((e["data_offsets"][1] for e in header.values()), default=0)
+        end = max((int(e["data_offsets"][1]) for e in header.values()), default=0)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise AdapterFileError(f"the header of {path} must describe tensors, got {_short(header)}") from error
     if 8 + length + end != size:

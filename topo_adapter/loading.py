@@ -50,7 +50,8 @@ def load(
         path = find(directory, CONFIG_NAME, subfolder, **hub)
         if path is None:
             raise AdapterFileError(f"{directory} must hold an {CONFIG_NAME}, got none")
-        read_fields(path)
+        if "peft_type" not in read_fields(path):
+            raise AdapterFileError(f"{path} must have a peft_type, got none: it is no adapter's")
         if wrapped:
             model.load_adapter(directory, adapter_name, **kwargs)
         else:
