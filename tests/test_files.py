@@ -318,10 +318,14 @@ def test_a_config_alone_is_good_for_a_fresh_adapter_only(folder: Path) -> None:
     assert len(hosts(get_peft_model(base(), config))) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*saved with PEFT version")
 def test_a_newer_peft_is_named(folder: Path) -> None:
     change(folder, peft_version="99.0.0")
     with pytest.warns(UserWarning, match=r"PEFT version 99\.0\.0"):
         topo_adapter.load(base(), folder)
+    for none in ("9" * 4400, "not one", 7, None):
+        change(folder, peft_version=none)
+        TopologyConfig.from_pretrained(folder)
     change(folder, peft_version=peft.__version__)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -458,6 +462,23 @@ def test_a_merged_model_is_the_old_or_the_new_one_wherever_its_saving_stops(tmp_
     assert set(found) == {(True, True), (False, False), (False, True)}, "in its place or not, each was seen"
     assert found == sorted(found, key=lambda pair: not pair[0]) and found[-1] == (False, True)
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_damaged_merged_model_is_refused(tmp_path: Path) -> None:
+    routed(base()).merge_and_unload().save_pretrained(tmp_path)
+    file, raw = tmp_path / "config.json", (tmp_path / "config.json").read_bytes()
+    fields = json.loads(raw)
+    fields["base_config"]["num_hidden_layers"] = 3
+    file.write_text(json.dumps(fields))
+    with pytest.raises(TopologyConfigError, match=r"num_hidden_layers.*2, here 3"):
+        topo_adapter.load_merged(tmp_path)
+    file.write_bytes(raw)
+    os.truncate(tmp_path / "model.safetensors", 500)
+    with pytest.raises(AdapterFileError, match="must hold the base in safetensors files"):
+        topo_adapter.load_merged(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(AdapterFileError, match="must hold a merged model"):
+        topo_adapter.load_merged(tmp_path)
 
 
 def test_a_merged_model_with_another_base_is_refused(tmp_path: Path) -> None:

@@ -214,11 +214,14 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: no merged model is there, or its base is of a kind that transformers does not know.
-        AdapterFileError: its topology is damaged or missing, or was not saved with this base.
+        AdapterFileError: nothing is there, its files are damaged, or its topology was not saved with this base.
     """
     hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
     directory = newest(Path(directory)) if os.path.isdir(directory) else directory
-    fields, _ = PreTrainedConfig.get_config_dict(directory, **hub)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(directory, **hub)
+    except OSError as error:
+        raise AdapterFileError(f"{directory} must hold a merged model, got: {error}") from error
     if fields.get("model_type") != MODEL_TYPE:
         raise UnsupportedModelError(
             f"directory must have been written by save_merged, {str(directory)!r} holds a model of type "

@@ -98,7 +98,7 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
                 f"{name} of {path} must be a list of names, got the pattern {_short(names)}: patterns from files are "
                 "not run, they can take for ever. Write the names of the attention modules, or their last parts."
             )
-    version = str(fields.get("peft_version"))
+    version = str(fields.get("peft_version"))[:100]
     with contextlib.suppress(InvalidVersion):
         if Version(version.partition("@")[0]).release[:2] > Version(peft.__version__).release[:2]:
             warnings.warn(
