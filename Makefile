@@ -44,7 +44,7 @@ test: setup
 # what touches the interfaces of transformers, PEFT and Triton
 test-oldest: setup-oldest
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/evaluation $(OLDEST_RUN) $(PYTEST) $(addprefix tests/test_,$(addsuffix .py, \
-	    requirements config layout gates merge_decode peft_lifecycle checkpoint training kl shipped_adapter kernels))
+	    requirements config files layout gates merge_decode peft_lifecycle checkpoint training kl shipped_adapter kernels))
 
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)

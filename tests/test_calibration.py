@@ -948,11 +948,26 @@ def test_another_base_of_the_same_shape_warns(tmp_path: Path) -> None:
         other.get_input_embeddings().weight.normal_(generator=torch.Generator().manual_seed(2))
     bfloat16 = tiny(dtype=torch.bfloat16, num_hidden_layers=2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the adapter was calibrated on another base")
+        warnings.filterwarnings("error", "the adapter was trained on another base")
         for same in (own, tuned, bfloat16):
             PeftModel.from_pretrained(same, tmp_path)
-    with pytest.warns(UserWarning, match="calibrated on another base .*input embedding of this Llama.* is not its own"):
+    with pytest.warns(UserWarning, match="trained on another base .*than this Llama.*input embedding"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_calibration_that_window_and_sinks_cover_expects_nothing_of_other_texts() -> None:
+    model = routed(tiny(num_hidden_layers=1))
+    calibrate(model, tokens(2, 24))
+    model.peft_config["default"].local_window = 24
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="do not cover, got one on texts of 24 tokens"), recording_density(model):
+        pass
+
+
+def test_padding_alone_has_no_density() -> None:
+    model, ids = routed(tiny(num_hidden_layers=1)), tokens(1, 8)
+    with pytest.raises(TopologyConfigError, match="got padding alone"):
+        measure_density(model, ids, torch.zeros_like(ids))
 
 
 @pytest.mark.parametrize("kind", ["meta", "integers", "zeros", "infinite", "none"])

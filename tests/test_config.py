@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {0: [1, True]},
         {0: [1, 2.0]},
         {-1: 3},
+        {10**9: 3},
         {"-1": 3},
         {"first": 3},
         {1.0: 3},
@@ -41,12 +43,12 @@ BAD: dict[str, tuple[Any, ...]] = {
         {None: 3},
         {(0, 1): 3},
     ),
-    "router_dim": (0, -1, *INTEGERS),
+    "router_dim": (0, -1, 10**9, *INTEGERS),
     "tie_query_key": (0, 1, None, "yes"),
     "route_per": ("head", "", None, True, ["query_head"]),
     "depth_per": ("head", "kv_head", None, True),
-    "local_window": (0, -1, None, *INTEGERS),
-    "num_sink_tokens": (-1, None, *INTEGERS),
+    "local_window": (0, -1, None, 2**31, *INTEGERS),
+    "num_sink_tokens": (-1, None, 10**30, *INTEGERS),
     "init_weights": ("zeros", "", None, True, False),
     "homotopy": (-0.01, 1.01, *NUMBERS),
     "temperature": (0, 0.0, -1.0, *NUMBERS),
@@ -57,8 +59,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "target_density": (0.0, 1.5, float("nan"), "0.5", True, 0.5),  # the last is right, but there is no calibration
     "calibration": (True, {}, [], {"length": 4}, {"length": 0, "heads_per_route": 1, "density": {}, "loss": {}}),
     "base_fingerprint": ("", "00", 0, True, "g" * 128, b"00" * 64),
+    "base_facts": (True, "llama", []),
+    "weights_digest": ("", "00", 0, True, "g" * 64, b"00" * 32),
+    "format_version": (0, 2, -1, None, *INTEGERS),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
-    "layers_to_transform": (-1, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
+    "layers_to_transform": (-1, 10**9, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
 }
 
 GOOD: dict[str, tuple[Any, ...]] = {
@@ -84,6 +89,9 @@ GOOD: dict[str, tuple[Any, ...]] = {
         {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
     ),
     "base_fingerprint": (None, "0f" * 64),
+    "base_facts": (None, {}, {"model_type": "llama"}),
+    "weights_digest": (None, "0f" * 32),
+    "format_version": (1,),
     "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),
     "layers_to_transform": (None, 0, [], [0, 3]),
 }
@@ -117,6 +125,25 @@ def test_defaults() -> None:
 def test_refuses(name: str, value: Any) -> None:
     with pytest.raises(TopologyConfigError, match=rf"^{name}\b.* must be .*got "):
         TopologyConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("visible_depth", {"9" * 5000: 3}),
+        ("target_modules", [f"layer_{i}" for i in range(10_001)]),
+        ("homotopy", 10**400),
+        ("arity", 10**400),
+        ("depth", 10**30),
+        ("depth", 10**9),
+    ],
+    ids=lambda value: str(value)[:9],
+)
+def test_refuses_at_once_what_no_model_has(name: str, value: Any) -> None:
+    start = time.process_time()
+    with pytest.raises(TopologyConfigError) as caught:
+        TopologyConfig(**{name: value})
+    assert time.process_time() - start < 0.1 and name in str(caught.value) and len(str(caught.value)) < 800
 
 
 @pytest.mark.parametrize(("name", "value"), cases(GOOD))

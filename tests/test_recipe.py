@@ -17,13 +17,14 @@ from peft_helpers import routed, router_parameters, tiny, tokens
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError
 from topo_adapter.core.dial import choose_depths
 from topo_adapter.measuring.calibration import calibrate
 from topo_adapter.training import data, kl, recipe
 from topo_adapter.training.data import text_windows
+from topo_adapter.training.local import DistillationTrainer
 from topo_adapter.training.recipe import DistillConfig, distill
 from topo_adapter.training.trainer import initialize_routers
 from topo_evaluation import texts
@@ -383,6 +384,48 @@ class TestResume:
         _, stages = self.run(tmp_path)
         assert len(stages.steps) == 8
         assert (tmp_path / "local" / "checkpoint-4").is_dir() and (tmp_path / "kl" / "checkpoint-4").is_dir()
+
+    def test_passes_over_checkpoints_that_are_not_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, names = tmp_path / "local", [f"checkpoint-{step}" for step in (4, 8, 12, 16)]
+        routed(base()).save_pretrained(folder / names[0])
+        TrainerState(global_step=4).save_to_json(str(folder / names[0] / "trainer_state.json"))
+        for name in names[1:]:
+            shutil.copytree(folder / names[0], folder / name)
+        (folder / names[1] / "trainer_state.json").unlink()
+        (folder / names[2] / "trainer_state.json").write_text('{"global_')
+        routed(base(), seed=1).save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "adapter_model.safetensors", folder / names[3])
+        args = arguments(tmp_path, resume_from_checkpoint=True)
+        with pytest.warns(UserWarning, match="not whole") as warned:
+            assert args.last_checkpoint("local") == str(folder / names[0])
+        assert [name for each in warned for name in names if f"{name} is" in str(each.message)] == names[:0:-1]
+        trainer = DistillationTrainer(
+            routed(base(), homotopy=0.0), args.of_stage("local", 8, 1e-2), train_dataset=rows(2), num_queries=8
+        )
+        asked: list[Any] = []
+        monkeypatch.setattr(Trainer, "train", lambda self, resume: asked.append(resume))
+        with pytest.warns(UserWarning, match="not whole"):
+            trainer.train(resume_from_checkpoint=True)
+        assert asked == [str(folder / names[0])]
+
+    def test_a_checkpoint_that_is_written_over_is_not_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its adapter would be this run's and its optimizer the last one's."""
+        args = arguments(tmp_path).of_stage("local", 8, 1e-2)
+        trainer = DistillationTrainer(routed(base(), homotopy=0.0), args, train_dataset=rows(2), num_queries=8)
+        file = tmp_path / "local" / "checkpoint-4" / "trainer_state.json"
+        file.parent.mkdir(parents=True)
+        TrainerState(global_step=4).save_to_json(str(file))
+        trainer.state.global_step = 4
+
+        def stopped(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Trainer, "_save_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trainer._save_checkpoint(trainer.model, None)
+        assert not file.exists()
 
     def test_without_checkpoints_it_starts_afresh(self, tmp_path: Path) -> None:
         _, stages = self.run(tmp_path, resume_from_checkpoint=True)

@@ -18,6 +18,7 @@ from .errors import (  # noqa: E402
 )
 from .kernel_report import why_not  # noqa: E402
 from .layer import TopologyLayer  # noqa: E402
+from .loading import load  # noqa: E402
 from .measuring.calibration import calibrate  # noqa: E402
 from .measuring.report import density_report, recording_density  # noqa: E402
 from .measuring.routes import RecordedRoutes, measure_density, record_routes  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "density_report",
     "distill",
     "initialize_routers",
+    "load",
     "load_merged",
     "measure_density",
     "record_routes",

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .errors import UnsupportedModelError
+from .errors import AdapterFileError, UnsupportedModelError
+from .files import newest, replacing
+from .fingerprint import fingerprint, same_base
 from .layer import CHILD, MergedTopology
+from .loading import load
 
 _Mixin: Any = PreTrainedModel if TYPE_CHECKING else object  # it is put before a PreTrainedModel
 
@@ -87,6 +90,8 @@ def mark_merged(model: Any) -> None:
 def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None:
     """Save a model returned by `merge_and_unload()` whole; its own `save_pretrained` does the same.
 
+    What is stopped in the middle leaves the earlier save in the directory, or the new one: never parts of both.
+
     Args:
         kwargs: go to the base class's `save_pretrained`. A `state_dict` supplies the routers' tensors too.
 
@@ -108,26 +113,27 @@ def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None
     child, state = f".{CHILD}.", kwargs.pop("state_dict", None)
     state = model.state_dict() if state is None else state
     base = {key: value for key, value in state.items() if child not in key}
-    super(MergedModel, model).save_pretrained(directory, state_dict=base, **kwargs)
     if not kwargs.get("is_main_process", True):
+        super(MergedModel, model).save_pretrained(directory, state_dict=base, **kwargs)
         return
-    folder = Path(directory, SUBFOLDER)
-    folder.mkdir(exist_ok=True)
     routers = {
         f"base_model.model.{name}.topo_routers.{key}": state[f"{name}.router.{key}"].contiguous().cpu()
         for name, host in merged.items()
         for key in host.router.state_dict()
     }
-    save_file(routers, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.copy(next(iter(merged.values())).topology_config)
-    config.inference_mode = True  # as it is once loaded: saving again writes the same
-    PeftConfig.save_pretrained(config, str(folder))  # without the card that tells how to load an adapter
-    file = Path(directory, "config.json")
-    own = json.loads(file.read_text(encoding="utf-8"))
-    MergedConfig(base_config=own, architectures=own.get("architectures")).to_json_file(file)
-    card = Path(directory, "README.md")
-    if not card.exists():
-        card.write_text(_CARD, encoding="utf-8")
+    with replacing(Path(directory)) as whole:
+        super(MergedModel, model).save_pretrained(whole, state_dict=base, **kwargs)
+        folder = whole / SUBFOLDER
+        folder.mkdir()
+        save_file(routers, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.copy(next(iter(merged.values())).topology_config)
+        config.inference_mode = True  # as it is once loaded: saving again writes the same
+        config.write(folder)  # without the card that tells how to load an adapter
+        file = whole / "config.json"
+        own = json.loads(file.read_text(encoding="utf-8"))
+        MergedConfig(base_config=own, architectures=own.get("architectures")).to_json_file(file)
+        if not Path(directory, "README.md").exists():
+            (whole / "README.md").write_text(_CARD, encoding="utf-8")
 
 
 class MergedConfig(PreTrainedConfig):
@@ -208,9 +214,14 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: no merged model is there, or its base is of a kind that transformers does not know.
+        AdapterFileError: nothing is there, its files are damaged, or its topology was not saved with this base.
     """
     hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
-    fields, _ = PreTrainedConfig.get_config_dict(directory, **hub)
+    directory = newest(Path(directory)) if os.path.isdir(directory) else directory
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(directory, **hub)
+    except OSError as error:
+        raise AdapterFileError(f"{directory} must hold a merged model, got: {error}") from error
     if fields.get("model_type") != MODEL_TYPE:
         raise UnsupportedModelError(
             f"directory must have been written by save_merged, {str(directory)!r} holds a model of type "
@@ -218,11 +229,17 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         )
     merged = MergedConfig.from_dict(fields)
     config, kwargs = merged.base(**kwargs)
-    model = _class_of(merged, config).from_pretrained(directory, config=config, **kwargs)
-    if os.path.isdir(directory):
-        adapter = PeftModel.from_pretrained(model, os.path.join(directory, SUBFOLDER))
-    else:
-        adapter = PeftModel.from_pretrained(model, str(directory), subfolder=SUBFOLDER, **hub)
+    try:
+        model = _class_of(merged, config).from_pretrained(directory, config=config, **kwargs)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{directory} must hold the base in safetensors files, got: {error}") from error
+    adapter = load(model, directory, subfolder=SUBFOLDER, **hub)
+    own, mark = adapter.peft_config["default"].base_fingerprint, fingerprint(model)
+    if own is not None and mark is not None and not same_base(own, mark):
+        raise AdapterFileError(
+            f"{directory} must hold the base that its topology was merged into, got another one's weights; save the "
+            "merged model again"
+        )
     return adapter.merge_and_unload()
 
 

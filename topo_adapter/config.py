@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import numbers
+import os
 import re
+import reprlib
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .core.dial import check_density, choose_depths, expected_loss
-from .errors import TopologyConfigError
+from .errors import AdapterFileError, TopologyConfigError
+from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, replace_text
 
+#: Of the files that this version writes; it reads older ones, and no newer ones.
+FORMAT_VERSION = 1
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
 #: head, and ride through attention as values during training, so it is a head dimension: keep it small.
 MAX_LEAVES = 4096
+#: Bounds that no model comes near, so that a file cannot ask for more memory, time or bits than there are.
+_MAX_DEPTH, _MAX_WIDTH, _MAX_LAYERS, _MAX_NAMES, _MAX_INT = (
+    MAX_LEAVES.bit_length() - 1,
+    2**16,
+    10_000,
+    10_000,
+    2**31 - 1,
+)
 
 _CARD = re.compile(r"\n*<!-- topo_adapter -->.*?<!-- /topo_adapter -->\n*", re.DOTALL)
 _LOADING = """## How to load
@@ -156,26 +170,60 @@ class TopologyConfig(PeftConfig):
             "loading the adapter on another base of the same shape warns."
         },
     )
+    base_facts: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What the base's own config says of it: model type, layers, heads, sizes, vocabulary, rope. Set "
+            "when a fresh adapter is attached; loading it on a base of other sizes is refused, of another kind warns."
+        },
+    )
+    weights_digest: str | None = field(
+        default=None,
+        metadata={
+            "help": "SHA-256 of the saved tensors and of the tree they are read as. Set by saving; loading refuses a "
+            "config and tensors of two saves. None, in files of before, lets any tensors pass."
+        },
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Of the saved files. Those of a newer topo_adapter are refused."}
+    )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Attention modules (suffixes or a regex); None finds every full-attention module."},
+        metadata={
+            "help": "Attention modules (suffixes or a regex); None finds every full-attention module. A regex is saved "
+            "as the names that it found, and none is taken from a file."
+        },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Only these layer indices get a router; the others stay dense."}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        #: Of a config from `from_pretrained`: whether tensors lie beside it, and where if not in their usual place.
+        self.has_weights: bool | None = None
+        self.kept_weights: Path | None = None
+        self._written: Path | None = None  # tensors of the last save
+        self._check_peft_fields()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise TopologyConfigError(f"task_type: {str(error)[:400]}") from error
         self.peft_type = PeftType.TOPOLOGY
-        self._check_int("arity", self.arity, 2)
-        self._check_int("depth", self.depth, 1)
-        if self.arity**self.depth > MAX_LEAVES:
+        self._check_int("format_version", self.format_version, 1)
+        if self.format_version > FORMAT_VERSION:
+            raise TopologyConfigError(
+                f"format_version must be at most {FORMAT_VERSION}, got {self.format_version}: the adapter was saved by "
+                "a newer topo_adapter; upgrade topo_adapter to load it."
+            )
+        self._check_int("arity", self.arity, 2, _MAX_INT)
+        self._check_int("depth", self.depth, 1, _MAX_INT)
+        if self.arity > MAX_LEAVES or self.depth > _MAX_DEPTH or self.arity**self.depth > MAX_LEAVES:
             raise TopologyConfigError(
                 f"arity ** depth must be at most {MAX_LEAVES} (leaf distributions have that many entries per token "
                 f"and head), got {self.arity} ** {self.depth}; lower depth or arity."
             )
         if self.router_dim is not None:
-            self._check_int("router_dim", self.router_dim, 1)
+            self._check_int("router_dim", self.router_dim, 1, _MAX_WIDTH)
         self._check_int("local_window", self.local_window, 1)
         self._check_int("num_sink_tokens", self.num_sink_tokens, 0)
         self._check_choice("route_per", self.route_per, ("query_head", "kv_head"))
@@ -191,11 +239,13 @@ class TopologyConfig(PeftConfig):
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
             for index in layers if isinstance(layers, (list, tuple)) else [layers]:
-                self._check_int("layers_to_transform", index, 0)
+                self._check_int("layers_to_transform", index, 0, _MAX_LAYERS)
         names = self.target_modules
         named = isinstance(names, (list, tuple, set)) and bool(names) and all(isinstance(name, str) for name in names)
         if not (names is None or isinstance(names, str) or named):
-            raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {names!r}")
+            raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {_shown(names)}")
+        if named and len(names or ()) > _MAX_NAMES:
+            raise TopologyConfigError(f"target_modules must be at most {_MAX_NAMES:,} names, got {len(names or ()):,}")
         given = self.visible_depth
         if given is None:
             self.visible_depth = min(5, self.depth)
@@ -203,7 +253,12 @@ class TopologyConfig(PeftConfig):
         self.calibration = self._checked_calibration()
         mark = self.base_fingerprint
         if mark is not None and not (isinstance(mark, str) and re.fullmatch("[0-9a-f]{128}", mark)):
-            raise TopologyConfigError(f"base_fingerprint must be 128 hexadecimal digits or None, got {mark!r}")
+            raise TopologyConfigError(f"base_fingerprint must be 128 hexadecimal digits or None, got {_shown(mark)}")
+        if self.base_facts is not None and not isinstance(self.base_facts, dict):
+            raise TopologyConfigError(f"base_facts must be a dict or None, got {_shown(self.base_facts)}")
+        mark = self.weights_digest
+        if mark is not None and not (isinstance(mark, str) and re.fullmatch("[0-9a-f]{64}", mark)):
+            raise TopologyConfigError(f"weights_digest must be 64 hexadecimal digits or None, got {_shown(mark)}")
         if self.target_density is not None:
             check_density(self.target_density)
             chosen = self.depths_at(self.target_density)
@@ -213,6 +268,59 @@ class TopologyConfig(PeftConfig):
                     f"target_density {self.target_density} and another map; set one of them to None"
                 )
             self.visible_depth = chosen
+
+    def _check_peft_fields(self) -> None:
+        wanted = {"base_model_name_or_path": (str, os.PathLike), "revision": str, "auto_mapping": dict}
+        for name, kinds in wanted.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):  # type: ignore[arg-type]
+                raise TopologyConfigError(f"{name} must be a {_names_of(kinds)} or None, got {_shown(value)}")
+        self._check_bool("inference_mode", self.inference_mode)
+
+    @property
+    def tree(self) -> Tree:
+        """What says how the routers' tensors are read."""
+        return Tree(self.arity, self.depth, self.router_dim, self.tie_query_key, self.route_per)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of an adapter_config.json.
+
+        Raises:
+            AdapterFileError: see `files.read_fields`.
+        """
+        read_fields(path_json_file)
+        return super().from_json_file(path_json_file, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """The config of a saved adapter; the tensors beside it are checked here, before PEFT attaches anything.
+
+        Args: as PEFT's. A directory with a config alone may be opened: its fields are good for a fresh adapter.
+
+        Raises:
+            AdapterFileError: a file is damaged, is no safetensors file, or does not belong to the other.
+            TopologyConfigError: a value is out of range or of the wrong type.
+        """
+        source: Any = pretrained_model_name_or_path
+        config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        if isinstance(config, TopologyConfig):
+            config._check_weights(source, subfolder, cls._split_kwargs(kwargs)[0])
+        return config
+
+    def _check_weights(self, source: str | os.PathLike, subfolder: str | None, hub: dict[str, Any]) -> None:
+        path = find(source, SAFETENSORS_WEIGHTS_NAME, subfolder, **hub)
+        if path is None and find(source, WEIGHTS_NAME, subfolder, **hub) is not None:
+            raise AdapterFileError(
+                f"{source} must hold its tensors in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME}, a pickle: it is "
+                "not opened. Save the adapter with safe_serialization=True."
+            )
+        if path is not None:
+            found = check_tensors(path, self.tree, self.weights_digest)
+            self.kept_weights = found if found != path else None
+        self.has_weights = path is not None
 
     def depths_at(self, target_density: float) -> VisibleDepth:
         """`choose_depths` from the adapter's own calibration.
@@ -238,6 +346,8 @@ class TopologyConfig(PeftConfig):
                 **self.calibration,
                 **{name: _lines(self.calibration[name]) for name in ("density", "loss")},
             }
+        if isinstance(self.target_modules, set):
+            fields["target_modules"] = sorted(self.target_modules)
         if self.on_the_dial():
             fields["visible_depth"] = None
         else:
@@ -250,14 +360,43 @@ class TopologyConfig(PeftConfig):
             return False
         return self.visible_depth == self.depths_at(self.target_density)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and say in the model card beside it how the adapter is loaded."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write adapter_config.json, and say in the model card beside it how the adapter is loaded.
+
+        Raises:
+            AdapterFileError: the tensors were saved as a pickle, with `safe_serialization=False`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        card = folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
         ours = f"<!-- topo_adapter -->\n{_LOADING}\n{self._density_card()}<!-- /topo_adapter -->\n"
         others = _CARD.sub("\n\n", text).rstrip()
-        card.write_text(f"{others}\n\n{ours}".lstrip(), encoding="utf-8")
+        replace_text(card, f"{others}\n\n{ours}".lstrip())
+        self.write(folder, **kwargs)
+
+    def write(self, folder: Path, **kwargs: Any) -> None:
+        """Write adapter_config.json alone, whole or not at all, with the digest of the tensors that lie beside it."""
+        weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+        if pickled.exists() and not (weights.exists() and weights.stat().st_mtime_ns > pickled.stat().st_mtime_ns):
+            raise AdapterFileError(
+                f"safe_serialization must be True, got False, which wrote {pickled}: adapters are loaded from "
+                f"{SAFETENSORS_WEIGHTS_NAME} alone. Remove the pickle and save again."
+            )
+        self.format_version, self.weights_digest = FORMAT_VERSION, digest_of_file(weights, self.tree)
+        with tempfile.TemporaryDirectory() as aside:  # PEFT empties the file before it writes it
+            super().save_pretrained(aside, **kwargs)
+            text = Path(aside, CONFIG_NAME).read_text(encoding="utf-8")
+        replace_text(folder / CONFIG_NAME, text)
+        for each in {weights, self._written or weights}:
+            drop(each)
+        self._written = weights
+
+    def before_saving(self) -> None:
+        """Keep the tensors of the last save until `write` has written the config of the next: PEFT writes over them
+        first, and what stops it then would leave a pair of two saves."""
+        if self._written is not None:
+            keep(self._written)
 
     def _density_card(self) -> str:
         """What the model card says of the density dial, of a calibrated adapter."""
@@ -304,9 +443,10 @@ class TopologyConfig(PeftConfig):
             return None
         wanted = set(Calibration.__annotations__)
         if not isinstance(table, dict) or set(table) != wanted:
-            got = sorted(map(str, table)) if isinstance(table, dict) else repr(table)
+            got = sorted(map(str, table)) if isinstance(table, dict) else table
             raise TopologyConfigError(
-                f"calibration must be None or a table with the keys {sorted(wanted)}, got {got}; call calibrate()."
+                f"calibration must be None or a table with the keys {sorted(wanted)}, got {_shown(got)}; call "
+                "calibrate()."
             )
         self._check_int("calibration['length']", table["length"], 1)
         self._check_int("calibration['heads_per_route']", table["heads_per_route"], 1)
@@ -328,24 +468,26 @@ class TopologyConfig(PeftConfig):
     def _checked_layers(self, name: str, table: object, heads_per_route: int) -> dict[int, list[list[float]]]:
         """Layer -> heads -> one finite number >= 0 for each depth; JSON's string keys become integers again."""
         if not isinstance(table, dict) or not table:
-            raise TopologyConfigError(f"calibration[{name!r}] must be a dict from layer index to heads, got {table!r}")
+            raise TopologyConfigError(
+                f"calibration[{name!r}] must be a dict from layer index to heads, got {_shown(table)}"
+            )
         checked: dict[int, list[list[float]]] = {}
         for layer, heads in table.items():
-            index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
-            self._check_int(f"calibration[{name!r}] keys (layer indices)", index, 0)
+            index = _layer_index(layer)
+            self._check_int(f"calibration[{name!r}] keys (layer indices)", index, 0, _MAX_LAYERS)
             entry = f"calibration[{name!r}][{index}]"
             if index in checked:
                 raise TopologyConfigError(f"{entry} must be given once, got it twice")
             heads = _heads_of(heads) if isinstance(heads, str) else heads
             if not isinstance(heads, (list, tuple)) or not heads or len(heads) % heads_per_route:
                 raise TopologyConfigError(
-                    f"{entry} must be a list of heads, a multiple of heads_per_route, got {heads!r}"
+                    f"{entry} must be a list of heads, a multiple of heads_per_route, got {_shown(heads)}"
                 )
             for values in heads:
                 if not isinstance(values, (list, tuple)) or len(values) != self.sparsest_depth + 1:
                     raise TopologyConfigError(
                         f"{entry} must be lists of {self.sparsest_depth + 1} numbers, depths 0..{self.sparsest_depth}, "
-                        f"got {values!r}"
+                        f"got {_shown(values)}"
                     )
                 for value in values:
                     self._check_float(entry, value, 0.0, float("inf"))
@@ -359,9 +501,8 @@ class TopologyConfig(PeftConfig):
             return value
         checked: dict[int, int | list[int]] = {}
         for layer, depths in value.items():
-            # JSON turns integer keys into strings
-            index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
-            self._check_int("visible_depth keys (layer indices)", index, 0)
+            index = _layer_index(layer)
+            self._check_int("visible_depth keys (layer indices)", index, 0, _MAX_LAYERS)
             if index in checked:
                 raise TopologyConfigError(f"visible_depth must name each layer once, got layer {index} twice")
             for d in depths if isinstance(depths, (list, tuple)) else [depths]:
@@ -370,29 +511,32 @@ class TopologyConfig(PeftConfig):
         return checked
 
     @staticmethod
-    def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-            wanted = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
-            raise TopologyConfigError(f"{name} must be {wanted}, got {value!r}")
+    def _check_int(name: str, value: object, low: int, high: int = _MAX_INT) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            wanted = f"an integer >= {low} and < 2**31" if high == _MAX_INT else f"an integer in {low}..{high}"
+            raise TopologyConfigError(f"{name} must be {wanted}, got {_shown(value)}")
 
     @staticmethod
     def _check_float(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+        try:
+            number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+        except OverflowError:  # an integer beyond all floats
+            number = float("inf")
         inside = low < number if open_low else low <= number
         if not inside or not number <= high or number == float("inf"):
             raise TopologyConfigError(
-                f"{name} must be a finite number in {'(' if open_low else '['}{low}, {high}], got {value!r}"
+                f"{name} must be a finite number in {'(' if open_low else '['}{low}, {high}], got {_shown(value)}"
             )
 
     @staticmethod
     def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         if value not in choices:
-            raise TopologyConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise TopologyConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
 
     @staticmethod
     def _check_bool(name: str, value: object) -> None:
         if not isinstance(value, bool):
-            raise TopologyConfigError(f"{name} must be True or False, got {value!r}")
+            raise TopologyConfigError(f"{name} must be True or False, got {_shown(value)}")
 
 
 def _lines(layers: dict[int, list[list[float]]]) -> dict[int, str]:
@@ -406,3 +550,22 @@ def _heads_of(line: str) -> object:
         return [[float(value) for value in head.split()] for head in line.split("|")]
     except ValueError:
         return line
+
+
+def _layer_index(layer: object) -> Any:
+    """JSON turns integer keys into strings; one of more digits than a layer index has is left for the checks."""
+    return int(layer) if isinstance(layer, str) and layer.isdecimal() and len(layer) <= 9 else layer
+
+
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxdict = _repr.maxset = _repr.maxtuple = 16
+_repr.maxstring = _repr.maxlong = _repr.maxother = 120
+
+
+def _shown(value: object) -> str:
+    """`repr`, short enough for a message."""
+    return _repr.repr(value)
+
+
+def _names_of(kinds: Any) -> str:
+    return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))

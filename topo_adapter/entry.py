@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedModelError
+from .forward import uninstall
 from .hf.gates import refused_attentions
-from .layer import hosts
+from .layer import CHILD, TopologyLayer, hosts
 
 #: The method through which all of transformers' continuous batching goes (`generate_batch` among it).
 _BATCHING = "init_continuous_batching"
@@ -35,6 +36,27 @@ def unguard(model: nn.Module) -> None:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     model.__dict__.pop(_BATCHING, None)
+
+
+def discard(model: Any, adapter_name: str) -> None:
+    """Take an adapter that was never used out of a model, a PeftModel or not; the last one takes the child modules
+    along."""
+    children = [layer for layer in hosts(model) if isinstance(layer, TopologyLayer)]
+    if not any(adapter_name in layer.unused for layer in children):
+        return  # it was trained or loaded before: a damaged file must not cost it
+    for module in list(model.modules()):
+        child: Any = getattr(module, CHILD, None)
+        holds_it = isinstance(child, TopologyLayer) and adapter_name in child.topo_routers
+        if holds_it:
+            child.delete_adapter(adapter_name)
+            if not child.topo_routers:
+                uninstall(module)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hosts(model):
+        unguard(base)
+    model.peft_config.pop(adapter_name, None)
+    if not model.peft_config:
+        base.__dict__.pop("peft_config", None)  # or PEFT takes the base for one that has adapters
 
 
 def _callable_parts(model: Any) -> list[nn.Module]:

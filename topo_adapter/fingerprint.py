@@ -1,11 +1,16 @@
-"""A mark of the base model that an adapter was calibrated on: bases of one shape are easily taken for one another."""
+"""What marks the base model of an adapter: bases of one shape are easily taken for one another."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _ENTRIES = 64
+_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+_KINDS = ("model_type", "vocab_size", "rope_parameters")
 #: Cosine similarity of marks below which bases are taken for different ones. Unrelated embeddings have 0 with a
 #: standard deviation of 1 / 8; fine-tuning, merging and another dtype leave them nearly as they were.
 _SAME = 0.8
@@ -35,3 +40,22 @@ def same_base(one: str, other: str) -> bool:
     """Whether two marks are of one base, or of one and its fine-tuned form."""
     a, b = (torch.frombuffer(bytearray.fromhex(mark), dtype=torch.int8).float() for mark in (one, other))
     return bool(torch.nn.functional.cosine_similarity(a, b, dim=0) >= _SAME)
+
+
+def facts_of(model: nn.Module) -> dict[str, Any] | None:
+    """What the config of a model's text decoder says of it, as JSON gives it back; None without a config."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    config = config.get_text_config()
+    facts = {name: getattr(config, name, None) for name in (*_SIZES, *_KINDS)}
+    if facts["head_dim"] is None and facts["hidden_size"] and facts["num_attention_heads"]:
+        facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
+    return json.loads(json.dumps({name: fact for name, fact in facts.items() if fact is not None}, default=str))
+
+
+def other_facts(own: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """How two bases differ, name -> 'own, here another': in sizes, and in what two bases of one size can differ in."""
+    differing = {name for name in own.keys() & found.keys() if own[name] != found[name]}
+    said = {name: f"{own[name]!r:.100}, here {found[name]!r:.100}" for name in sorted(differing)}
+    return {name: said[name] for name in _SIZES if name in said}, {name: said[name] for name in _KINDS if name in said}

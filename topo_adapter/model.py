@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .checkpoint import mark_merged
 from .config import TopologyConfig
 from .density import say_density, turn_dial
-from .entry import guard, unguard
+from .entry import discard, guard, unguard
 from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
-from .fingerprint import fingerprint, same_base
+from .files import WRAPPER, read_tensors
+from .fingerprint import facts_of, fingerprint, other_facts, same_base
 from .forward import install, uninstall
-from .hf.gates import execution_device, find_full_attention, geometry_of
+from .hf.gates import execution_device, find_full_attention, geometry_of, shortest_names
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts
 
 
@@ -42,11 +43,22 @@ class TopologyModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, TopologyConfig)
         _check_model(self.model)
+        if peft_config.has_weights is False and (peft_config.inference_mode or peft_config.homotopy > 0):
+            raise AdapterFileError(
+                "the adapter must have its tensors beside its adapter_config.json, got a config alone: it would run "
+                "random routers. To train a fresh adapter with this config set inference_mode=False and homotopy=0."
+            )
         if peft_config.target_modules is None:
             peft_config.target_modules = find_full_attention(self.model)
+        elif isinstance(peft_config.target_modules, str):  # files hold names
+            found = [n for n, _ in self.model.named_modules() if n and check_target_module_exists(peft_config, n)]
+            peft_config.target_modules = shortest_names(self.model, found) or peft_config.target_modules
         if isinstance(peft_config.target_modules, list):
             peft_config.target_modules = set(peft_config.target_modules)  # type: ignore[assignment]  # PEFT's form
         self._check_targets(peft_config)
+        if peft_config.has_weights is None:  # another base's marks would be those of a file without any
+            peft_config.base_facts = peft_config.base_facts or facts_of(self.model)
+            peft_config.base_fingerprint = peft_config.base_fingerprint or fingerprint(self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -72,14 +84,7 @@ class TopologyModel(BaseTuner):
                     f"its calibration is of {_layers_and_heads(measured)}, this {type(self.model).__name__} routes "
                     f"{_layers_and_heads(routed)}. Load it on the model that it was trained for."
                 )
-        own = config.base_fingerprint
-        if own is not None and (mark := fingerprint(self.model)) is not None and not same_base(mark, own):
-            warnings.warn(
-                f"the adapter was calibrated on another base ({config.base_model_name_or_path or 'unnamed'}): the "
-                f"input embedding of this {type(self.model).__name__} is not its own. On a base that it was not "
-                "trained for it hides keys at random; load it on its own base or a fine-tuned form of it.",
-                stacklevel=2,
-            )
+        self._check_base(config)
         for geometry in geometries:
             config.depths_of_layer(geometry.layer, geometry.num_heads, geometry.num_kv_heads)
         named = config.visible_depth.keys() if isinstance(config.visible_depth, dict) else []
@@ -87,8 +92,31 @@ class TopologyModel(BaseTuner):
         for name, layers in wanted.items():
             if layers - found:
                 raise TopologyConfigError(
-                    f"{name} names layers {sorted(layers - found)}, which are not routed; routed are {sorted(found)}"
+                    f"{name} names layers {_some(sorted(layers - found))}, which are not routed; routed are "
+                    f"{sorted(found)}"
                 )
+
+    def _check_base(self, config: TopologyConfig) -> None:
+        """Refuse a base of other sizes than the adapter's own, warn of another one of its sizes."""
+        name, kind = config.base_model_name_or_path or "unnamed", type(self.model).__name__
+        sizes, others = other_facts(config.base_facts or {}, facts_of(self.model) or {})
+        if sizes:
+            raise TopologyConfigError(
+                f"the adapter was trained on another model ({name}), from which this {kind} differs: {sizes}. "
+                "Load it on the model that it was trained for."
+            )
+        mark = fingerprint(self.model)
+        if config.base_fingerprint is not None and mark is not None:
+            others.pop("vocab_size", None)  # tokens may have been added, the others are compared
+            if not same_base(mark, config.base_fingerprint):
+                others = {"input embedding": "another", **others}
+        if others:
+            warnings.warn(
+                f"the adapter was trained on another base ({name}) than this {kind}, which differs: {others}. On a "
+                "base that it was not trained for it hides keys at random; load it on its own base or "
+                "a fine-tuned form of it.",
+                stacklevel=2,
+            )
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         # PEFT looks at layers_to_transform for suffixes only, not for full names or a regex
@@ -229,6 +257,8 @@ class TopologyModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        assert isinstance(config, TopologyConfig)
+        config.before_saving()
         return _RouterTensors({key: value for key, value in state_dict.items() if _marker(adapter_name) in key})
 
     @classmethod
@@ -241,13 +271,18 @@ class TopologyModel(BaseTuner):
     ) -> dict[str, Tensor]:
         own = {key: value for key, value in model.state_dict().items() if _marker(adapter_name) in key}
         expected = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-        wrapper = "base_model.model."  # in the file always, in the model only if it is a PeftModel
-        expected = {wrapper + key.removeprefix(wrapper): value for key, value in expected.items()}
-        given = {wrapper + key.removeprefix(wrapper): value for key, value in state_dict.items()}
+        # the wrapper's name is in the file always, in the model only if it is a PeftModel
+        expected = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in expected.items()}
+        assert isinstance(config, TopologyConfig)
         try:
+            if config.kept_weights is not None:
+                state_dict, config.kept_weights = dict(read_tensors(config.kept_weights)), None
+            given = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in state_dict.items()}
+            if len(given) < len(state_dict):
+                raise AdapterFileError(f"each tensor must be given once, got some with and without {WRAPPER!r}")
             _check_file(adapter_name, {key: own[value] for key, value in expected.items()}, given)
         except AdapterFileError:
-            _discard(model, adapter_name)  # or a router with random weights would stay in force
+            discard(model, adapter_name)  # or a router with random weights would stay in force
             raise
         for layer in _layers(model):
             layer.unused.discard(adapter_name)
@@ -272,24 +307,10 @@ def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str,
     for key, value in given.items():
         if value.shape != expected[key].shape:
             raise AdapterFileError(f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise AdapterFileError(f"{key} must be of a float dtype, got {value.dtype}")
         if not torch.isfinite(value.float()).all():
             raise AdapterFileError(f"{key} must be finite, got NaN or infinity")
-
-
-def _discard(model: Any, adapter_name: str) -> None:
-    """Take an adapter that was never used out of a model; the last one takes the child modules along."""
-    if not any(adapter_name in layer.unused for layer in _layers(model)):
-        return  # it was trained or loaded before: a damaged file must not cost it
-    for module in list(model.modules()):
-        child: Any = getattr(module, CHILD, None)
-        holds_it = isinstance(child, TopologyLayer) and adapter_name in child.topo_routers
-        if holds_it:
-            child.delete_adapter(adapter_name)
-            if not child.topo_routers:
-                uninstall(module)
-    if not hosts(model):
-        unguard(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    model.peft_config.pop(adapter_name, None)
 
 
 def _layers_to_transform(config: PeftConfig) -> set[int] | None:
@@ -332,5 +353,5 @@ def _marker(adapter_name: str) -> str:
     return f".{CHILD}.{TopologyModel.prefix}.{adapter_name}."
 
 
-def _some(keys: list[str]) -> str:
+def _some(keys: list[Any]) -> str:
     return f"{keys[:3]}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}" if keys else "none"

@@ -7,7 +7,7 @@ the member is added here. Idempotent, and does nothing if PEFT ever ships the na
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-NAME = "TOPOLOGY"
+from .files import PEFT_TYPE as NAME
 
 
 def add_peft_type() -> None:

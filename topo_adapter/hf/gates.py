@@ -107,6 +107,11 @@ def find_full_attention(model: Any) -> list[str]:
             "their modules in target_modules to route them too",
             windows,
         )
+    return shortest_names(model, names)
+
+
+def shortest_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Names of modules, as suffixes where those find the same modules."""
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
     return sorted(suffixes) if sorted(matched) == sorted(names) else names

@@ -32,7 +32,8 @@ def recording_density(model: nn.Module) -> Iterator[None]:
         model: with a merged and calibrated topology adapter, or a merged model.
 
     Raises:
-        UnsupportedModelError: no active adapter. MergeError: not merged, or not calibrated.
+        UnsupportedModelError: no active adapter. MergeError: not merged, or not calibrated, or on texts that window
+            and sinks cover, which say nothing of others.
     """
     layers = active_layers(model)
     for layer, config, merged in layers:
@@ -41,6 +42,12 @@ def recording_density(model: nn.Module) -> Iterator[None]:
                 "recording_density needs a merged adapter with a calibration, got layer "
                 f"{layer.geometry.layer} {'without calibration' if merged else 'unmerged'}; call calibrate, then "
                 "merge_adapter"
+            )
+        length, window, sinks = config.calibration["length"], config.local_window, config.num_sink_tokens
+        if always_density(length, window, sinks) == 1:
+            raise MergeError(
+                f"recording_density needs a calibration on texts that window ({window}) and sinks ({sinks}) do not "
+                f"cover, got one on texts of {length} tokens; calibrate on longer ones"
             )
     for layer, _, _ in layers:
         layer.density_counts = None

@@ -13,7 +13,7 @@ from ..core.records import Keys
 from ..core.rule import Rule
 from ..core.tree import address_to_digits, digits_to_address
 from ..core.visibility import Visibility, per_head
-from ..errors import UnsupportedModelError
+from ..errors import TopologyConfigError, UnsupportedModelError
 from ..forward import Attention
 from ..layer import active_layers, evaluating
 from ..ops.plan import make_plan
@@ -100,9 +100,14 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
 
     Returns:
         Layer index -> float64 `[H]`, in `(0, 1]`.
+
+    Raises:
+        TopologyConfigError: every token is padding. UnsupportedModelError: as `record_routes`.
     """
-    records = record_routes(model, input_ids, attention_mask)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if not real.any():
+        raise TopologyConfigError("attention_mask must leave a token to measure, got padding alone")
+    records = record_routes(model, input_ids, attention_mask)
     layout = layout_from_padding(real)
     densities = {}
     for host, config, _ in active_layers(model):

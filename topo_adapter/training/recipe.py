@@ -22,7 +22,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import TopologyConfig
 from ..core.dial import DEFAULT_DENSITY, check_density
@@ -31,7 +30,7 @@ from ..measuring.calibration import calibrate
 from .data import rows_of, rows_to_calibrate_on, rows_to_train_on
 from .kl import TEMPERATURES, KLTrainer
 from .local import DistillationTrainer
-from .trainer import TopologyCallback, active_configs, initialize_routers, round_routers
+from .trainer import TopologyCallback, active_configs, initialize_routers, last_whole_checkpoint, round_routers
 
 #: Arguments of `transformers.TrainingArguments` that each stage has for itself.
 _OF_STAGES = {
@@ -140,9 +139,8 @@ class DistillConfig(TrainingArguments):
         return Path(self.output_dir or "trainer_output") / name
 
     def last_checkpoint(self, name: str) -> str | None:
-        """The checkpoint a stage resumes from, None to start afresh."""
-        folder = self.folder(name)
-        return get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
+        """The checkpoint a stage resumes from, the newest that is whole; None to start afresh."""
+        return last_whole_checkpoint(self.folder(name)) if self.resume else None
 
 
 def distill(

@@ -5,12 +5,16 @@ Everything here rides on `transformers.Trainer`; nothing is a trainer of its own
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import TopologyConfig
 from ..core.passes import Pass, during
@@ -220,6 +224,23 @@ class _RememberScale(torch.autograd.Function):
         return grad, None, None
 
 
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a folder whose saving came to its end: transformers writes the trainer's state last."""
+    if not Path(folder).is_dir():
+        return None
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    for path in sorted((path for path, n in steps.items() if n.isdecimal()), key=lambda path: -int(steps[path])):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+            for config in path.glob(f"**/{CONFIG_NAME}"):
+                TopologyConfig.from_pretrained(config.parent)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            warnings.warn(f"checkpoint {path} is passed over, it is not whole: {error}", stacklevel=2)
+            continue
+        return str(path)
+    return None
+
+
 class TopologyTrainerMixin(Trainer):
     """Put before a `transformers.Trainer` class: `class MyTrainer(TopologyTrainerMixin, SFTTrainer): ...`.
 
@@ -269,6 +290,19 @@ class TopologyTrainerMixin(Trainer):
         """
         share = 1 / self.current_gradient_accumulation_steps if normalised else 1.0
         return _RememberScale.apply(loss, hosts(model), share)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".") or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # an earlier run's checkpoint in this place is whole no longer once its first file is written over
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)
