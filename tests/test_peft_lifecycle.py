@@ -176,6 +176,21 @@ def test_dense_layers_get_no_gradient_from_the_language_model_loss() -> None:
     assert sum(float(w.grad.abs().sum()) for w in router_parameters(model).values() if w.grad is not None) == 0
 
 
+@pytest.mark.parametrize("homotopy", [0.0, 1.0])
+def test_a_loss_has_gradients_in_evaluation_mode(homotopy: float) -> None:
+    """As of PEFT's other methods; users forget `train()`, which from_pretrained does not call."""
+    model = routed(tiny(num_hidden_layers=2), homotopy=homotopy)
+    loss_of(model, IDS).backward()
+    first = router_gradients(model)
+    model.zero_grad()
+    loss_of(model, IDS).backward()
+    assert all(torch.equal(gradient, first[name]) for name, gradient in router_gradients(model).items())  # no noise
+    cache = model(input_ids=IDS[:, :10]).past_key_values  # decoding asks for none
+    assert model(input_ids=IDS[:, 10:11], past_key_values=cache).logits.isfinite().all()
+    model.base_model.set_requires_grad("default", False)
+    assert not model(input_ids=IDS).logits.requires_grad
+
+
 @pytest.mark.parametrize("homotopy", [0.0, 0.5])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(
