@@ -293,18 +293,6 @@ def test_model_card_says_what_to_import(tmp_path: Path) -> None:
     assert "import topo_adapter" in (tmp_path / "README.md").read_text()
 
 
-def test_resized_embeddings_stay_out_of_the_file(tmp_path: Path) -> None:
-    """PEFT adds embeddings to a file when the vocabulary differs from the base's; our own loader refuses them."""
-    tiny().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(70, mean_resizing=False)
-    model = routed(copy.deepcopy(base))
-    model.save_pretrained(tmp_path / "adapter")
-    assert all(".topo_routers." in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert torch.equal(logits_of(reloaded, IDS), logits_of(model, IDS))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Tensor]:
     """An adapter on disk beside its base, and its logits."""
@@ -351,6 +339,22 @@ def test_reloading_after_a_cast_gives_the_same_logits(dtype: torch.dtype, tmp_pa
     assert torch.equal(logits_of(PeftModel.from_pretrained(tiny(dtype=dtype), tmp_path).eval(), IDS), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_adapter_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's switch: float32 routers, or those of the base's dtype; they are computed with in float32 either way."""
+    base = tiny(dtype=dtype, num_hidden_layers=2)
+    model = get_peft_model(base, TopologyConfig(**SMALL, homotopy=1.0), autocast_adapter_dtype=False).eval()
+    assert {weight.dtype for weight in router_parameters(model).values()} == {dtype}
+    assert all(weight.requires_grad for weight in router_parameters(model).values())
+    model.save_pretrained(tmp_path)
+    for autocast, wanted in ((False, dtype), (True, torch.float32)):
+        again = PeftModel.from_pretrained(
+            tiny(dtype=dtype, num_hidden_layers=2), tmp_path, autocast_adapter_dtype=autocast
+        )
+        assert {weight.dtype for weight in router_parameters(again).values()} == {wanted}
+        assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
 def test_loading_decides_trainability(saved: tuple[Path, Tensor]) -> None:
     for trainable in (False, True):
         model = PeftModel.from_pretrained(tiny(), saved[0], is_trainable=trainable).train()
@@ -372,13 +376,24 @@ def test_loading_through_functions_on_a_plain_model(saved: tuple[Path, Tensor]) 
     assert all(torch.equal(value, file["base_model.model." + key]) for key, value in again.items())
 
 
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=str)
+def test_injecting_by_the_keys_of_a_state_dict(layers: list[int] | None) -> None:
+    given = tiny()
+    inject_adapter_in_model(TopologyConfig(**SMALL, layers_to_transform=layers), given)
+    tensors = get_peft_model_state_dict(given)
+    again = inject_adapter_in_model(TopologyConfig(**SMALL, layers_to_transform=layers), tiny(), state_dict=tensors)
+    assert routed_layers(again) == (layers or list(range(LAYERS)))
+    assert not set_peft_model_state_dict(again, tensors).unexpected_keys
+    assert all(torch.equal(value, tensors[key]) for key, value in get_peft_model_state_dict(again).items())
+
+
 def test_config_round_trip(saved: tuple[Path, Tensor]) -> None:
     for load in (PeftConfig.from_pretrained, TopologyConfig.from_pretrained):
         config = load(saved[0])
         assert type(config) is TopologyConfig and config.peft_type is PeftType.TOPOLOGY
         assert config.visible_depth == {0: 2, 1: [0, 1, 2, 3], 3: 4}
         assert (config.depth, config.router_dim, config.homotopy, config.temperature) == (4, 8, 1.0, 0.25)
-        assert (config.local_window, config.num_sink_tokens, config.target_modules) == (3, 2, ["self_attn"])
+        assert (config.local_window, config.num_sink_tokens, config.target_modules) == (3, 2, {"self_attn"})
 
 
 def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
@@ -406,8 +421,11 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
             "loss": {2: [[0.0, 0.1, 0.2, 0.2, 0.3, 0.4, 0.5]] * 4},
         },
         "base_fingerprint": "7f" * 64,
-        "target_modules": ["self_attn"],
+        "target_modules": {"self_attn"},
+        "exclude_modules": {"layers.2.self_attn"},
         "layers_to_transform": [0, 2],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": {"embed_tokens": [3, 5]},
     }
     ours = {f.name for f in dataclasses.fields(TopologyConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
     assert given.keys() == ours - {"target_density"}  # in place of a map: test_calibration
