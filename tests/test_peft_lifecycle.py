@@ -771,8 +771,9 @@ def test_lora_and_topology_train_together(order: str, homotopy: float) -> None:
             assert weight.grad is None, name
 
 
-def test_lora_and_topology_save_apart_and_reload_together(tmp_path: Path) -> None:
-    _, model = with_lora("LoRA first", homotopy=1.0)
+@pytest.mark.parametrize("order", ["LoRA first", "topology first"])
+def test_lora_and_topology_save_apart_and_reload_together(order: str, tmp_path: Path) -> None:
+    _, model = with_lora(order, homotopy=1.0)
     logits = logits_of(model, IDS)
     model.save_pretrained(tmp_path)
     ours = load_file(tmp_path / "topology" / "adapter_model.safetensors")
@@ -789,23 +790,77 @@ def test_lora_and_topology_save_apart_and_reload_together(tmp_path: Path) -> Non
     assert torch.equal(logits_of(again, IDS), logits)
 
 
-def test_both_named_default_still_save_only_ours(tmp_path: Path) -> None:
+def test_both_of_one_name_are_refused() -> None:
+    """PEFT keeps one configuration of a name, and saves what that one says."""
     base = tiny()
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), base, adapter_name="default")
-    model = get_peft_model(base, TopologyConfig(**SMALL))
-    tensors = get_peft_model_state_dict(model)
-    assert len(tensors) == 5 * LAYERS and all(".topo_routers." in key for key in tensors)
+    before = fingerprint(base)
+    with pytest.raises(TopologyConfigError, match=r"adapter_name.*peft.tuners.lora.*'default' for both"):
+        get_peft_model(base, TopologyConfig(**SMALL))
+    assert fingerprint(base) == before and isinstance(base.peft_config["default"], LoraConfig)
+    get_peft_model(base, TopologyConfig(**SMALL), adapter_name="topology")
 
 
-def test_disable_and_unload_with_lora() -> None:
-    base, model = with_lora("LoRA first", homotopy=1.0)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("order", ["LoRA first", "topology first"])
+def test_disable_and_unload_with_lora(order: str, merged: bool) -> None:
+    base, model = with_lora(order, homotopy=1.0)
     both = logits_of(model, IDS)
+    if merged:
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model, IDS), both, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
-        torch.testing.assert_close(logits_of(model, IDS), logits_of(tiny(), IDS), rtol=0, atol=0)
-    assert torch.equal(logits_of(model, IDS), both)
+        torch.testing.assert_close(logits_of(model, IDS), logits_of(tiny(), IDS), rtol=1e-5, atol=1e-5)
+    if merged:
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(model, IDS), both, rtol=1e-5, atol=1e-5)
     assert model.unload() is base
-    assert_same_weights(base, weights_of(tiny()))
-    assert torch.equal(logits_of(base, IDS), logits_of(tiny(), IDS))
+    if order == "LoRA first":
+        torch.testing.assert_close(logits_of(base, IDS), logits_of(tiny(), IDS), rtol=1e-5, atol=1e-5)
+        assert base.state_dict().keys() == tiny().state_dict().keys()
+    else:  # a LoRA's own PeftModel unloads the LoRA; the topology stays in force
+        assert not any("lora_" in name for name, _ in base.named_modules())
+        torch.testing.assert_close(logits_of(base, IDS), logits_of(routed(tiny()), IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["unmerged", "merged", "unloaded"])
+def test_all_linear_of_a_lora_leaves_routers_out(state: str, tmp_path: Path) -> None:
+    """A pair on a router would never get a gradient, and DDP stops at such parameters."""
+    topology = routed(tiny(num_hidden_layers=2))
+    expected = logits_of(topology, IDS)
+    base = topology.get_base_model()
+    if state == "merged":
+        topology.merge_adapter()
+    elif state == "unloaded":
+        base = topology.merge_and_unload()
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear"), adapter_name="lora")
+    assert len(model.targeted_module_names) == 2 * 7 and not any(
+        "topo_adapter" in n for n in model.targeted_module_names
+    )
+    torch.testing.assert_close(logits_of(model.eval(), IDS), expected, rtol=1e-4, atol=1e-4)
+    loss_of(model.train(), IDS).backward()
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if ".lora_" in name)
+    model.save_pretrained(tmp_path, selected_adapters=["lora"])
+    file = next(tmp_path.rglob("adapter_model.safetensors"))
+    assert all(".lora_" in key for key in load_file(file))
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(unloaded.eval(), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_trained_on_a_merged_topology_reloads(tmp_path: Path) -> None:
+    merged = routed(tiny(num_hidden_layers=2)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(merged, lora).eval()
+    logits = logits_of(model, IDS)
+    model.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(topo_adapter.load_merged(tmp_path / "merged"), tmp_path / "lora").eval()
+    assert torch.equal(logits_of(again, IDS), logits)
+    both = again.merge_and_unload()
+    both.save_pretrained(tmp_path / "both")
+    torch.testing.assert_close(
+        logits_of(topo_adapter.load_merged(tmp_path / "both"), IDS), logits, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("order", ["LoRA first", "topology first"])
