@@ -386,3 +386,14 @@ def test_one_module_is_not_trained_by_two_methods() -> None:
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), base, "lora")
     with pytest.raises(UnsupportedModelError, match="'lm_head' is trained by the adapter 'lora'"):
         get_peft_model(base, TopologyConfig(modules_to_save=["lm_head"]), adapter_name="topology")
+
+
+def test_a_lora_added_later_does_not_silently_take_the_head_out_of_force() -> None:
+    base = small()
+    inject_adapter_in_model(TopologyConfig(homotopy=1.0, modules_to_save=["lm_head"]), base, "topology")
+    logits_of(base, IDS)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+    with pytest.raises(UnsupportedModelError, match="lm_head must run as the active adapter 'topology' has trained it"):
+        model(input_ids=IDS)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, IDS), logits_of(small(), IDS))
