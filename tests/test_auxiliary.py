@@ -378,7 +378,13 @@ def test_the_head_that_a_lora_beside_trains_stays_in_force() -> None:
     model = get_peft_model(base, TopologyConfig(), adapter_name="topology")
     assert torch.equal(logits_of(model.eval(), IDS), expected)
     loss_of(model.train(), IDS).backward()
-    assert base.lm_head.modules_to_save["lora"].weight.grad is not None
+    head = base.lm_head.modules_to_save["lora"].weight
+    assert head.grad is not None
+    for trained in (True, False):
+        head.requires_grad_(trained)
+        model.set_adapter("topology")
+        assert head.requires_grad == trained
+    assert torch.equal(logits_of(model.eval(), IDS), expected)
 
 
 def test_one_module_is_not_trained_by_two_methods() -> None:

@@ -110,10 +110,13 @@ def refuse_overlap(model: nn.Module, config: TopologyConfig, routed: Iterable[st
             )
 
 
-def in_force(model: nn.Module, names: set[str]) -> dict[Any, str]:
-    """The wrappers in which one of the adapters `names` is active, and which one."""
-    active = {wrapper: names & set(wrapper.active_adapters) for wrapper in wrappers(model).values()}
-    return {wrapper: min(found) for wrapper, found in active.items() if found}
+def in_force(model: nn.Module, names: set[str]) -> dict[Any, tuple[str, bool]]:
+    """The wrappers in which one of the adapters `names` is active, which one, and whether it is frozen."""
+    return {
+        wrapper: (min(active), not any(weight.requires_grad for weight in wrapper.parameters()))
+        for wrapper in wrappers(model).values()
+        if (active := names & set(wrapper.active_adapters))
+    }
 
 
 def tensors_of(model: nn.Module, adapter_name: str) -> set[str]:

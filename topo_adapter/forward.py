@@ -130,9 +130,10 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     if training and dense and learning:
         host.schedule.miss()
     if dense and not (training or purpose.needs_probabilities or purpose.needs_addresses):
-        # as of PEFT's other methods, a loss has gradients in evaluation mode too; cached keys have none
+        # as of PEFT's other methods, a loss has gradients in evaluation mode too; cached keys have none, and the base
+        # alone returns attention weights
         past = 0 if cache is None else cache.get_seq_length(layer)
-        if not learning or isinstance(past, Tensor) or past > 0:
+        if not learning or isinstance(past, Tensor) or past > 0 or inputs.get("output_attentions"):
             return None
 
     rule = host.rule(config, router.num_heads, keep=merged)

@@ -188,8 +188,8 @@ class TopologyModel(BaseTuner):
         """PEFT's, which would take the trained modules of other methods' adapters out of force."""
         theirs = auxiliary.in_force(self.model, set(self.peft_config) - self._topologies())
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for wrapper, name in theirs.items():
-            wrapper.set_adapter(name)
+        for wrapper, (name, frozen) in theirs.items():
+            wrapper.set_adapter(name, inference_mode=frozen)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -319,15 +319,10 @@ def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str,
         )
     for key, value in given.items():
         if value.shape != expected[key].shape:
-            wanted = (
-                ""
-                if f".{CHILD}." in key
-                else (
-                    "; give the base the file's number of labels (num_labels) or tokens (model.resize_token_embeddings)"
-                )
-            )
+            fix = "; give the base the file's number of labels (num_labels) or tokens (resize_token_embeddings)"
             raise AdapterFileError(
-                f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}{wanted}"
+                f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}"
+                + (fix if f".{CHILD}." not in key else "")
             )
         if not torch.isfinite(value.float()).all():
             raise AdapterFileError(f"{key} must be finite, got NaN or infinity")
