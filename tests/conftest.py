@@ -41,6 +41,10 @@ if not torch.cuda.is_available():
         speed_up_the_interpreter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="PEFT's own tests on every family of models, not on one")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped without one)")
     # Triton 3.6's interpreter converts one-element arrays to loop bounds

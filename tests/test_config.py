@@ -63,6 +63,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "weights_digest": ("", "00", 0, True, "g" * 64, b"00" * 32),
     "format_version": (0, 2, -1, None, *INTEGERS),
     "target_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
+    "exclude_modules": (3, True, [1], ["self_attn", None], {"self_attn": 1}),
+    "modules_to_save": ("lm_head", True, [1], [""], {"lm_head": 1}),
+    "trainable_token_indices": (5, "5", [], [-1], [True], [1.0], {"embed_tokens": 5}, {"embed_tokens": ["5"]}),
     "layers_to_transform": (-1, 10**9, True, 1.5, "1", [0, -1], [True], [1.0], ["1"], {0: 1}),
 }
 
@@ -92,7 +95,10 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "base_facts": (None, {}, {"model_type": "llama"}),
     "weights_digest": (None, "0f" * 32),
     "format_version": (1,),
-    "target_modules": (None, "self_attn", ["self_attn"], r".*\.[0-3]\.self_attn"),
+    "target_modules": (None, "self_attn", {"self_attn"}, r".*\.[0-3]\.self_attn"),
+    "exclude_modules": (None, "self_attn", {"self_attn"}, r".*\.[0-3]\.self_attn"),
+    "modules_to_save": (None, [], ["lm_head", "score"]),
+    "trainable_token_indices": (None, [0, 5], {"embed_tokens": [3]}),
     "layers_to_transform": (None, 0, [], [0, 3]),
 }
 
@@ -192,7 +198,7 @@ SAVED: list[dict[str, Any]] = [
     {"visible_depth": 3, "arity": 3, "depth": 4, "homotopy": 1, "layers_to_transform": [0, 2]},
     {"visible_depth": {}},
     {"visible_depth": {0: 3, 11: [1, 2, 3, 4], 2: 0}, "route_per": "kv_head", "router_dim": None},
-    {"homotopy": 0.375, "temperature": 0.1, "target_modules": ["self_attn"], "gradient_bridge": "masked"},
+    {"homotopy": 0.375, "temperature": 0.1, "target_modules": {"self_attn"}, "gradient_bridge": "masked"},
 ]
 
 

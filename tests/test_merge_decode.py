@@ -626,14 +626,14 @@ def test_cache_filled_by_the_base_is_refused() -> None:
     cache = DynamicCache()
     with model.disable_adapter():
         feed(model, IDS[:, :10], cache, [10])
-    with pytest.raises(CacheError, match="10 tokens"):
+    with pytest.raises(CacheError, match=r"10 keys.*disabled or at homotopy 0"):
         feed(model, IDS[:, 10:], cache, [1] * 11)
 
     cache = DynamicCache()
     feed(model, IDS[:, :6], cache, [6])
     with model.disable_adapter():
         feed(model, IDS[:, 6:10], cache, [4])
-    with pytest.raises(CacheError, match="addresses for 6"):
+    with pytest.raises(CacheError, match=r"10 keys.*addresses of 6 tokens: the others were put in by hand, or"):
         feed(model, IDS[:, 10:], cache, [11])
 
     cache = DynamicCache()
@@ -642,6 +642,20 @@ def test_cache_filled_by_the_base_is_refused() -> None:
     model.peft_config["default"].homotopy = 1.0
     with pytest.raises(CacheError):
         feed(model, IDS[:, 10:], cache, [11])
+
+
+def test_a_cache_whose_keys_were_changed_by_hand_is_refused() -> None:
+    """Pruned after the prompt, as key-value compression does, or made from saved tensors: each is named."""
+    model = scene("untied-query_head-p2").model
+    cache = DynamicCache()
+    feed(model, IDS[:, :10], cache, [10])
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    with pytest.raises(CacheError, match=r"5 keys.*addresses of 10 tokens: keys were taken out.*pruned.*crop\(\)"):
+        feed(model, IDS[:, 10:], cache, [11])
+    with pytest.raises(CacheError, match=r"10 keys.*addresses of 0 tokens: it was made from saved key"):
+        feed(model, IDS[:, 10:], DynamicCache(pairs), [11])
 
 
 def test_cache_filled_by_another_adapter_is_refused() -> None:

@@ -176,6 +176,21 @@ def test_dense_layers_get_no_gradient_from_the_language_model_loss() -> None:
     assert sum(float(w.grad.abs().sum()) for w in router_parameters(model).values() if w.grad is not None) == 0
 
 
+@pytest.mark.parametrize("homotopy", [0.0, 1.0])
+def test_a_loss_has_gradients_in_evaluation_mode(homotopy: float) -> None:
+    """As of PEFT's other methods; users forget `train()`, which from_pretrained does not call."""
+    model = routed(tiny(num_hidden_layers=2), homotopy=homotopy)
+    loss_of(model, IDS).backward()
+    first = router_gradients(model)
+    model.zero_grad()
+    loss_of(model, IDS).backward()
+    assert all(torch.equal(gradient, first[name]) for name, gradient in router_gradients(model).items())  # no noise
+    cache = model(input_ids=IDS[:, :10]).past_key_values  # decoding asks for none
+    assert model(input_ids=IDS[:, 10:11], past_key_values=cache).logits.isfinite().all()
+    model.base_model.set_requires_grad("default", False)
+    assert not model(input_ids=IDS).logits.requires_grad
+
+
 @pytest.mark.parametrize("homotopy", [0.0, 0.5])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(
@@ -278,18 +293,6 @@ def test_model_card_says_what_to_import(tmp_path: Path) -> None:
     assert "import topo_adapter" in (tmp_path / "README.md").read_text()
 
 
-def test_resized_embeddings_stay_out_of_the_file(tmp_path: Path) -> None:
-    """PEFT adds embeddings to a file when the vocabulary differs from the base's; our own loader refuses them."""
-    tiny().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(70, mean_resizing=False)
-    model = routed(copy.deepcopy(base))
-    model.save_pretrained(tmp_path / "adapter")
-    assert all(".topo_routers." in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert torch.equal(logits_of(reloaded, IDS), logits_of(model, IDS))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Tensor]:
     """An adapter on disk beside its base, and its logits."""
@@ -336,6 +339,22 @@ def test_reloading_after_a_cast_gives_the_same_logits(dtype: torch.dtype, tmp_pa
     assert torch.equal(logits_of(PeftModel.from_pretrained(tiny(dtype=dtype), tmp_path).eval(), IDS), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_adapter_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's switch: float32 routers, or those of the base's dtype; they are computed with in float32 either way."""
+    base = tiny(dtype=dtype, num_hidden_layers=2)
+    model = get_peft_model(base, TopologyConfig(**SMALL, homotopy=1.0), autocast_adapter_dtype=False).eval()
+    assert {weight.dtype for weight in router_parameters(model).values()} == {dtype}
+    assert all(weight.requires_grad for weight in router_parameters(model).values())
+    model.save_pretrained(tmp_path)
+    for autocast, wanted in ((False, dtype), (True, torch.float32)):
+        again = PeftModel.from_pretrained(
+            tiny(dtype=dtype, num_hidden_layers=2), tmp_path, autocast_adapter_dtype=autocast
+        )
+        assert {weight.dtype for weight in router_parameters(again).values()} == {wanted}
+        assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
 def test_loading_decides_trainability(saved: tuple[Path, Tensor]) -> None:
     for trainable in (False, True):
         model = PeftModel.from_pretrained(tiny(), saved[0], is_trainable=trainable).train()
@@ -357,13 +376,24 @@ def test_loading_through_functions_on_a_plain_model(saved: tuple[Path, Tensor]) 
     assert all(torch.equal(value, file["base_model.model." + key]) for key, value in again.items())
 
 
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=str)
+def test_injecting_by_the_keys_of_a_state_dict(layers: list[int] | None) -> None:
+    given = tiny()
+    inject_adapter_in_model(TopologyConfig(**SMALL, layers_to_transform=layers), given)
+    tensors = get_peft_model_state_dict(given)
+    again = inject_adapter_in_model(TopologyConfig(**SMALL, layers_to_transform=layers), tiny(), state_dict=tensors)
+    assert routed_layers(again) == (layers or list(range(LAYERS)))
+    assert not set_peft_model_state_dict(again, tensors).unexpected_keys
+    assert all(torch.equal(value, tensors[key]) for key, value in get_peft_model_state_dict(again).items())
+
+
 def test_config_round_trip(saved: tuple[Path, Tensor]) -> None:
     for load in (PeftConfig.from_pretrained, TopologyConfig.from_pretrained):
         config = load(saved[0])
         assert type(config) is TopologyConfig and config.peft_type is PeftType.TOPOLOGY
         assert config.visible_depth == {0: 2, 1: [0, 1, 2, 3], 3: 4}
         assert (config.depth, config.router_dim, config.homotopy, config.temperature) == (4, 8, 1.0, 0.25)
-        assert (config.local_window, config.num_sink_tokens, config.target_modules) == (3, 2, ["self_attn"])
+        assert (config.local_window, config.num_sink_tokens, config.target_modules) == (3, 2, {"self_attn"})
 
 
 def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
@@ -392,8 +422,11 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
         },
         "base_fingerprint": "7f" * 64,
         "base_facts": {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4}},
-        "target_modules": ["self_attn"],
+        "target_modules": {"self_attn"},
+        "exclude_modules": {"layers.2.self_attn"},
         "layers_to_transform": [0, 2],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": {"embed_tokens": [3, 5]},
     }
     ours = {f.name for f in dataclasses.fields(TopologyConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
     by_themselves = {"format_version", "weights_digest"}  # saving writes them
@@ -740,8 +773,9 @@ def test_lora_and_topology_train_together(order: str, homotopy: float) -> None:
             assert weight.grad is None, name
 
 
-def test_lora_and_topology_save_apart_and_reload_together(tmp_path: Path) -> None:
-    _, model = with_lora("LoRA first", homotopy=1.0)
+@pytest.mark.parametrize("order", ["LoRA first", "topology first"])
+def test_lora_and_topology_save_apart_and_reload_together(order: str, tmp_path: Path) -> None:
+    _, model = with_lora(order, homotopy=1.0)
     logits = logits_of(model, IDS)
     model.save_pretrained(tmp_path)
     ours = load_file(tmp_path / "topology" / "adapter_model.safetensors")
@@ -758,23 +792,77 @@ def test_lora_and_topology_save_apart_and_reload_together(tmp_path: Path) -> Non
     assert torch.equal(logits_of(again, IDS), logits)
 
 
-def test_both_named_default_still_save_only_ours(tmp_path: Path) -> None:
+def test_both_of_one_name_are_refused() -> None:
+    """PEFT keeps one configuration of a name, and saves what that one says."""
     base = tiny()
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), base, adapter_name="default")
-    model = get_peft_model(base, TopologyConfig(**SMALL))
-    tensors = get_peft_model_state_dict(model)
-    assert len(tensors) == 5 * LAYERS and all(".topo_routers." in key for key in tensors)
+    before = fingerprint(base)
+    with pytest.raises(TopologyConfigError, match=r"adapter_name.*peft.tuners.lora.*'default' for both"):
+        get_peft_model(base, TopologyConfig(**SMALL))
+    assert fingerprint(base) == before and isinstance(base.peft_config["default"], LoraConfig)
+    get_peft_model(base, TopologyConfig(**SMALL), adapter_name="topology")
 
 
-def test_disable_and_unload_with_lora() -> None:
-    base, model = with_lora("LoRA first", homotopy=1.0)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("order", ["LoRA first", "topology first"])
+def test_disable_and_unload_with_lora(order: str, merged: bool) -> None:
+    base, model = with_lora(order, homotopy=1.0)
     both = logits_of(model, IDS)
+    if merged:
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model, IDS), both, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
-        torch.testing.assert_close(logits_of(model, IDS), logits_of(tiny(), IDS), rtol=0, atol=0)
-    assert torch.equal(logits_of(model, IDS), both)
+        torch.testing.assert_close(logits_of(model, IDS), logits_of(tiny(), IDS), rtol=1e-5, atol=1e-5)
+    if merged:
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(model, IDS), both, rtol=1e-5, atol=1e-5)
     assert model.unload() is base
-    assert_same_weights(base, weights_of(tiny()))
-    assert torch.equal(logits_of(base, IDS), logits_of(tiny(), IDS))
+    if order == "LoRA first":
+        torch.testing.assert_close(logits_of(base, IDS), logits_of(tiny(), IDS), rtol=1e-5, atol=1e-5)
+        assert base.state_dict().keys() == tiny().state_dict().keys()
+    else:  # a LoRA's own PeftModel unloads the LoRA; the topology stays in force
+        assert not any("lora_" in name for name, _ in base.named_modules())
+        torch.testing.assert_close(logits_of(base, IDS), logits_of(routed(tiny()), IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["unmerged", "merged", "unloaded"])
+def test_all_linear_of_a_lora_leaves_routers_out(state: str, tmp_path: Path) -> None:
+    """A pair on a router would never get a gradient, and DDP stops at such parameters."""
+    topology = routed(tiny(num_hidden_layers=2))
+    expected = logits_of(topology, IDS)
+    base = topology.get_base_model()
+    if state == "merged":
+        topology.merge_adapter()
+    elif state == "unloaded":
+        base = topology.merge_and_unload()
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear"), adapter_name="lora")
+    assert len(model.targeted_module_names) == 2 * 7 and not any(
+        "topo_adapter" in n for n in model.targeted_module_names
+    )
+    torch.testing.assert_close(logits_of(model.eval(), IDS), expected, rtol=1e-4, atol=1e-4)
+    loss_of(model.train(), IDS).backward()
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if ".lora_" in name)
+    model.save_pretrained(tmp_path, selected_adapters=["lora"])
+    file = next(tmp_path.rglob("adapter_model.safetensors"))
+    assert all(".lora_" in key for key in load_file(file))
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(unloaded.eval(), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_trained_on_a_merged_topology_reloads(tmp_path: Path) -> None:
+    merged = routed(tiny(num_hidden_layers=2)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(merged, lora).eval()
+    logits = logits_of(model, IDS)
+    model.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(topo_adapter.load_merged(tmp_path / "merged"), tmp_path / "lora").eval()
+    assert torch.equal(logits_of(again, IDS), logits)
+    both = again.merge_and_unload()
+    both.save_pretrained(tmp_path / "both")
+    torch.testing.assert_close(
+        logits_of(topo_adapter.load_merged(tmp_path / "both"), IDS), logits, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("order", ["LoRA first", "topology first"])

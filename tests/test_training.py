@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from topo_adapter import (
     DistillationTrainer,
@@ -525,3 +532,58 @@ class TestTRL:
         trl = pytest.importorskip("trl")
         with pytest.raises(TopologyConfigError, match="gradient_accumulation_steps"):
             self.run(trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_accumulation_steps=2)
+
+    def test_reward_trainer_trains_its_head(self, tokenizer: Any, tmp_path: Path) -> None:
+        """The head is new, and no file but the adapter's holds it."""
+        trl = pytest.importorskip("trl")
+        from datasets import Dataset
+
+        class Rewards(TopologyTrainerMixin, trl.RewardTrainer):
+            pass
+
+        def base() -> LlamaForSequenceClassification:
+            model = LlamaForSequenceClassification(tiny_base().config)  # its head is another each time
+            model.load_state_dict(tiny_base().state_dict(), strict=False)
+            model.config.pad_token_id, model.config.num_labels = 2, 1
+            model.score = torch.nn.Linear(32, 1, bias=False)
+            return model.eval()
+
+        ids = [row["input_ids"].tolist() for row in rows(8)]
+        args = trl.RewardConfig(
+            output_dir=str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, bf16=False
+        )
+        trainer = Rewards(
+            model=base(),
+            args=args,
+            train_dataset=Dataset.from_dict({"chosen_ids": ids[:4], "rejected_ids": ids[4:]}),
+            processing_class=tokenizer,
+            peft_config=TopologyConfig(depth=3, visible_depth=2, local_window=4, task_type="SEQ_CLS"),
+        )
+        before = trainer.model.get_base_model().score.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(trainer.model.get_base_model().score.weight, before)
+        trainer.save_model(str(tmp_path / "adapter"))
+        reloaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+        ids = rows(1)[0]["input_ids"][None]
+        with torch.no_grad():
+            assert torch.equal(reloaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+    def test_sft_trainer_trains_the_tokens_of_a_chat_template(self, tokenizer: Any, tmp_path: Path) -> None:
+        pytest.importorskip("trl")
+        from topo_adapter.sft import TopologySFTTrainer
+
+        other = copy.deepcopy(tokenizer)
+        other.add_tokens(["<|user|>", "<|end|>"], special_tokens=True)
+        other.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        other.save_pretrained(tmp_path / "chat")
+        trainer = self.run(TopologySFTTrainer, tokenizer, tmp_path, [], chat_template_path=str(tmp_path / "chat"))
+        config = trainer.model.peft_config["default"]
+        added = list(range(64, 128))  # two, and what fills up the embedding
+        assert config.trainable_token_indices == {"embed_tokens": added} and config.modules_to_save == ["lm_head"]
+        trainer.save_model(str(tmp_path / "adapter"))
+        base = tiny_base()
+        base.resize_token_embeddings(128, mean_resizing=False)
+        reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        ids = torch.tensor([[5, 64, 9, 65, 7, 8]])
+        with torch.no_grad():
+            assert torch.equal(reloaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)

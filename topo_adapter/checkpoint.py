@@ -128,6 +128,8 @@ def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None
         save_file(routers, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.copy(next(iter(merged.values())).topology_config)
         config.inference_mode = True  # as it is once loaded: saving again writes the same
+        # what was trained beside the routers is in the base now, its head too
+        config.task_type = config.modules_to_save = config.trainable_token_indices = None
         config.write(folder)  # without the card that tells how to load an adapter
         file = whole / "config.json"
         own = json.loads(file.read_text(encoding="utf-8"))

@@ -37,11 +37,19 @@ _LOADING = """## How to load
 
 ```python
 import topo_adapter  # registers the adapter type; without it PEFT raises KeyError: 'TOPOLOGY'
-from peft import AutoPeftModelForCausalLM
+from peft import {auto}
 
-model = AutoPeftModelForCausalLM.from_pretrained("this/repository")
+model = {auto}.from_pretrained("this/repository")
 model.merge_adapter()  # hard sparse attention
 ```"""
+
+#: Task type -> PEFT's class that loads base and adapter; the others are loaded as causal LMs.
+_AUTO = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
 
 VisibleDepth = int | dict[int, int | list[int]]
 
@@ -194,8 +202,26 @@ class TopologyConfig(PeftConfig):
             "as the names that it found, and none is taken from a file."
         },
     )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules (suffixes or a regex) that `target_modules` leaves dense."}
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Only these layer indices get a router; the others stay dense."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules (suffixes) that are trained whole beside the routers and saved with them, each adapter "
+            "its own copy; a classifier's new head for one. The head is added for task_type SEQ_CLS, TOKEN_CLS and "
+            "QUESTION_ANS."
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose input embeddings are trained and saved, as row indices >= 0; or a dict from the "
+            "names (suffixes) of embeddings to such lists. Output embeddings that are tied to them follow."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -240,12 +266,10 @@ class TopologyConfig(PeftConfig):
             layers = self.layers_to_transform
             for index in layers if isinstance(layers, (list, tuple)) else [layers]:
                 self._check_int("layers_to_transform", index, 0, _MAX_LAYERS)
-        names = self.target_modules
-        named = isinstance(names, (list, tuple, set)) and bool(names) and all(isinstance(name, str) for name in names)
-        if not (names is None or isinstance(names, str) or named):
-            raise TopologyConfigError(f"target_modules must be a list of names, a regex or None, got {_shown(names)}")
-        if named and len(names or ()) > _MAX_NAMES:
-            raise TopologyConfigError(f"target_modules must be at most {_MAX_NAMES:,} names, got {len(names or ()):,}")
+        self.target_modules = self._checked_names("target_modules", self.target_modules)
+        self.exclude_modules = self._checked_names("exclude_modules", self.exclude_modules)
+        self.modules_to_save = self._checked_modules_to_save()
+        self._check_token_indices()
         given = self.visible_depth
         if given is None:
             self.visible_depth = min(5, self.depth)
@@ -370,7 +394,8 @@ class TopologyConfig(PeftConfig):
         folder.mkdir(parents=True, exist_ok=True)
         card = folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
-        ours = f"<!-- topo_adapter -->\n{_LOADING}\n{self._density_card()}<!-- /topo_adapter -->\n"
+        loading = _LOADING.format(auto=_AUTO.get(self.task_type, "AutoPeftModelForCausalLM"))
+        ours = f"<!-- topo_adapter -->\n{loading}\n{self._density_card()}<!-- /topo_adapter -->\n"
         others = _CARD.sub("\n\n", text).rstrip()
         replace_text(card, f"{others}\n\n{ours}".lstrip())
         self.write(folder, **kwargs)
@@ -509,6 +534,36 @@ class TopologyConfig(PeftConfig):
                 self._check_int(f"visible_depth[{layer}]", d, 0, self.sparsest_depth)
             checked[index] = list(depths) if isinstance(depths, (list, tuple)) else depths
         return checked
+
+    @staticmethod
+    def _checked_names(name: str, value: Any) -> Any:
+        """A regex or None as it is, names as a set, which is PEFT's form."""
+        if value is None or isinstance(value, str):
+            return value
+        if not (isinstance(value, (list, tuple, set)) and value and all(isinstance(each, str) for each in value)):
+            raise TopologyConfigError(f"{name} must be a list of names, a regex or None, got {_shown(value)}")
+        if len(value) > _MAX_NAMES:
+            raise TopologyConfigError(f"{name} must be at most {_MAX_NAMES:,} names, got {len(value):,}")
+        return set(value)
+
+    def _checked_modules_to_save(self) -> list[str] | None:
+        value: Any = self.modules_to_save
+        if value is None:
+            return None
+        if not (isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)):
+            raise TopologyConfigError(f"modules_to_save must be a list of module names or None, got {_shown(value)}")
+        return sorted(value) if isinstance(value, set) else list(value)
+
+    def _check_token_indices(self) -> None:
+        value: Any = self.trainable_token_indices
+        for tokens in value.values() if isinstance(value, dict) else [] if value is None else [value]:
+            if not (isinstance(tokens, list) and tokens):
+                raise TopologyConfigError(
+                    "trainable_token_indices must be a list of token ids, a dict from embedding names to such lists, "
+                    f"or None, got {_shown(value)}"
+                )
+            for token in tokens:
+                self._check_int("trainable_token_indices", token, 0)
 
     @staticmethod
     def _check_int(name: str, value: object, low: int, high: int = _MAX_INT) -> None:

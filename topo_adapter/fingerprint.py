@@ -22,7 +22,8 @@ def fingerprint(model: nn.Module) -> str | None:
     None where they cannot be read here: no input embedding, a meta or quantized weight, or one that is sharded.
     """
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embedding, "original_module", embedding).weight  # an adapter's trained one is not the base's
     except (AttributeError, NotImplementedError):
         return None
     plain = type(weight.detach()) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0

@@ -126,10 +126,15 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     sampling = cache is not None and not torch.is_grad_enabled()
     training = host.training and not merged and not purpose.needs_probabilities and not sampling
     dense = config.homotopy == 0 and not merged
-    if training and dense and torch.is_grad_enabled() and next(router.parameters()).requires_grad:
+    learning = torch.is_grad_enabled() and next(router.parameters()).requires_grad
+    if training and dense and learning:
         host.schedule.miss()
     if dense and not (training or purpose.needs_probabilities or purpose.needs_addresses):
-        return None
+        # as of PEFT's other methods, a loss has gradients in evaluation mode too; cached keys have none, and the base
+        # alone returns attention weights
+        past = 0 if cache is None else cache.get_seq_length(layer)
+        if not learning or isinstance(past, Tensor) or past > 0 or inputs.get("output_attentions"):
+            return None
 
     rule = host.rule(config, router.num_heads, keep=merged)
     differentiable = purpose.needs_probabilities or (

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from . import auxiliary
 from .checkpoint import mark_merged
 from .config import TopologyConfig
 from .density import say_density, turn_dial
@@ -36,44 +38,59 @@ class TopologyModel(BaseTuner):
             cannot be routed exactly.
     """
 
-    prefix = "topo_routers"
+    prefix = f"{CHILD}.topo_routers"  # what follows the target's name in the keys of its tensors
     tuner_layer_cls = TopologyLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_model(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, TopologyConfig)
-        _check_model(self.model)
+        auxiliary.complete(self.model, peft_config, set(self.peft_config) - self._topologies())
         if peft_config.has_weights is False and (peft_config.inference_mode or peft_config.homotopy > 0):
             raise AdapterFileError(
                 "the adapter must have its tensors beside its adapter_config.json, got a config alone: it would run "
                 "random routers. To train a fresh adapter with this config set inference_mode=False and homotopy=0."
             )
         if peft_config.target_modules is None:
-            peft_config.target_modules = find_full_attention(self.model)
-        elif isinstance(peft_config.target_modules, str):  # files hold names
-            found = [n for n, _ in self.model.named_modules() if n and check_target_module_exists(peft_config, n)]
-            peft_config.target_modules = shortest_names(self.model, found) or peft_config.target_modules
-        if isinstance(peft_config.target_modules, list):
-            peft_config.target_modules = set(peft_config.target_modules)  # type: ignore[assignment]  # PEFT's form
+            peft_config.target_modules = set(find_full_attention(self.model))  # type: ignore[assignment]
         self._check_targets(peft_config)
+        self._name_targets(peft_config)
         if peft_config.has_weights is None:  # another base's marks would be those of a file without any
             peft_config.base_facts = peft_config.base_facts or facts_of(self.model)
             peft_config.base_fingerprint = peft_config.base_fingerprint or fingerprint(self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_model(model, adapter_name)
         # the adapter's own, which training and the dial write to; the user's may serve another model
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         guard(model)
 
+    def _topologies(self) -> set[str]:
+        """Names of the model's topology adapters; those of other methods are in `peft_config` too."""
+        return {name for name, config in self.peft_config.items() if isinstance(config, TopologyConfig)}
+
+    def _targets(self, config: TopologyConfig) -> dict[str, nn.Module]:
+        modules = self.model.named_modules()
+        return {name: module for name, module in modules if name and self._check_target_module_exists(config, name)}
+
     def _check_targets(self, config: TopologyConfig) -> None:
         """Check every target before the first is touched, so that a refusal leaves the model as it was."""
-        geometries = [
-            geometry_of(module, name)
-            for name, module in self.model.named_modules()
-            if name and self._check_target_module_exists(config, name)
-        ]
+        targets = self._targets(config)
+        if config.exclude_modules is not None:
+            everything = copy.copy(config)
+            everything.exclude_modules = None
+            if len(self._targets(everything)) == len(targets):
+                raise TopologyConfigError(
+                    f"exclude_modules must leave out a module that is targeted, got {config.exclude_modules!r}; "
+                    f"targeted are {_some(list(targets))}"
+                )
+        auxiliary.refuse_overlap(self.model, config, targets)
+        geometries = [geometry_of(module, name) for name, module in targets.items()]
         found = {geometry.layer for geometry in geometries}
         if config.calibration is not None:
             measured = {layer: len(heads) for layer, heads in config.calibration["density"].items()}
@@ -95,6 +112,13 @@ class TopologyModel(BaseTuner):
                     f"{name} names layers {_some(sorted(layers - found))}, which are not routed; routed are "
                     f"{sorted(found)}"
                 )
+
+    def _name_targets(self, config: TopologyConfig) -> None:
+        """Put names in the place of patterns: files hold no others."""
+        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+            names: Any = set(shortest_names(self.model, list(self._targets(config))))
+            if names:
+                config.target_modules, config.exclude_modules = names, None
 
     def _check_base(self, config: TopologyConfig) -> None:
         """Refuse a base of other sizes than the adapter's own, warn of another one of its sizes."""
@@ -118,10 +142,10 @@ class TopologyModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         # PEFT looks at layers_to_transform for suffixes only, not for full names or a regex
-        if not check_target_module_exists(peft_config, key):
-            return False
+        if not (found := check_target_module_exists(peft_config, key)):
+            return found  # excluded modules are told from others by its type
         layers = _layers_to_transform(peft_config)
         return layers is None or getattr(self.model.get_submodule(key), "layer_idx", None) in layers
 
@@ -167,6 +191,7 @@ class TopologyModel(BaseTuner):
         merged = {name for layer in _layers(self.model) for name in layer.merged_adapters}
         if merged and names != merged:
             raise MergeError(f"adapter {min(merged)!r} is merged already; call unmerge_adapter first")
+        self._check_auxiliary(names)
         self._turn_dial(names, target_density, length)
         if target_density is None or not merged:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -184,8 +209,28 @@ class TopologyModel(BaseTuner):
         names = {
             name for each in layers for name in each.check_merge(each.merged_adapters or adapter_names, safe_merge)
         }
+        self._check_auxiliary(names)
         self._turn_dial(names, target_density, length)
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _check_auxiliary(self, names: set[str]) -> None:
+        for name in names:
+            auxiliary.check_merged(self.model, name, self._topologies())
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's, which would take the trained modules of other methods' adapters out of force."""
+        theirs = auxiliary.in_force(self.model, set(self.peft_config) - self._topologies())
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for wrapper, (name, frozen) in theirs.items():
+            wrapper.set_adapter(name, inference_mode=frozen)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            layer: Any = getattr(module, CHILD, None)
+            if not autocast_adapter_dtype and isinstance(layer, TopologyLayer) and adapter_name in layer.topo_routers:
+                router: Any = layer.topo_routers[adapter_name]
+                router.round_to(_dtype_of(module))
 
     def _turn_dial(self, names: set[str], target_density: float | None, length: int | None) -> None:
         if target_density is None and length is not None:
@@ -246,6 +291,10 @@ class TopologyModel(BaseTuner):
             mark_merged(model)
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own gives the module the weight of what wrapped it, and not every module has one
+        setattr(parent, child_name, new_module)
+
     # State dict: only our tensors go out, exactly our tensors come in.
 
     @classmethod
@@ -259,20 +308,18 @@ class TopologyModel(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, TopologyConfig)
         config.before_saving()
-        return _RouterTensors({key: value for key, value in state_dict.items() if _marker(adapter_name) in key})
+        return _AdapterTensors({key: value for key, value in state_dict.items() if _marker(adapter_name) in key})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(_marker(adapter_name), f".{CHILD}.{cls.prefix}.")
+        return key.replace(_marker(adapter_name), f".{cls.prefix}.")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = {key: value for key, value in model.state_dict().items() if _marker(adapter_name) in key}
-        expected = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-        # the wrapper's name is in the file always, in the model only if it is a PeftModel
-        expected = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in expected.items()}
+        inside = model.state_dict()
+        own = {key for key in inside if _marker(adapter_name) in key} | auxiliary.tensors_of(model, adapter_name)
         assert isinstance(config, TopologyConfig)
         try:
             if config.kept_weights is not None:
@@ -280,7 +327,13 @@ class TopologyModel(BaseTuner):
             given = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in state_dict.items()}
             if len(given) < len(state_dict):
                 raise AdapterFileError(f"each tensor must be given once, got some with and without {WRAPPER!r}")
-            _check_file(adapter_name, {key: own[value] for key, value in expected.items()}, given)
+            base = auxiliary.embedding_tensors(model, inside)
+            if all(WRAPPER + key.removeprefix(WRAPPER) in given for key in base):  # PEFT saves all of them or none
+                own |= base
+            expected = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+            # the wrapper's name is in the file always, in the model only if it is a PeftModel
+            expected = {WRAPPER + key.removeprefix(WRAPPER): value for key, value in expected.items()}
+            _check_file(adapter_name, {key: inside[value] for key, value in expected.items()}, given)
         except AdapterFileError:
             discard(model, adapter_name)  # or a router with random weights would stay in force
             raise
@@ -289,24 +342,28 @@ class TopologyModel(BaseTuner):
         return {expected[key]: value for key, value in given.items()}
 
 
-class _RouterTensors(dict):
-    """Takes no further entries: PEFT would add resized embeddings, which are not ours to share or to load."""
+class _AdapterTensors(dict):
+    """Takes what PEFT adds: trained modules, resized embeddings; not the copies of the former among the latter."""
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def update(self, tensors: dict[str, Tensor]) -> None:  # type: ignore[override]
+        super().update({key: value for key, value in tensors.items() if not auxiliary.of_an_adapter(key)})
 
 
 def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unexpected:
         raise AdapterFileError(
-            f"adapter {adapter_name!r} needs exactly its {len(expected)} router tensors; the file lacks "
+            f"adapter {adapter_name!r} needs exactly its {len(expected)} tensors; the file lacks "
             f"{_some(missing)} and has unexpected {_some(unexpected)}. Check that adapter_config.json and the base "
             "model belong to this file."
         )
     for key, value in given.items():
         if value.shape != expected[key].shape:
-            raise AdapterFileError(f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
+            fix = "; give the base the file's number of labels (num_labels) or tokens (resize_token_embeddings)"
+            raise AdapterFileError(
+                f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(value.shape)}"
+                + (fix if f".{CHILD}." not in key else "")
+            )
         if not value.is_floating_point():
             raise AdapterFileError(f"{key} must be of a float dtype, got {value.dtype}")
         if not torch.isfinite(value.float()).all():
@@ -320,7 +377,13 @@ def _layers_to_transform(config: PeftConfig) -> set[int] | None:
     return {layers} if isinstance(layers, int) else set(layers)
 
 
-def _check_model(model: nn.Module) -> None:
+def _dtype_of(attention: nn.Module) -> torch.dtype:
+    """The dtype of an attention module's own weights; float32 if they are quantized."""
+    own = (weight for name, weight in attention.named_parameters() if not name.startswith(f"{CHILD}."))
+    return next((weight.dtype for weight in own if weight.is_floating_point() and weight.itemsize > 1), torch.float32)
+
+
+def _check_model(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         raise UnsupportedModelError(
             f"model must be a transformers model, got a {type(model).__name__} with the adapters "
@@ -336,6 +399,15 @@ def _check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "the model carries a merged topology already; load the base model afresh to add another adapter"
         )
+    for module in model.modules():
+        layer: Any = module
+        other = isinstance(layer, BaseTunerLayer) and not isinstance(layer, (TopologyLayer, TrainableTokensLayer))
+        if other and adapter_name in layer._all_available_adapter_names():
+            raise TopologyConfigError(
+                f"adapter_name must be another than that of the adapter in the model ({type(layer).__module__}), got "
+                f"{adapter_name!r} for both: one of them would not be saved. Call get_peft_model(base, "
+                'TopologyConfig(), adapter_name="topology").'
+            )
 
 
 def _layers_and_heads(heads: dict[int, int]) -> str:
@@ -350,7 +422,7 @@ def _layers(model: nn.Module) -> list[TopologyLayer]:
 
 
 def _marker(adapter_name: str) -> str:
-    return f".{CHILD}.{TopologyModel.prefix}.{adapter_name}."
+    return f".{TopologyModel.prefix}.{adapter_name}."
 
 
 def _some(keys: list[Any]) -> str:

@@ -93,11 +93,7 @@ class KeyRecords:
             counter = getattr(slot, "indexer_cumulative_length", None)
             recorded = slot.indexer_keys.shape[1] if counter is None else int(counter)
         if recorded != self.length:
-            raise CacheError(
-                f"the key-value cache holds {self.length} tokens in layer {layer} but key addresses for {recorded}: "
-                "part of it was filled while the topology adapter was disabled or at homotopy 0, or its keys were "
-                "pruned or set by hand. Start from a fresh cache."
-            )
+            raise CacheError(_why_unaddressed(layer, self.length, recorded))
         # an address means nothing on another router's tree
         if routed and self.length and getattr(slot, "topology_router", None) != id(router):
             raise CacheError(
@@ -145,6 +141,26 @@ class KeyRecords:
 
     def _records(self, words: Tensor) -> Records:
         return Records(words, self._routes, self._leaves)
+
+
+def _why_unaddressed(layer: int, keys: int, addresses: int) -> str:
+    """What must have happened to a cache layer that holds another number of keys than of their addresses."""
+    found = f"the key-value cache holds {keys} keys in layer {layer} and the addresses of {addresses} tokens: "
+    if addresses > keys:
+        return found + (
+            "keys were taken out of it by hand (pruned or evicted), which leaves the others without their addresses. "
+            "Start from a fresh cache; to drop the last tokens call its crop()."
+        )
+    if addresses:
+        return found + (
+            "the others were put in by hand, or cached while the topology adapter was disabled or at homotopy 0. Start "
+            "from a fresh cache."
+        )
+    return found + (
+        "it was made from saved key and value tensors, which carry no addresses, or filled while the topology adapter "
+        "was disabled or at homotopy 0. Start from a fresh cache; to keep one, keep the cache object (copy.deepcopy, "
+        "pickle)."
+    )
 
 
 @dataclass

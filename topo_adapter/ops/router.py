@@ -48,8 +48,20 @@ class Routes(NamedTuple):
         return Routes(query, query if self.key is self.query else RoleDigits(*(per_head(x, heads) for x in self.key)))
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, whatever its weights were rounded to and autocast says."""
+class Float32Linear(nn.Module):
+    """A linear layer that computes in float32, whatever its weights were rounded to and autocast says.
+
+    It is no `nn.Linear`: what looks for those in a model, to adapt or to quantize them, must not find a router's.
+
+    Args:
+        in_features, out_features, bias: as of `nn.Linear`; the weights are float32.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        linear = nn.Linear(in_features, out_features, bias, dtype=torch.float32)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -86,9 +98,9 @@ class TopologyRouter(nn.Module):
         width = hidden_size if router_dim is None else router_dim
         logits = num_heads * depth * (arity - 1)
         self._packing: tuple[Any, PackedRouter] | None = None
-        self.down = Float32Linear(hidden_size, width, bias=False, dtype=torch.float32)
-        self.query = Float32Linear(width, logits, dtype=torch.float32)
-        self.key = None if tie_query_key else Float32Linear(width, logits, dtype=torch.float32)
+        self.down = Float32Linear(hidden_size, width, bias=False)
+        self.query = Float32Linear(width, logits)
+        self.key = None if tie_query_key else Float32Linear(width, logits)
         nn.init.normal_(self.down.weight, std=1 / math.sqrt(hidden_size))
         for projection in (self.query, self.key):
             if projection is None:
