@@ -96,6 +96,9 @@ def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path:
     logs = [log for log in training.state.log_history if "loss" in log]
     assert logs and all("topology/density" in log for log in logs)
 
+    if with_mixin:
+        training.create_model_card()  # over the card that saving wrote
+        assert (tmp_path / "README.md").read_text().count("import topo_adapter") == 1
     training.save_model(str(tmp_path / "adapter"))
     again = router_state(PeftModel.from_pretrained(base(name), str(tmp_path / "adapter")))
     assert again.keys() == after.keys() and all((again[key] == value).all() for key, value in after.items())

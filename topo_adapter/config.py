@@ -392,13 +392,17 @@ class TopologyConfig(PeftConfig):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        self.write_card(folder)
+        self.write(folder, **kwargs)
+
+    def write_card(self, folder: Path) -> None:
+        """Say in the folder's model card how the adapter is loaded, whoever wrote the rest of it."""
         card = folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
         loading = _LOADING.format(auto=_AUTO.get(self.task_type, "AutoPeftModelForCausalLM"))
         ours = f"<!-- topo_adapter -->\n{loading}\n{self._density_card()}<!-- /topo_adapter -->\n"
         others = _CARD.sub("\n\n", text).rstrip()
         replace_text(card, f"{others}\n\n{ours}".lstrip())
-        self.write(folder, **kwargs)
 
     def write(self, folder: Path, **kwargs: Any) -> None:
         """Write adapter_config.json alone, whole or not at all, with the digest of the tensors that lie beside it."""

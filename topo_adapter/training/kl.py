@@ -173,6 +173,7 @@ class KLTrainer(TopologyTrainerMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        active_configs(self.model)  # refuses a model without one
         if densities is not None:
             if not 0 < densities[0] <= densities[1] <= 1:
                 raise TopologyConfigError(

@@ -304,6 +304,12 @@ class TopologyTrainerMixin(Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, which says nothing of how a topology is loaded, and that."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            active_configs(self.model)[0].write_card(Path(self.args.output_dir))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)
 
