@@ -17,12 +17,14 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
+import topo_adapter.forward
 from topo_adapter import MergeError, TopologyConfigError, measure_density
 from topo_adapter.core.passes import Pass, during
 from topo_adapter.forward import Attention, route
@@ -57,8 +59,11 @@ class LayerInputs(NamedTuple):
     attention: Attention
 
     def attend(self) -> Tensor:
-        """Router, plan and attention of the layer, as in a forward of the merged model."""
-        call = route(self.attention.call.host, self.hidden_states, self.kwargs)
+        """Router, plan and attention of the layer, as in a forward of the merged model: the layout is known, which the
+        first layer reads off the positions for all of them."""
+        layout = self.attention.call.visibility.query
+        with mock.patch.object(topo_adapter.forward, "_layout", lambda *_: layout):
+            call = route(self.attention.call.host, self.hidden_states, self.kwargs)
         assert call is not None  # it was merged when its inputs were taken
         return replace(self.attention, call=call).hard()
 

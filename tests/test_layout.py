@@ -96,6 +96,17 @@ def test_repeated_positions_and_gaps_are_one_text(ids: list[int], starts: list[i
     assert torch.equal(joined[0, :, 0], first_document)
 
 
+def test_a_recorded_graph_is_asked_for_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(6)[None]
+    eager = layout_from_position_ids(ids.clone())
+    monkeypatch.setattr("topo_adapter.core.layout.graph_is_recorded", lambda: True)
+    monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("waits for the device"))
+    recorded = layout_from_position_ids(ids.clone())
+    monkeypatch.undo()
+    assert eager.plain and not recorded.plain  # the general case, which is as right
+    assert torch.equal(eager.position, recorded.position) and torch.equal(eager.document, recorded.document)
+
+
 def test_cu_seq_lens_tell_documents() -> None:
     layout = layout_from_cu_seq_lens(torch.tensor([0, 3, 4, 6], dtype=torch.int32), 1, N)
     expected = SequenceLayout(torch.tensor([[0, 0, 0, 1, 2, 2]]), torch.tensor([[0, 1, 2, 0, 0, 1]]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UnsupportedModelError
+from .device import graph_is_recorded
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what is derived from a layout is kept beside it
@@ -95,8 +96,9 @@ def layout_from_position_ids(position_ids: Tensor, batch: int | None = None, lay
 
     def split() -> SequenceLayout:
         starts = _restarts(position_ids.expand(batch, -1))
-        # one synchronisation per forward, before there is work to wait for; it spares every layer the general case
-        plain = not bool(starts.any())
+        # one synchronisation per forward, before there is work to wait for; it spares every layer the general case,
+        # which is what a graph records, where nothing may be waited for
+        plain = not graph_is_recorded() and not bool(starts.any())
         index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
         first = torch.where(starts, index, 0).cummax(1).values
         return SequenceLayout(first, index - first, plain)
