@@ -54,7 +54,7 @@ def mixed_depths(per_kv_head: bool) -> dict[int, Any]:
 CASES = {
     "untied, query head": Case(
         {"local_window": 32, "num_sink_tokens": 4, "visible_depth": mixed_depths(False)},
-        1000,
+        520,
         ("adapter", "reloaded", "merged", "saved"),
         ("merged",),
     ),
@@ -66,9 +66,9 @@ CASES = {
             "num_sink_tokens": 0,
             "visible_depth": mixed_depths(True),
         },
-        1000,
+        520,
         ("merged",),
-        padded=(tuple(SHORT), (7, 1000)),
+        padded=(tuple(SHORT), (7, 520)),
     ),
     "untied, KV head, arity 3": Case(
         {
@@ -93,15 +93,15 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def real() -> tuple[PreTrainedModel, Tensor]:
-    """The model in float64 and 1,000 tokens of Python's standard library."""
+    """The model in float64 and 520 tokens of Python's standard library."""
     folder = os.environ.get("TOPO_SMOLLM2", str(REPOSITORY / ".models" / "smollm2-135m"))
     try:
         folder = smollm2(folder)
     except FileNotFoundError as missing:
         pytest.skip(f"no real weights: {missing}")
     text = standard_library()[1][0].read_text(encoding="utf-8")
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids[:1000])[None]
-    assert ids.shape == (1, 1000)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids[:520])[None]
+    assert ids.shape == (1, 520)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (LAYERS, HEADS)
     return model, ids
@@ -198,8 +198,8 @@ def test_token_by_token_is_the_strangers(scene: Scene) -> None:
     for form in scene.case.decoded:
         model = scene.form(form)
         assert gap(feed(model, scene.ids[:, :129], [1] * 129), scene.logits[:, :129]) <= TOLERANCE
-        if scene.case.longest == 1000:
-            assert gap(feed(model, scene.ids, [980, *[1] * 20]), scene.logits) <= TOLERANCE
+        if scene.case.longest == 520:
+            assert gap(feed(model, scene.ids, [500, *[1] * 20]), scene.logits) <= TOLERANCE
 
 
 def test_left_padded_batch_is_the_strangers(scene: Scene) -> None:

@@ -49,10 +49,17 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "get_text_config"):
         return None
     config = config.get_text_config()
-    facts = {name: getattr(config, name, None) for name in (*_SIZES, *_KINDS)}
+    facts = {name: _fact(config, name) for name in (*_SIZES, *_KINDS)}
     if facts["head_dim"] is None and facts["hidden_size"] and facts["num_attention_heads"]:
         facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
     return json.loads(json.dumps({name: fact for name, fact in facts.items() if fact is not None}, default=str))
+
+
+def _fact(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers does not give one value of what differs between layers
+        return None
 
 
 def other_facts(own: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
