@@ -30,7 +30,7 @@ from topo_adapter.core.passes import Pass, during
 from topo_adapter.forward import Attention, route
 from topo_adapter.layer import hosts
 from topo_adapter.ops.router import TopologyRouter
-from topo_adapter.training.trainer import active_configs
+from topo_adapter.training.routers import active_configs
 
 from .cases import label
 from .dense import UNMASKED, choose_dense, dense_calls

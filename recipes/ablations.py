@@ -23,9 +23,10 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer
 
 from topo_adapter import TopologyConfig, TopologyConfigError, TopologyTrainerMixin, calibrate, distill
+from topo_adapter.training.callback import TopologyCallback
 from topo_adapter.training.data import text_windows as cut
 from topo_adapter.training.recipe import DistillConfig
-from topo_adapter.training.trainer import TopologyCallback, active_configs
+from topo_adapter.training.routers import active_configs
 from topo_evaluation.depths import over_depths
 from topo_evaluation.embedded import smollm2
 from topo_evaluation.measures import Case, config_of, copy_windows

@@ -36,16 +36,8 @@ from topo_adapter.core.visibility import always_density
 from topo_adapter.layer import hosts
 from topo_adapter.measuring.calibration import calibrate
 from topo_adapter.training import kl
-from topo_adapter.training.kl import (
-    KLTrainer,
-    _final_states,
-    _nearest_map,
-    _weight,
-    drawn_density,
-    logits_head,
-    next_tokens,
-    token_losses,
-)
+from topo_adapter.training.densities import drawn_density, loss_weight, nearest_map
+from topo_adapter.training.kl import KLTrainer, _final_states, logits_head, next_tokens, token_losses
 
 # ---------------------------------------------------------------- losses
 
@@ -524,10 +516,10 @@ class TestDraw:
     def test_the_sparsest_map_is_the_sparsest(self) -> None:
         table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.1005, 0.1]]}, "loss": {0: [[0.0, 0.1, 9]]}}
         config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
-        assert _nearest_map(config, 0.01)[0] == {0: [2]}
-        assert _nearest_map(config, 0.1005)[0] == {0: [1]}
-        assert _nearest_map(config, 0.1)[0] == {0: [2]}
-        assert _nearest_map(config, 1.0)[0] == {0: [0]}
+        assert nearest_map(config, 0.01)[0] == {0: [2]}
+        assert nearest_map(config, 0.1005)[0] == {0: [1]}
+        assert nearest_map(config, 0.1)[0] == {0: [2]}
+        assert nearest_map(config, 1.0)[0] == {0: [0]}
 
     def test_the_price_is_what_the_dial_would_pay(self) -> None:
         """Loss saved by the next piece of density, of a mean head of a layer, at most `density_weight`."""
@@ -538,22 +530,22 @@ class TestDraw:
             "loss": {0: [[0.0, 0.04, 0.09]] * 2, 3: [[0.0, 0.04, 0.09]] * 2},
         }
         config = TopologyConfig(depth=1, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
-        assert _nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
-        assert _nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
-        assert _nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
+        assert nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
+        assert nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
+        assert nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
 
     def test_the_weight_makes_expected_losses_more_alike(self) -> None:
         table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.4, 0.1]]}, "loss": {0: [[0.0, 0.02, 0.3]]}}
         config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
-        ends, middle = (0.1, 1.0), _nearest_map(config, math.sqrt(0.1))
+        ends, middle = (0.1, 1.0), nearest_map(config, math.sqrt(0.1))
         assert middle.depths == {0: [2]} and middle.loss == 0.3
-        assert _weight([config], [_nearest_map(config, 0.2)], ends) == 1
-        assert _weight([config], [_nearest_map(config, 0.5)], ends) == pytest.approx(0.3 / 0.02)
-        assert _weight([config], [_nearest_map(config, 1.0)], ends) == pytest.approx(16)
-        two = [_nearest_map(config, 0.5), _nearest_map(config, 0.2)]
-        assert _weight([config, config], two, ends) == pytest.approx(0.6 / 0.32)
-        nothing = [_nearest_map(config, 1.0)]
-        assert _weight([config], nothing, (1.0, 1.0)) == 1  # nothing is lost anywhere
+        assert loss_weight([config], [nearest_map(config, 0.2)], ends) == 1
+        assert loss_weight([config], [nearest_map(config, 0.5)], ends) == pytest.approx(0.3 / 0.02)
+        assert loss_weight([config], [nearest_map(config, 1.0)], ends) == pytest.approx(16)
+        two = [nearest_map(config, 0.5), nearest_map(config, 0.2)]
+        assert loss_weight([config, config], two, ends) == pytest.approx(0.6 / 0.32)
+        nothing = [nearest_map(config, 1.0)]
+        assert loss_weight([config], nothing, (1.0, 1.0)) == 1  # nothing is lost anywhere
 
     def test_the_loss_has_the_weight_and_the_logged_kl_has_not(self, tmp_path: Path) -> None:
         settings = {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH, seed=9), "max_steps": 4}

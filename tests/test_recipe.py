@@ -26,7 +26,7 @@ from topo_adapter.training import data, kl, recipe
 from topo_adapter.training.data import text_windows
 from topo_adapter.training.local import DistillationTrainer
 from topo_adapter.training.recipe import DistillConfig, distill
-from topo_adapter.training.trainer import initialize_routers
+from topo_adapter.training.routers import initialize_routers
 from topo_evaluation import texts
 
 datasets = pytest.importorskip("datasets")  # of the train extra

@@ -35,8 +35,9 @@ from topo_adapter import (
 from topo_adapter.core.passes import ORDINARY, during
 from topo_adapter.layer import hosts
 from topo_adapter.ops.objective import attach_loss
-from topo_adapter.training.local import Distil
-from topo_adapter.training.trainer import _RememberScale, topology_metrics
+from topo_adapter.training.distil import Distil
+from topo_adapter.training.routers import topology_metrics
+from topo_adapter.training.trainer import _RememberScale
 
 LENGTH = 48
 

@@ -24,10 +24,14 @@ from .measuring.report import density_report, recording_density  # noqa: E402
 from .measuring.routes import RecordedRoutes, measure_density, record_routes  # noqa: E402
 from .model import TopologyModel  # noqa: E402
 from .ops.router import TopologyRouter  # noqa: E402
+from .training.callback import DensityCallback, TopologyCallback, drive_every_trainer  # noqa: E402
 from .training.kl import KLTrainer  # noqa: E402
 from .training.local import DistillationTrainer  # noqa: E402
 from .training.recipe import DistillConfig, distill  # noqa: E402
-from .training.trainer import TopologyCallback, TopologyTrainerMixin, initialize_routers  # noqa: E402
+from .training.routers import initialize_routers  # noqa: E402
+from .training.trainer import TopologyTrainerMixin  # noqa: E402
+
+drive_every_trainer()
 
 __version__ = "0.1.0"
 
@@ -35,6 +39,7 @@ __all__ = [
     "AdapterFileError",
     "CacheError",
     "Calibration",
+    "DensityCallback",
     "DistillConfig",
     "DistillationTrainer",
     "KLTrainer",

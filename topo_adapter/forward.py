@@ -29,7 +29,7 @@ from .core.layout import (
     layout_from_position_ids,
     layout_from_recorded_mask,
 )
-from .core.passes import Pass
+from .core.passes import ORDINARY, Pass
 from .core.records import Keys
 from .core.scoring import Scoring
 from .core.visibility import Visibility
@@ -118,6 +118,8 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
         return None
     router, merged, layer = active.router, active.merged, host.geometry.layer
     purpose = host.passes.current()
+    if not purpose.takes(host.training):
+        purpose = ORDINARY
     config = purpose.in_force(active.config)
     purpose.entered(router, hidden_states, inputs)
     refuse_inputs(layer, inputs)

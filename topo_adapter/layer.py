@@ -29,6 +29,7 @@ class Schedule:
     """Whether anything raises the homotopy of a model's adapters, or it was said that nothing does."""
 
     known: bool = False
+    driver: Any = None  # the callback that does, while a trainer trains
 
     def miss(self) -> None:
         """Warn, once, of a training that leaves the adapter without effect."""

@@ -35,6 +35,10 @@ class Pass:
     needs_probabilities = False
     trains = False
 
+    def takes(self, training: bool) -> bool:
+        """Whether it is for a layer's forward; training: the layer's mode. A forward that is not taken is ordinary."""
+        return True
+
     def in_force(self, config: TopologyConfig) -> TopologyConfig:
         """The adapter's configuration, as this forward runs it; the adapter's own is never written to."""
         return config

@@ -116,7 +116,7 @@ def calibrate(
         raise TopologyConfigError(f"draws must be an integer >= 1, got {draws!r}")
     if not all(0 < share <= 1 for share in around):
         raise TopologyConfigError(f"around must be shares of the far pairs in (0, 1], got {around!r}")
-    _check_differentiable(base)
+    check_differentiable(base)
     always = always_density(sequences.shape[1], config.local_window, config.num_sink_tokens)
     if target_density is not None:
         check_density(target_density)
@@ -199,7 +199,8 @@ def check_sequences(sequences: Tensor, config: TopologyConfig, base: Any, check_
         )
 
 
-def _check_differentiable(base: Any) -> None:
+def check_differentiable(base: Any) -> None:
+    """Refuse a model that cannot be calibrated: see `calibrate`."""
     if base.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"model must have a language-model head to calibrate, got {type(base).__name__}; load AutoModelForCausalLM"

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TopologyConfigError
 from ..measuring.calibration import check_sequences
-from .trainer import active_configs
+from .routers import active_configs
 
 
 def rows_of(
@@ -105,14 +105,20 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
     begins with the token that the tokenizer puts before a text, if it does: models that have always seen one read badly
     without it (docs/log.md). Reads no more texts than it needs; a last part shorter than a window is left out.
     """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = (tokenizer(text, verbose=False).input_ids + end for text in texts if text.strip())
+    return windows_of(tokens, text_beginning(tokenizer), length, count)
+
+
+def windows_of(rows: Iterable[list[int]], begin: list[int], length: int, count: int) -> list[Tensor]:
+    """Up to `count` windows of `length` tokens, int64, cut from the rows one after the other; each begins with `begin`.
+
+    Reads no more rows than it needs; a last part shorter than a window is left out.
+    """
     windows: list[Tensor] = []
     rest: list[int] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    begin = text_beginning(tokenizer)
-    for text in texts:
-        if not text.strip():
-            continue
-        rest += tokenizer(text, verbose=False).input_ids + end
+    for row in rows:
+        rest += row
         start = 0
         while len(windows) < count:
             missing = [] if rest[start : start + 1] == begin else begin
@@ -125,6 +131,50 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
         if len(windows) == count:
             break
     return windows
+
+
+#: Columns that hold a row's token ids, in the order of its text: those of Trainer, and of TRL's trainers.
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")
+_TRIED = 8  # rows without tokens, after which no more are read
+
+
+def windows_of_training_data(
+    dataset: Any, model: PreTrainedModel, tokenizer: Any, length: int, count: int
+) -> Tensor | None:
+    """int64 `[up to count, T]`: a trainer's data as unpadded windows of one length; None without tokens.
+
+    `T` is `length`, or the model's positions or all tokens there are, if that is less. Short rows follow each other in
+    a window, as packed documents do in pretraining.
+
+    Args:
+        dataset: its rows are mappings with token ids (`_TOKENS`), or with a string `text` or `prompt`.
+        tokenizer: of strings.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(length, positions or length)
+    first = getattr(model.config.get_text_config(), "bos_token_id", None)
+
+    def tokens(row: Any) -> list[int]:
+        if not isinstance(row, Mapping):
+            return []
+        parts = [torch.as_tensor(row[name]) for name in _TOKENS if name in row]
+        if "input_ids" in row and "attention_mask" in row:
+            parts = [parts[0][torch.as_tensor(row["attention_mask"]).bool()]]
+        if parts:
+            return torch.cat(parts).tolist()
+        text = row.get("text", row.get("prompt"))
+        return tokenizer(text, verbose=False).input_ids if isinstance(text, str) and tokenizer is not None else []
+
+    found, total = [], 0
+    for row in dataset:
+        found.append(tokens(row))
+        total += len(found[-1])
+        if total >= length * count or (not total and len(found) == _TRIED):
+            break
+    if not total:
+        return None
+    begin = [first] if next(row for row in found if row)[0] == first else []
+    return torch.stack(windows_of(found, begin, min(length, total), count))
 
 
 def rows_to_calibrate_on(rows: Sequence[Any], adapter: PeftModel, count: int, check_padding: bool) -> Tensor:

@@ -3,119 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import math
-import random
-import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..config import TopologyConfig, VisibleDepth
-from ..core.dial import allot, expected_loss, reachable
-from ..core.passes import Pass, changed, during
-from ..core.visibility import always_density
+from ..core.passes import during
 from ..errors import TopologyConfigError, UnsupportedModelError
 from ..layer import TopologyHost
-from ..measuring.calibration import calibrate
+from .callback import TopologyCallback
+from .densities import TEMPERATURES, DrawnDensities, Map, TrainAt, loss_weight, warn_of_sparsest_steps
 from .losses import logits_head, next_tokens, token_losses
-from .trainer import TopologyCallback, TopologyTrainerMixin, active_configs
+from .routers import active_configs
+from .trainer import TopologyTrainerMixin
 
 #: Positions whose own logits are asked of the model, to check the chunked ones against.
 _CHECKED = 4
-_STRATA = 8
-#: Calibrations in the course of a training, at equal distances; more of them at its start change nothing (docs/log.md).
-_CALIBRATIONS = 5
-_MAX_SPARSEST = 0.25  # share of the steps that may train the sparsest map unmentioned
-_MAX_RATIO = 16.0  # of losses in `_weight`, where a map is expected to lose next to nothing
-#: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
-#: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
-TEMPERATURES = (2.0, 0.5)
-
-
-def drawn_density(seed: int, step: int, lowest: float, highest: float) -> float:
-    """The density of a training step, log-uniform in `[lowest, highest]`.
-
-    A function of its arguments alone, so every process draws alike and a resumed run goes on as it would have. Each
-    run of 8 steps has a density of each eighth of the range, in an order of its own: logs over several steps stay
-    comparable.
-    """
-    block, index = divmod(step, _STRATA)
-    strata = list(range(_STRATA))
-    random.Random(f"{seed}/{block}").shuffle(strata)  # a string seeds alike on every platform and in every process
-    offset = random.Random(f"{seed}/{step}/density").random()
-    share = (strata[index] + offset) / _STRATA
-    return lowest * (highest / lowest) ** share
-
-
-class TrainAt(Pass):
-    """Each configuration has its depths and price of density, and heads take their likeliest digits."""
-
-    trains = True
-
-    def __init__(self, configs: list[TopologyConfig], maps: list[_Map]) -> None:
-        self._in_force = {
-            id(config): changed(config, visible_depth=each.depths, density_weight=each.price, gumbel_noise=False)
-            for config, each in zip(configs, maps, strict=True)
-        }
-
-    def in_force(self, config: TopologyConfig) -> TopologyConfig:
-        return self._in_force.get(id(config), config)
-
-
-class _Map(NamedTuple):
-    """Depths to train at, the price of density there, and the loss that the calibration expects."""
-
-    depths: VisibleDepth
-    price: float
-    loss: float = 0.0
-
-
-def _nearest_map(config: TopologyConfig, density: float) -> _Map:
-    """The depth map of a density, or the sparsest one where that is more.
-
-    The price is what the dial itself would pay for a little more density, in terms of `density_weight` (the mean over
-    a layer's heads has that weight), at most the config's own: where density is cheap to the dial, so it is to the
-    routers.
-    """
-    assert config.calibration is not None  # of calibrate
-    depths, rate = allot(config.calibration, reachable(config.calibration, density))
-    price = min(config.density_weight, rate * sum(map(len, depths.values())) / len(depths))
-    return _Map(dict(depths), price, expected_loss(config.calibration, depths))
-
-
-def _weight(configs: list[TopologyConfig], maps: list[_Map], densities: tuple[float, float]) -> float:
-    """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what this
-    step's map is.
-
-    The KL at density .08 is ten times that at .4, and so is its gradient, which would drown the other's.
-    """
-    middle = math.sqrt(densities[0] * densities[1])
-    reference = math.fsum(_nearest_map(config, middle).loss for config in configs)
-    if reference <= 0:
-        return 1.0
-    expected = math.fsum(m.loss for m in maps)
-    return reference / max(expected, reference / _MAX_RATIO)
-
-
-def _warn_of_sparsest_steps(densities: tuple[float, float], rows: Tensor, config: TopologyConfig) -> None:
-    """Say so where many of the densities to be drawn are below what window and sinks show of such rows."""
-    lowest, highest = densities
-    near = always_density(rows.shape[1], config.local_window, config.num_sink_tokens)
-    if near <= lowest:
-        return
-    share = min(1.0, math.log(near / lowest) / math.log(highest / lowest)) if highest > lowest else 1.0
-    if share > _MAX_SPARSEST:
-        warnings.warn(
-            f"{share:.0%} of the densities drawn from {lowest:g} to {highest:g} are below the {near:.3g} that "
-            f"local_window {config.local_window} and {config.num_sink_tokens} sinks show of {rows.shape[1]} "
-            "tokens; those steps all train the sparsest map. Train on longer rows, raise lowest_density, or lower "
-            "local_window.",
-            stacklevel=3,
-        )
 
 
 def _without_dropout(base: nn.Module) -> None:
@@ -174,13 +79,12 @@ class KLTrainer(TopologyTrainerMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         active_configs(self.model)  # refuses a model without one
+        self.drawn: DrawnDensities | None = None
         if densities is not None:
-            if not 0 < densities[0] <= densities[1] <= 1:
-                raise TopologyConfigError(
-                    f"densities must be lowest and highest with 0 < lowest <= highest <= 1, got {densities}"
-                )
             if calibration_rows is None:
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
+            self.drawn = DrawnDensities(densities, calibration_rows, check_padding, self.args.seed)
+            warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
         for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight)):
             if not 0 <= weight < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
@@ -192,13 +96,9 @@ class KLTrainer(TopologyTrainerMixin):
                 "adapter disabled; see get_peft_model"
             )
         self.kl_weight, self.lm_weight = kl_weight, lm_weight
-        self.densities, self.calibration_rows, self.check_padding = densities, calibration_rows, check_padding
-        if densities is not None and calibration_rows is not None:
-            _warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
-        self._calibrated: int | None = None  # the fifth of the training that the calibration is of
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
         self._loss_weight = 1.0
-        self._drawn: dict[str, float] = {}
+        self._target: dict[str, float] = {}  # what the last step drew, for its log
         self._logits_checked = False
         self._since_log: list[Tensor] = []  # sums of KL, of cross-entropy, and tokens, of each forward
 
@@ -216,29 +116,16 @@ class KLTrainer(TopologyTrainerMixin):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         configs = active_configs(model)
         step = self.state.global_step
-        if self.densities is None:
-            maps = [_Map(config.visible_depth, config.density_weight) for config in configs]
+        if self.drawn is None:
+            maps = [Map(config.visible_depth, config.density_weight) for config in configs]
         else:
-            self._calibrate(step)
-            density = drawn_density(self.args.seed, step, *self.densities)
-            self._drawn = {"topology/target_density": density}
-            maps = [_nearest_map(config, density) for config in configs]
-            self._loss_weight = _weight(configs, maps, self.densities)
+            self.drawn.renew(self.accelerator.unwrap_model(self.model), step, self.state.max_steps)
+            density, maps = self.drawn.draw(configs, step)
+            self._target = {"topology/target_density": density}
+            self._loss_weight = loss_weight(configs, maps, self.drawn.densities)
         # around the backward pass too: gradient checkpointing runs the layers again there
         with during(model, TrainAt(configs, maps)):
             return super().training_step(model, *args, **kwargs)
-
-    def _calibrate(self, step: int) -> None:
-        """Renew the calibration where it is due, or where a resumed run has none."""
-        fifth = step * _CALIBRATIONS // self.state.max_steps
-        if self._calibrated == fifth:
-            return
-        assert self.calibration_rows is not None  # the constructor has looked
-        model = self.accelerator.unwrap_model(self.model)
-        calibrate(model, self.calibration_rows, seed=self.args.seed, check_padding=self.check_padding)
-        for config in active_configs(model):  # atomic additions differ between processes, their maps must not
-            (config.calibration,) = broadcast_object_list([config.calibration])
-        self._calibrated = fifth
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = self._prepare_inputs(inputs)
@@ -303,7 +190,7 @@ class KLTrainer(TopologyTrainerMixin):
                 torch.stack(self._since_log).sum(0), reduction="sum"
             ).tolist()
             self._since_log.clear()
-            logs = {**logs, **self._drawn}
+            logs = {**logs, **self._target}
             if self.kl_weight:
                 logs["kl"] = divergence / max(tokens, 1.0)
             if self.lm_weight:

@@ -8,48 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.passes import Pass, during
+from ..core.passes import during
 from ..errors import UnsupportedModelError
-from ..forward import Attention
-from ..ops.objective import distillation_loss, gradient_at_once
-from .trainer import TopologyCallback, TopologyTrainerMixin
-
-
-class Distil(Pass):
-    """Layer-local distillation: the base runs, and every routed layer adds a loss of its own to `losses`.
-
-    Args:
-        num_queries, density_weight: as `topo_adapter.ops.objective.distillation_loss`.
-    """
-
-    needs_probabilities = True
-    trains = True
-
-    def __init__(self, num_queries: int, density_weight: float) -> None:
-        self.num_queries, self.density_weight = num_queries, density_weight
-        self.losses: list[Tensor] = []
-
-    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        call, learning = attention.call, torch.is_grad_enabled()
-        if call.merged:  # nothing is left to learn
-            return attention.topology()
-        attention.measured_plan()
-        out = attention.base()
-        assert call.routes is not None  # asked for
-        with torch.enable_grad():
-            loss = distillation_loss(
-                attention.query.detach(),
-                attention.key.detach(),
-                call.routes,
-                call.visibility,
-                attention.scoring,
-                num_queries=self.num_queries,
-                density_weight=self.density_weight,
-            )
-        active = call.host.in_force()
-        assert active is not None  # or there would be no call
-        self.losses.append(gradient_at_once(loss, list(active.router.parameters())) if learning else loss.detach())
-        return out
+from .callback import TopologyCallback
+from .distil import Distil
+from .trainer import TopologyTrainerMixin
 
 
 class DistillationTrainer(TopologyTrainerMixin):

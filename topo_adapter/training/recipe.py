@@ -27,10 +27,13 @@ from ..config import TopologyConfig
 from ..core.dial import DEFAULT_DENSITY, check_density
 from ..errors import TopologyConfigError, UnsupportedModelError
 from ..measuring.calibration import calibrate
+from .callback import TopologyCallback
 from .data import rows_of, rows_to_calibrate_on, rows_to_train_on
-from .kl import TEMPERATURES, KLTrainer
+from .densities import TEMPERATURES
+from .kl import KLTrainer
 from .local import DistillationTrainer
-from .trainer import TopologyCallback, active_configs, initialize_routers, last_whole_checkpoint, round_routers
+from .routers import active_configs, initialize_routers, round_routers
+from .trainer import last_whole_checkpoint
 
 #: Arguments of `transformers.TrainingArguments` that each stage has for itself.
 _OF_STAGES = {

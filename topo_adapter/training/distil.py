@@ -1,0 +1,70 @@
+"""The passes of layer-local distillation: each layer keeps its own dense attention (docs/method.md, section 5.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.passes import Pass
+from ..forward import Attention
+from ..ops.objective import attach_loss, distillation_loss, gradient_at_once
+
+
+class Distil(Pass):
+    """The base runs, and every routed layer adds a loss of its own to `losses`.
+
+    Args:
+        num_queries, density_weight: as `topo_adapter.ops.objective.distillation_loss`.
+    """
+
+    needs_probabilities = True
+    trains = True
+
+    def __init__(self, num_queries: int = 256, density_weight: float = 0.05) -> None:
+        self.num_queries, self.density_weight = num_queries, density_weight
+        self.losses: list[Tensor] = []
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        if attention.call.merged:  # nothing is left to learn
+            return attention.topology()
+        attention.measured_plan()
+        out = attention.base()
+        self.losses.append(self.loss(attention))
+        return out
+
+    def loss(self, attention: Attention) -> Tensor:
+        """A layer's own; its graph is free to go, where gradients are asked for."""
+        call, learning = attention.call, torch.is_grad_enabled()
+        assert call.routes is not None  # asked for
+        with torch.enable_grad():
+            loss = distillation_loss(
+                attention.query.detach(),
+                attention.key.detach(),
+                call.routes,
+                call.visibility,
+                attention.scoring,
+                num_queries=self.num_queries,
+                density_weight=self.density_weight,
+            )
+        active = call.host.in_force()
+        assert active is not None  # or there would be no call
+        return gradient_at_once(loss, list(active.router.parameters())) if learning else loss.detach()
+
+
+class DistilBeside(Distil):
+    """In a training on another loss, to which the routers owe nothing yet: each layer's rides on its output.
+
+    Its gradient is scaled as the auxiliary loss's.
+    """
+
+    def takes(self, training: bool) -> bool:
+        """Not what a trainer samples or evaluates, nor the first of two forwards under gradient checkpointing."""
+        return training and torch.is_grad_enabled()
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        host = attention.call.host
+        attention.measured_plan()
+        out, weights = attention.base()
+        loss = self.loss(attention)
+        host.metrics["local_loss"] = loss.detach()
+        return attach_loss(out, loss, host), weights
