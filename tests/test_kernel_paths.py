@@ -18,6 +18,7 @@ import topo_kernels.bridge
 import topo_kernels.decode
 import topo_kernels.leaves
 import topo_kernels.plan
+import topo_kernels.router
 from topo_adapter import (
     TopologyConfig,
     initialize_routers,
@@ -63,6 +64,8 @@ def kernels() -> Iterator[None]:
             stack.enter_context(mock.patch.object(topo_kernels.plan, "choose_plan_tiles", sizes))
             decode = topo_kernels.decode.DecodeTiles(16, 1, 1, 2, map_keys=32, scan_keys=32, scan_warps=1)
             stack.enter_context(mock.patch.object(topo_kernels.decode, "choose_decode_tiles", lambda *_: decode))
+            # a program per token costs most: prefill takes the kernel of many tokens, decode steps that of few
+            stack.enter_context(mock.patch.object(topo_kernels.router, "_SPLIT_TOKENS", 8))
         yield
 
 
