@@ -2,8 +2,9 @@
 
 import ast
 import copy
+import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,22 @@ REFUSED_AT_RUN = {*topo_adapter.hf.gates._NOT_OWN_KEYS, "output_attentions"}
 OF_OTHER_MODULES = {"cu_seqlens", "max_seqlen", "freqs_ci", "block_states", "partial_block_states", "q", "k", "v"}
 
 
-def attention_forwards() -> Iterator[ast.FunctionDef]:
+@functools.cache
+def attention_forwards() -> list[ast.FunctionDef]:
     """Forwards that dispatch through the attention interface, in the files of every causal LM of this transformers."""
     models = Path(transformers.__file__).parent / "models"
     folders = {models / model_type_to_module_name(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    found = []
     for file in sorted(file for folder in folders for file in folder.glob("modeling_*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        source = file.read_text(encoding="utf-8")
+        if "ALL_ATTENTION_FUNCTIONS" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and node.name == "forward":
                 names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
                 if "ALL_ATTENTION_FUNCTIONS" in names:
-                    yield node
+                    found.append(node)
+    return found
 
 
 def test_every_argument_of_an_attention_module_is_known() -> None:

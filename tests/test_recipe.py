@@ -173,8 +173,14 @@ class TestDistill:
         distill(base(), rows(4), config(), arguments(tmp_path, **steps))
         assert len(texts) == 1 and torch.equal(texts[0], rows(1)[0]["input_ids"][None])
 
+    @pytest.fixture(scope="class")
+    def of_two_rows(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+        """The routers that two rows of tensors train."""
+        adapter = distill(base(), rows(2), config(), arguments(tmp_path_factory.mktemp("rows")))
+        return router_parameters(adapter)
+
     @pytest.mark.parametrize("kind", ["Dataset", "IterableDataset", "endless generator", "lists"])
-    def test_kinds_of_token_rows(self, tmp_path: Path, kind: str) -> None:
+    def test_kinds_of_token_rows(self, tmp_path: Path, kind: str, of_two_rows: dict[str, Tensor]) -> None:
         lists = [{"input_ids": row["input_ids"].tolist()} for row in rows(2)]
         dataset: Any = {
             "Dataset": lambda: Dataset.from_list([{**row, "source": "a"} for row in lists]),
@@ -183,8 +189,7 @@ class TestDistill:
             "lists": lambda: lists,
         }[kind]()
         adapter = distill(base(), dataset, config(), arguments(tmp_path))
-        expected = distill(base(), rows(2), config(), arguments(tmp_path))
-        for name, weight in router_parameters(expected).items():
+        for name, weight in of_two_rows.items():
             assert torch.equal(router_parameters(adapter)[name], weight), name
         assert_trained(adapter)
 
@@ -348,6 +353,11 @@ class TestResume:
         args = arguments(path, local_steps=4, kl_steps=4, save_strategy="steps", save_steps=2, **settings)
         return distill(base(), rows(16), config(), args, callbacks=[Stop(), stages]), stages
 
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+        """What a run without a stop trains."""
+        return self.run(tmp_path_factory.mktemp("whole"))[0]
+
     @pytest.mark.parametrize(
         ("stop", "left"),
         [
@@ -357,8 +367,9 @@ class TestResume:
             (None, []),
         ],
     )
-    def test_goes_on_where_it_stopped(self, tmp_path: Path, stop: tuple[str, int] | None, left: list[Any]) -> None:
-        whole, _ = self.run(tmp_path / "whole")
+    def test_goes_on_where_it_stopped(
+        self, tmp_path: Path, stop: tuple[str, int] | None, left: list[Any], whole: PeftModel
+    ) -> None:
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
                 self.run(tmp_path / "parts", stop)

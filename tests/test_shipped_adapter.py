@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from topo_adapter.layer import hosts
 from topo_evaluation.baselines import Window
 from topo_evaluation.embedded import smollm2
 from topo_evaluation.measures import (
     Case,
+    Scores,
     copy_windows,
     density_map,
     gap_recovered,
@@ -44,6 +47,14 @@ def adapter() -> PeftModel:
     return PeftModel.from_pretrained(base, EXAMPLE).eval()
 
 
+@pytest.fixture(scope="module")
+def wikitext(adapter: PeftModel) -> tuple[Case, Scores]:
+    """1,024 tokens of WikiText-2, and what the dense model scores on them."""
+    windows = text_windows("wikitext2", AutoTokenizer.from_pretrained(smollm2()), 1024, 1, seed=0)
+    case = Case("wikitext2", windows, copy_windows(windows, 128))
+    return case, score_dense(adapter, case)
+
+
 def test_it_is_small_and_holds_routers_alone() -> None:
     file = EXAMPLE / "adapter_model.safetensors"
     assert file.stat().st_size < 2e6
@@ -52,15 +63,13 @@ def test_it_is_small_and_holds_routers_alone() -> None:
         assert weight.dtype == (torch.bfloat16 if name.endswith(".bias") else torch.float8_e4m3fn)
 
 
-def test_quality(adapter: PeftModel) -> None:
-    """1,024 tokens of WikiText-2: near the dense model, where window and sinks are far off and cannot copy."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    windows = text_windows("wikitext2", tokenizer, 1024, 1, seed=0)
-    case = Case("wikitext2", windows, copy_windows(windows, 128))
-    dense, local = score_dense(adapter, case), score_baseline(adapter, case, lambda: Window(128, 4))
+def test_quality(adapter: PeftModel, wikitext: tuple[Case, Scores]) -> None:
+    """Near the dense model, where window and sinks are far off and cannot copy."""
+    case, dense = wikitext
+    local = score_baseline(adapter, case, lambda: Window(128, 4))
     with merged_at(adapter, 0.1):  # of the calibrated 8,192 tokens
         found = score(adapter.get_base_model(), case)
-        maps = density_map(adapter.get_base_model(), windows)
+        maps = density_map(adapter.get_base_model(), case.windows)
     density = statistics.fmean(value for heads in maps.values() for value in heads)
     assert 0.24 < density < 0.34
     over = {name: math.log(x["perplexity"] / dense["perplexity"]) for name, x in (("ours", found), ("window", local))}
@@ -107,50 +116,40 @@ def test_the_readmes_lines_use_it(hub: Path, tmp_path: Path) -> None:
     assert "import topo_adapter" in lines and "merge_adapter()" in lines and HUB_ID in lines
     printed = run_elsewhere(lines, tmp_path, hub).strip()
     assert printed and f"`{printed}`" in readme, f"README says what it prints: {printed!r}"
-    again = """
-import topo_adapter
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("smollm2-sparse")
-print(len(topo_adapter.layer.hosts(model)), model.model.layers[0].self_attn.topo_adapter.topology_config.target_density)
-"""
-    routed, density = run_elsewhere(again, tmp_path, hub).split()
-    assert int(routed) == 30 and 0.17 < float(density) < 0.3  # at 8,192 tokens
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2-sparse")  # topo_adapter is imported here too
+    config = again.model.layers[0].self_attn.topo_adapter.topology_config
+    assert len(hosts(again)) == 30 and 0.17 < config.target_density < 0.3  # at 8,192 tokens
 
 
 def test_the_cards_lines_use_it(hub: Path, tmp_path: Path) -> None:
     lines = snippet((EXAMPLE / "README.md").read_text(encoding="utf-8"), "\n# Learned sparse")
-    run_elsewhere(
-        f"{lines}\nassert model.base_model.model.model.layers[0].self_attn.topo_adapter.merged", tmp_path, hub
-    )
-    automatic = f"""
-import topo_adapter
+    more = f"""
+assert model.base_model.model.model.layers[0].self_attn.topo_adapter.merged
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained({str(EXAMPLE)!r})
 print(model.peft_config["default"].target_density, type(model.peft_config["default"].visible_depth).__name__)
 """
-    assert run_elsewhere(automatic, tmp_path, hub).split() == ["0.17", "dict"]
+    assert run_elsewhere(lines + more, tmp_path, hub).split() == ["0.17", "dict"]
 
 
-def test_it_runs_its_own_density_however_it_is_run(adapter: PeftModel) -> None:
-    """1,024 tokens of WikiText-2: unmerged as loaded, and by a plain merge, as the card says of its density."""
+def test_it_runs_its_own_density_however_it_is_run(adapter: PeftModel, wikitext: tuple[Case, Scores]) -> None:
+    """Unmerged as loaded, and by a plain merge, as the card says of its density."""
     config = json.loads((EXAMPLE / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["base_model_name_or_path"], config["target_density"], config["visible_depth"]) == (
         HUB_ID,
         0.17,
         None,
     )
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    windows = text_windows("wikitext2", tokenizer, 1024, 1, seed=0)
-    case = Case("wikitext2", windows, None)
-    dense = score_dense(adapter, case)["perplexity"]
+    with_copies, dense = wikitext
+    case = replace(with_copies, copies=None)
     unmerged = score(adapter.get_base_model(), case)["perplexity"]
-    maps = density_map(adapter.get_base_model(), windows)
+    maps = density_map(adapter.get_base_model(), case.windows)
     adapter.merge_adapter()
     try:
         merged = score(adapter.get_base_model(), case)["perplexity"]
     finally:
         adapter.unmerge_adapter()
     assert merged == pytest.approx(unmerged, rel=1e-4)
-    assert math.log(merged / dense) < 0.02
+    assert math.log(merged / dense["perplexity"]) < 0.02
     density = statistics.fmean(value for heads in maps.values() for value in heads)
     assert 0.32 < density < 0.4  # of 1,024 tokens, .17 of 8,192
