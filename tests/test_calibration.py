@@ -649,7 +649,7 @@ def test_target_below_reach_is_refused_and_the_named_density_is_reached(seed: in
     reach = sparsest(table)
     with pytest.raises(TopologyConfigError, match="target_density must be at least") as refusal:
         choose_depths(table, reach * 0.999)
-    found = re.search(r"at least (\S+) at 100 tokens", str(refusal.value))
+    found = re.search(r"at least (\S+) at 1000 tokens", str(refusal.value))
     assert found is not None
     named = float(found[1])
     assert reach <= named <= reach + 1e-4
