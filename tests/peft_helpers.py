@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from transformers import (
 
 from topo_adapter import TopologyConfig
 
+#: Its tables are written by the tests that they are of.
+DOCUMENT = Path(__file__).parents[1] / "docs" / "peft.md"
 VOCAB = 61
 LAYERS = 4
 HEADS, KV_HEADS = 4, 2
@@ -80,6 +83,13 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 
             if weight.ndim == 2 and "embed" not in name:
                 weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
     return model.to(dtype)
+
+
+def documented(text: str, name: str, table: str) -> str:
+    """The text of a document with a table between its marks of that name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}{table}\n{end}{rest.partition(end)[2]}"
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -557,7 +557,7 @@ def made_up(layers: int, heads: int, depth: int, seed: int, shared: int = 1) -> 
                 falling = density[layer][-1][1:]
             density[layer].append([1.0, *falling])
             loss[layer].append([0.0, *(draw.uniform(0, 1) * level for level in range(1, depth + 1))])
-    return Calibration(length=100, heads_per_route=shared, density=density, loss=loss)
+    return Calibration(length=1000, heads_per_route=shared, density=density, loss=loss)
 
 
 def sums(table: Calibration, depths: dict[int, list[int]]) -> tuple[float, float]:
@@ -649,7 +649,7 @@ def test_target_below_reach_is_refused_and_the_named_density_is_reached(seed: in
     reach = sparsest(table)
     with pytest.raises(TopologyConfigError, match="target_density must be at least") as refusal:
         choose_depths(table, reach * 0.999)
-    found = re.search(r"at least (\S+) at 100 tokens", str(refusal.value))
+    found = re.search(r"at least (\S+) at 1000 tokens", str(refusal.value))
     assert found is not None
     named = float(found[1])
     assert reach <= named <= reach + 1e-4
@@ -844,12 +844,12 @@ def test_depths_set_by_hand_are_what_is_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = TopologyConfig.from_pretrained(tmp_path)
     assert again.target_density is None and again.visible_depth == config.visible_depth
-    table = config.calibration
+    table, tree = config.calibration, {"depth": DEPTH, "local_window": WINDOW, "num_sink_tokens": SINKS}
     with pytest.raises(TopologyConfigError, match="visible_depth must be None, or the map of target_density"):
-        TopologyConfig(depth=DEPTH, calibration=table, target_density=0.5, visible_depth=1)
+        TopologyConfig(**tree, calibration=table, target_density=0.5, visible_depth=1)
     with pytest.raises(TopologyConfigError, match="target_density must be None without a calibration"):
         TopologyConfig(target_density=0.5)
-    whole = TopologyConfig(depth=DEPTH, calibration=table, target_density=0.5)
+    whole = TopologyConfig(**tree, calibration=table, target_density=0.5)
     for copied in (TopologyConfig(**whole.to_dict()), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
         assert copied.visible_depth == whole.visible_depth == choose_depths(table, 0.5)
     explicit = {**whole.to_dict(), "visible_depth": whole.visible_depth}
@@ -906,6 +906,7 @@ def broken(change: Any) -> Any:
         (lambda t: t.pop("loss") and None, "table with the keys"),
         (lambda t: t.update(more=1), "table with the keys"),
         (lambda t: t.update(length=0), r"\['length'\]"),
+        (lambda t: t.update(length=132), "more than local_window [+] num_sink_tokens = 132, got 132"),
         (lambda t: t.update(heads_per_route=0), r"\['heads_per_route'\]"),
         (lambda t: t.update(heads_per_route=3), "multiple of heads_per_route"),
         (lambda t: t.update(density={}), "dict from layer index"),
@@ -955,13 +956,18 @@ def test_another_base_of_the_same_shape_warns(tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
 
 
-def test_a_calibration_that_window_and_sinks_cover_expects_nothing_of_other_texts() -> None:
+def test_a_calibration_that_window_and_sinks_cover_expects_nothing_of_other_texts(tmp_path: Path) -> None:
     model = routed(tiny(num_hidden_layers=1))
     calibrate(model, tokens(2, 24))
     model.peft_config["default"].local_window = 24
     model.merge_adapter()
     with pytest.raises(MergeError, match="do not cover, got one on texts of 24 tokens"), recording_density(model):
         pass
+    with pytest.raises(TopologyConfigError, match=r"num_sink_tokens = 26, got 24.*calibrate\(\) again"):
+        model.save_pretrained(tmp_path)  # no loader would take it
+    with pytest.raises(TopologyConfigError, match="num_sink_tokens = 26, got 24"):
+        model.merge_and_unload().save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
 
 
 def test_padding_alone_has_no_density() -> None:

@@ -89,7 +89,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "target_density": (None,),
     "calibration": (
         None,
-        {"length": 4, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
+        {"length": 200, "heads_per_route": 1, "density": {1: [[1.0] * 10]}, "loss": {1: [[0.0] * 10]}},
     ),
     "base_fingerprint": (None, "0f" * 64),
     "base_facts": (None, {}, {"model_type": "llama"}),

@@ -332,6 +332,33 @@ def test_a_newer_peft_is_named(folder: Path) -> None:
         TopologyConfig.from_pretrained(folder)
 
 
+def test_a_config_that_trains_what_the_file_lacks_is_refused(folder: Path) -> None:
+    """PEFT would raise KeyError once the routers are attached. The digest is of tensors and tree: it says nothing."""
+    for fields in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}):
+        change(folder, **{"modules_to_save": None, **fields})
+        refused(folder, AdapterFileError, "must hold the tensors that its config trains beside the routers")
+        adapted = routed(base(), depth=3, seed=3)
+        before = state(adapted)
+        for load in (PeftModel.load_adapter, topo_adapter.load):
+            with pytest.raises(AdapterFileError, match=r"trains beside the routers.*(lm_head|embed_tokens)"):
+                load(adapted, folder, "second")
+            assert state(adapted) == before
+
+
+def test_a_config_of_ones_own_that_trains_what_the_file_lacks_is_refused_by_load(folder: Path) -> None:
+    plain = base()
+    before = state(plain)
+    with pytest.raises(AdapterFileError, match=r"that PEFT can load, got: .*lm_head\.weight"):
+        topo_adapter.load(plain, folder, config=TopologyConfig(depth=3, modules_to_save=["lm_head"]))
+    assert state(plain) == before
+
+
+def test_a_file_that_holds_what_the_config_does_not_train_is_refused(tmp_path: Path) -> None:
+    routed(base(), depth=3, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    change(tmp_path, modules_to_save=None)
+    refused(tmp_path, AdapterFileError, "has unexpected .*lm_head")
+
+
 # ---------------------------------------------------------------- the base
 
 
@@ -472,6 +499,12 @@ def test_a_damaged_merged_model_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(fields))
     with pytest.raises(TopologyConfigError, match=r"num_hidden_layers.*2, here 3"):
         topo_adapter.load_merged(tmp_path)
+    for name, value, message in (("intermediate_size", 64, "6 mismatched"), ("attention_bias", True, "missing")):
+        file.write_text(json.dumps({**fields, "base_config": {**json.loads(raw)["base_config"], name: value}}))
+        with pytest.raises(AdapterFileError, match=f"the base that its config.json describes, got .*{message}_keys"):
+            topo_adapter.load_merged(tmp_path)
+    file.write_text(json.dumps({**json.loads(raw), "num_hidden_layers": 3}))  # not where the base's are: of no effect
+    topo_adapter.load_merged(tmp_path)
     file.write_bytes(raw)
     os.truncate(tmp_path / "model.safetensors", 500)
     with pytest.raises(AdapterFileError, match="must hold the base in safetensors files"):

@@ -514,7 +514,8 @@ class TestDraw:
             choose_depths(calibration, 1e-3)
 
     def test_the_sparsest_map_is_the_sparsest(self) -> None:
-        table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.1005, 0.1]]}, "loss": {0: [[0.0, 0.1, 9]]}}
+        density, loss = {0: [[1.0, 0.1005, 0.1]]}, {0: [[0.0, 0.1, 9]]}
+        table = {"length": 200, "heads_per_route": 1, "density": density, "loss": loss}
         config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
         assert nearest_map(config, 0.01)[0] == {0: [2]}
         assert nearest_map(config, 0.1005)[0] == {0: [1]}
@@ -524,7 +525,7 @@ class TestDraw:
     def test_the_price_is_what_the_dial_would_pay(self) -> None:
         """Loss saved by the next piece of density, of a mean head of a layer, at most `density_weight`."""
         table = {
-            "length": 9,
+            "length": 200,
             "heads_per_route": 1,
             "density": {0: [[1.0, 0.2, 0.1]] * 2, 3: [[1.0, 0.2, 0.1]] * 2},
             "loss": {0: [[0.0, 0.04, 0.09]] * 2, 3: [[0.0, 0.04, 0.09]] * 2},
@@ -535,7 +536,8 @@ class TestDraw:
         assert nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
 
     def test_the_weight_makes_expected_losses_more_alike(self) -> None:
-        table = {"length": 9, "heads_per_route": 1, "density": {0: [[1.0, 0.4, 0.1]]}, "loss": {0: [[0.0, 0.02, 0.3]]}}
+        density, loss = {0: [[1.0, 0.4, 0.1]]}, {0: [[0.0, 0.02, 0.3]]}
+        table = {"length": 200, "heads_per_route": 1, "density": density, "loss": loss}
         config = TopologyConfig(depth=1, visible_depth=1, calibration=table)  # type: ignore[arg-type]
         ends, middle = (0.1, 1.0), nearest_map(config, math.sqrt(0.1))
         assert middle.depths == {0: [2]} and middle.loss == 0.3

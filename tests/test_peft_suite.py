@@ -31,14 +31,13 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
-from peft_helpers import FAMILIES, ROUTED
+from peft_helpers import DOCUMENT, FAMILIES, ROUTED, documented
 from transformers import AutoModelForCausalLM
 
 from topo_adapter import TopologyConfig
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = DOCUMENT.parents[1]
 SDIST = REPOSITORY / ".peft-tests" / f"peft-{peft.__version__}" / "tests"
-DOCUMENT = REPOSITORY / "docs" / "peft.md"
 HERE = SDIST.is_dir()
 
 SMALL: dict[str, Any] = {"depth": 4, "visible_depth": 4, "router_dim": 8, "local_window": 1, "num_sink_tokens": 0}
@@ -144,15 +143,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def documented(text: str, table: str) -> str:
-    """docs/peft.md with a table."""
-    head, _, rest = text.partition("<!-- inapplicable -->\n")
-    return f"{head}<!-- inapplicable -->\n{table}\n<!-- /inapplicable -->{rest.partition('<!-- /inapplicable -->')[2]}"
-
-
 def test_the_documented_table_is_this_one() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert documented(text, table()) == text, "run `python tests/test_peft_suite.py`"
+    assert documented(text, "inapplicable", table()) == text, "run `python tests/test_peft_suite.py`"
 
 
 # ---------------------------------------------------------------- the sdist
@@ -458,4 +451,4 @@ def test_every_row_is_needed(pytestconfig: pytest.Config) -> None:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(documented(DOCUMENT.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    DOCUMENT.write_text(documented(DOCUMENT.read_text(encoding="utf-8"), "inapplicable", table()), encoding="utf-8")

@@ -1,16 +1,22 @@
-"""Every trainer of TRL with a topology adapter: it trains, ends in full force, and what it saves is what it trained."""
+"""Every trainer of TRL with a topology adapter: it trains, ends in full force, and what it saves is what it trained.
+
+`docs/peft.md` shows what is tested of whom, and this file writes it there: `python tests/test_trl.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from peft import PeftModel
+from peft_helpers import DOCUMENT, documented
 from test_training import router_state, tiny_base
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, TopologyTrainerMixin
+from topo_adapter.layer import hosts
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
@@ -22,12 +28,20 @@ PAIRS = {"chosen": [f"{TEXT} t5 t6 t7"] * 8, "rejected": [f"{TEXT} t8 t9"] * 8}
 SAMPLING: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4}
 
 
+def rewarded() -> dict[str, Any]:
+    return {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
+
+
+def taught() -> dict[str, Any]:
+    return {"teacher_model": tiny_base()}  # the dense base
+
+
 class Case(NamedTuple):
-    """columns: of the training data. options: of the trainer's own config. rewards: the trainer samples."""
+    """columns: of the data. options: of the trainer's own config. arguments: of the trainer, beside those of all."""
 
     columns: dict[str, list[Any]]
     options: dict[str, Any] = {}
-    rewards: bool = False
+    arguments: Callable[[], dict[str, Any]] = dict
 
 
 CASES = {
@@ -35,9 +49,32 @@ CASES = {
     "DPO": Case({**PROMPTS, **PAIRS}),
     "KTO": Case({**PROMPTS, "completion": [" t5 t6 t7"] * 8, "label": [True, False] * 4}),
     "Reward": Case(PAIRS),
-    "GRPO": Case(PROMPTS, SAMPLING, rewards=True),
-    "RLOO": Case(PROMPTS, SAMPLING, rewards=True),
+    "GRPO": Case(PROMPTS, SAMPLING, rewarded),
+    "RLOO": Case(PROMPTS, SAMPLING, rewarded),
+    "Distillation": Case(PROMPTS, {"max_completion_length": 4}, taught),
 }
+
+
+#: What `test_trains_and_saves` asks of each trainer -> whether `TopologyCallback` alone serves it.
+SETTINGS = {
+    "trains, ends in full force": True,
+    "is evaluated in full force in between": True,
+    "saves what it trained": True,
+    "accumulates gradients": False,
+    "its model card says how to load": False,
+}
+
+
+def table() -> str:
+    """The rows of docs/peft.md."""
+    rows = [["TRL's trainer", *SETTINGS], ["---"] * (1 + len(SETTINGS))]
+    rows += [[f"`{name}Trainer`", *("both" if alone else "mixin" for alone in SETTINGS.values())] for name in CASES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert documented(text, "trainers", table()) == text, "run `python tests/test_trl.py`"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +98,9 @@ def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings:
     defaults = {
         "max_steps": 2,
         "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
         "learning_rate": 1e-2,
         "report_to": [],
         "save_strategy": "no",
@@ -69,36 +109,51 @@ def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings:
         "bf16": False,
         "disable_tqdm": True,
     }
-    rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
     return (type(f"Topology{name}", (TopologyTrainerMixin, kind), {}) if with_mixin else kind)(
         model=base(name),
         args=getattr(trl, f"{name}Config")(output_dir=str(path), **{**defaults, **case.options, **settings}),
         train_dataset=Dataset.from_dict(case.columns),
+        eval_dataset=Dataset.from_dict({name: rows[:2] for name, rows in case.columns.items()}),
         processing_class=tokenizer,
         peft_config=TopologyConfig(
             depth=3, visible_depth=2, local_window=4, task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
         ),
         callbacks=[] if with_mixin else [TopologyCallback()],
-        **(rewards if case.rewards else {}),
+        **case.arguments(),
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "with_mixin"), [*((name, True) for name in CASES), ("DPO", False), ("GRPO", False), ("Reward", False)]
-)
+@pytest.mark.parametrize("with_mixin", [True, False])
+@pytest.mark.parametrize("name", CASES)
 def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path: Path) -> None:
-    training = trainer(name, tmp_path, tokenizer, with_mixin)
-    before = router_state(training.model)
+    """What `SETTINGS` lists; the callback alone, which does not accumulate, without the last two."""
+    accumulation = 2 if with_mixin else 1
+    training = trainer(name, tmp_path, tokenizer, with_mixin, gradient_accumulation_steps=accumulation)
+    before, config = router_state(training.model), training.model.peft_config["default"]
+    homotopies: dict[str, list[float]] = {"training_step": [], "evaluate": []}
+
+    def noting(method: str) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            homotopies[method].append(round(config.homotopy, 2))
+            return call(*args, **kwargs)
+
+        call = getattr(training, method)
+        return noted
+
+    for method in homotopies:
+        setattr(training, method, noting(method))
     training.train()
     after = router_state(training.model)
     assert max((after[key] - value).abs().max() for key, value in before.items()) > 0
-    assert training.model.peft_config["default"].homotopy == 1.0
+    on_its_way = [0.0] * accumulation + [0.71] * accumulation
+    assert homotopies == {"training_step": on_its_way, "evaluate": [1.0, 1.0]} and config.homotopy == 1.0
     logs = [log for log in training.state.log_history if "loss" in log]
     assert logs and all("topology/density" in log for log in logs)
+    # a mean of each forward, whatever the loss is a mean of
+    assert {float(host.auxiliary_scale) for host in hosts(training.model)} == {1 / accumulation}
 
-    if with_mixin:
-        training.create_model_card()  # over the card that saving wrote
-        assert (tmp_path / "README.md").read_text().count("import topo_adapter") == 1
+    training.create_model_card()  # over the card that saving wrote
+    assert (tmp_path / "README.md").read_text().count("import topo_adapter") == with_mixin
     training.save_model(str(tmp_path / "adapter"))
     again = router_state(PeftModel.from_pretrained(base(name), str(tmp_path / "adapter")))
     assert again.keys() == after.keys() and all((again[key] == value).all() for key, value in after.items())
@@ -108,3 +163,7 @@ def test_accumulation_needs_the_mixin(tokenizer: Any, tmp_path: Path) -> None:
     """Without it the auxiliary gradient would have another scale than the loss: refused."""
     with pytest.raises(TopologyConfigError, match="gradient_accumulation_steps=1"):
         trainer("DPO", tmp_path, tokenizer, with_mixin=False, gradient_accumulation_steps=2).train()
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(documented(DOCUMENT.read_text(encoding="utf-8"), "trainers", table()), encoding="utf-8")

@@ -3,14 +3,14 @@ single tokens (`trainable_token_indices`); and resized embeddings, which PEFT sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import TopologyConfig
-from .errors import MergeError, TopologyConfigError, UnsupportedModelError
+from .errors import AdapterFileError, MergeError, TopologyConfigError, UnsupportedModelError
 
 #: Task type -> the names of new heads that PEFT trains for it.
 _HEADS = {
@@ -108,6 +108,33 @@ def refuse_overlap(model: nn.Module, config: TopologyConfig, routed: Iterable[st
                 f"modules_to_save: {whole!r} cannot be trained whole while {inside[0]!r} is routed; add it to "
                 "exclude_modules, or take it out of modules_to_save"
             )
+
+
+def check_file(model: nn.Module, config: TopologyConfig, given: Collection[str]) -> None:
+    """Check that a file holds what the config trains beside the routers: PEFT looks for it once all is attached.
+
+    Args:
+        given: names of the file's tensors, without the wrapper's.
+
+    Raises:
+        AdapterFileError: it lacks some of it.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    wanted = {
+        f"{name}.{key}"
+        for name in _matched(modules, config.modules_to_save or [])
+        for key in getattr(modules[name], "original_module", modules[name]).state_dict()
+    }
+    embeddings = _token_embeddings(model, list(modules), config)
+    rows = {f"{name}.token_adapter.trainable_tokens_delta" for name in embeddings}
+    # of tied embeddings one has the rows
+    absent = wanted - set(given) | (rows if rows.isdisjoint(given) else set())
+    if absent:
+        raise AdapterFileError(
+            f"the adapter's file must hold the tensors that its config trains beside the routers (modules_to_save "
+            f"{config.modules_to_save}, trainable_token_indices), got none for {sorted(absent)[:3]}; check that "
+            "adapter_config.json belongs to the file"
+        )
 
 
 def in_force(model: nn.Module, names: set[str]) -> dict[Any, tuple[str, bool]]:

@@ -232,7 +232,9 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     merged = MergedConfig.from_dict(fields)
     config, kwargs = merged.base(**kwargs)
     try:
-        model = _class_of(merged, config).from_pretrained(directory, config=config, **kwargs)
+        # or transformers only logs what is missing, and raises RuntimeError for what has another size
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = _class_of(merged, config).from_pretrained(directory, config=config, **kwargs)
     except SafetensorError as error:
         raise AdapterFileError(f"{directory} must hold the base in safetensors files, got: {error}") from error
     adapter = load(model, directory, subfolder=SUBFOLDER, **hub)
@@ -242,6 +244,12 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             f"{directory} must hold the base that its topology was merged into, got another one's weights; save the "
             "merged model again"
         )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found := sorted(map(str, info[problem])):
+            raise AdapterFileError(
+                f"{directory} must hold the base that its config.json describes, got {len(found)} {problem}, the first "
+                f"{found[:3]}; save the merged model again"
+            )
     return adapter.merge_and_unload()
 
 

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 
 from .core.dial import check_density, choose_depths, expected_loss
 from .errors import AdapterFileError, TopologyConfigError
-from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, replace_text
+from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, read_header, replace_text
 
 #: Of the files that this version writes; it reads older ones, and no newer ones.
 FORMAT_VERSION = 1
@@ -225,8 +225,9 @@ class TopologyConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        #: Of a config from `from_pretrained`: whether tensors lie beside it, and where if not in their usual place.
-        self.has_weights: bool | None = None
+        #: Of a config from `from_pretrained`: names of the tensors beside it (none: there is no file), and where they
+        #: lie if not in their usual place.
+        self.names_of_weights: frozenset[str] | None = None
         self.kept_weights: Path | None = None
         self._written: Path | None = None  # tensors of the last save
         self._check_peft_fields()
@@ -341,10 +342,11 @@ class TopologyConfig(PeftConfig):
                 f"{source} must hold its tensors in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME}, a pickle: it is "
                 "not opened. Save the adapter with safe_serialization=True."
             )
+        self.names_of_weights = frozenset()
         if path is not None:
             found = check_tensors(path, self.tree, self.weights_digest)
             self.kept_weights = found if found != path else None
-        self.has_weights = path is not None
+            self.names_of_weights = frozenset(read_header(found))
 
     def depths_at(self, target_density: float) -> VisibleDepth:
         """`choose_depths` from the adapter's own calibration.
@@ -412,6 +414,7 @@ class TopologyConfig(PeftConfig):
                 f"safe_serialization must be True, got False, which wrote {pickled}: adapters are loaded from "
                 f"{SAFETENSORS_WEIGHTS_NAME} alone. Remove the pickle and save again."
             )
+        self._check_calibrated_length()
         self.format_version, self.weights_digest = FORMAT_VERSION, digest_of_file(weights, self.tree)
         with tempfile.TemporaryDirectory() as aside:  # PEFT empties the file before it writes it
             super().save_pretrained(aside, **kwargs)
@@ -423,7 +426,12 @@ class TopologyConfig(PeftConfig):
 
     def before_saving(self) -> None:
         """Keep the tensors of the last save until `write` has written the config of the next: PEFT writes over them
-        first, and what stops it then would leave a pair of two saves."""
+        first, and what stops it then would leave a pair of two saves.
+
+        Raises:
+            TopologyConfigError: the window was widened beyond the calibrated length.
+        """
+        self._check_calibrated_length()
         if self._written is not None:
             keep(self._written)
 
@@ -478,6 +486,7 @@ class TopologyConfig(PeftConfig):
                 "calibrate()."
             )
         self._check_int("calibration['length']", table["length"], 1)
+        self._check_calibrated_length()
         self._check_int("calibration['heads_per_route']", table["heads_per_route"], 1)
         density = self._checked_layers("density", table["density"], table["heads_per_route"])
         loss = self._checked_layers("loss", table["loss"], table["heads_per_route"])
@@ -493,6 +502,16 @@ class TopologyConfig(PeftConfig):
                 if values[0] != 1 or values[-1] <= 0 or sorted(values, reverse=True) != values:
                     raise TopologyConfigError(f"{name} must be 1 at depth 0, not rising with depth, > 0, got {values}")
         return Calibration(length=table["length"], heads_per_route=table["heads_per_route"], density=density, loss=loss)
+
+    def _check_calibrated_length(self) -> None:
+        """When a table is read, and before one is saved that no loader would take."""
+        always = self.local_window + self.num_sink_tokens
+        if self.calibration is not None and (length := self.calibration["length"]) <= always:
+            raise TopologyConfigError(
+                f"calibration['length'] must be more than local_window + num_sink_tokens = {always}, got {length}: in "
+                "texts of that length nothing is hidden, and the table's densities are of another window. Call "
+                "calibrate() again, or set calibration and target_density to None."
+            )
 
     def _checked_layers(self, name: str, table: object, heads_per_route: int) -> dict[int, list[list[float]]]:
         """Layer -> heads -> one finite number >= 0 for each depth; JSON's string keys become integers again."""

@@ -60,7 +60,7 @@ def load(
         return model
     except TopologyError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: PEFT looks for a tensor in the file
         raise AdapterFileError(f"{directory} must hold an adapter that PEFT can load, got: {error}") from error
     finally:
         if not loaded:

@@ -49,16 +49,18 @@ class TopologyModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, TopologyConfig)
         auxiliary.complete(self.model, peft_config, set(self.peft_config) - self._topologies())
-        if peft_config.has_weights is False and (peft_config.inference_mode or peft_config.homotopy > 0):
+        if peft_config.names_of_weights == frozenset() and (peft_config.inference_mode or peft_config.homotopy > 0):
             raise AdapterFileError(
                 "the adapter must have its tensors beside its adapter_config.json, got a config alone: it would run "
                 "random routers. To train a fresh adapter with this config set inference_mode=False and homotopy=0."
             )
+        if peft_config.names_of_weights:
+            auxiliary.check_file(self.model, peft_config, peft_config.names_of_weights)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(find_full_attention(self.model))  # type: ignore[assignment]
         self._check_targets(peft_config)
         self._name_targets(peft_config)
-        if peft_config.has_weights is None:  # another base's marks would be those of a file without any
+        if peft_config.names_of_weights is None:  # another base's marks would be those of a file without any
             peft_config.base_facts = peft_config.base_facts or facts_of(self.model)
             peft_config.base_fingerprint = peft_config.base_fingerprint or fingerprint(self.model)
         return peft_config
