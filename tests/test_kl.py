@@ -35,7 +35,7 @@ from topo_adapter.core.passes import ORDINARY
 from topo_adapter.core.visibility import always_density
 from topo_adapter.layer import hosts
 from topo_adapter.measuring.calibration import calibrate
-from topo_adapter.training import kl
+from topo_adapter.training import densities, kl
 from topo_adapter.training.densities import drawn_density, loss_weight, nearest_map
 from topo_adapter.training.kl import KLTrainer, _final_states, logits_head, next_tokens, token_losses
 
@@ -566,7 +566,7 @@ class TestDraw:
         settings |= {"optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0, "gradient_accumulation_steps": 2}
 
         def moved(weight: float, rate: float) -> list[Tensor]:
-            monkeypatch.setattr(kl, "_weight", lambda *_: weight)
+            monkeypatch.setattr(kl, "loss_weight", lambda *_: weight)
             model = adapter(density_weight=100.0)
             before = {name: value.detach().clone() for name, value in router_parameters(model).items()}
             watch(tmp_path, model, learning_rate=rate, **settings)
@@ -604,7 +604,7 @@ class TestCalibration:
                 self.step = state.global_step
 
         self.callback = Step()
-        monkeypatch.setattr(kl, "calibrate", note)
+        monkeypatch.setattr(densities, "calibrate", note)
         return steps
 
     settings = {"densities": (0.5, 0.9), "save_strategy": "steps", "save_steps": 5}

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from topo_adapter import (
+    DensityCallback,
     DistillationTrainer,
-    MergeError,
     TopologyCallback,
     TopologyConfig,
     TopologyConfigError,
@@ -35,6 +35,7 @@ from topo_adapter import (
 from topo_adapter.core.passes import ORDINARY, during
 from topo_adapter.layer import hosts
 from topo_adapter.ops.objective import attach_loss
+from topo_adapter.training.callback import ROUTER_LEARNING_RATE
 from topo_adapter.training.distil import Distil
 from topo_adapter.training.routers import topology_metrics
 from topo_adapter.training.trainer import _RememberScale
@@ -140,14 +141,11 @@ class TestSchedule:
         with pytest.raises(UnsupportedModelError, match="active"):
             trainer.train()
 
-    @pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}, {"fp16": True}])
-    def test_alone_refuses_what_it_cannot_scale(self, settings: dict[str, Any]) -> None:
+    def test_alone_refuses_what_it_cannot_scale(self) -> None:
         class Arguments:
-            fp16, gradient_accumulation_steps = False, 1
+            fp16 = True
 
         args = Arguments()
-        for name, value in settings.items():
-            setattr(args, name, value)
         with pytest.raises(TopologyConfigError, match="TopologySFTTrainer"):
             TopologyCallback().on_train_begin(args, None, None, model=tiny_peft())  # type: ignore[arg-type]
 
@@ -158,6 +156,7 @@ class TestSchedule:
                 model=model,
                 args=arguments(path, max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2),
                 train_dataset=rows(6),
+                callbacks=[TopologyCallback()],
             )
             trainer.train(resume_from_checkpoint=str(path / "checkpoint-3") if resume else None)
             return model, [log["topology/homotopy"] for log in trainer.state.log_history if "loss" in log]
@@ -220,12 +219,13 @@ class TestEvaluationInBetween:
         model = tiny_peft()
         args = arguments(tmp_path, max_steps=8)
         with pytest.warns(UserWarning, match=r"ended after 2 of 8 steps, at homotopy 0\.18"):
-            LMTrainer(model=model, args=args, train_dataset=rows(8), callbacks=[Stop()]).train()
+            LMTrainer(model=model, args=args, train_dataset=rows(8), callbacks=[Stop(), TopologyCallback()]).train()
         config = model.peft_config["default"]
         assert (config.homotopy, config.temperature) == (1.0, 0.1)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            LMTrainer(model=tiny_peft(), args=arguments(tmp_path, max_steps=2), train_dataset=rows(8)).train()
+            args = arguments(tmp_path, max_steps=2)
+            LMTrainer(model=tiny_peft(), args=args, train_dataset=rows(8), callbacks=[TopologyCallback()]).train()
         assert not any("training ended" in message for message in messages(caught))
 
 
@@ -254,15 +254,18 @@ def messages(caught: Any) -> list[str]:
 class TestTrainedInVain:
     """Nothing that trains an adapter without effect does so without a word."""
 
-    def test_a_trainer_without_the_callback(self, tmp_path: Path) -> None:
+    def test_a_trainer_that_does_not_know_of_it(self, tmp_path: Path) -> None:
+        """Every trainer has a callback that drives the adapter to its calibrated end."""
         model = tiny_peft()
-        with pytest.warns(UserWarning) as caught:
+        before = router_state(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*topology.*")
             Trainer(model, arguments(tmp_path, max_steps=3), train_dataset=rows(4)).train()
-        assert [MISSED in text for text in messages(caught)].count(True) == 1, "once, not per layer and step"
-        assert "TopologyCallback()" in next(text for text in messages(caught) if MISSED in text)
-        with pytest.raises(MergeError, match="trained in force") as refused:
-            model.merge_adapter()
-        assert "Finish training with a TopologyCallback" in str(refused.value)
+        config = model.peft_config["default"]
+        assert config.homotopy == 1.0 and config.calibration is not None and config.target_density is not None
+        assert any((router_state(model)[name] != value).any() for name, value in before.items())
+        assert hosts(model)[0].schedule.driver is None and hosts(model)[0].passes.current() is ORDINARY
+        model.merge_adapter(target_density=0.9)
 
     def test_a_loop_of_ones_own(self) -> None:
         model = tiny_peft().train()
@@ -386,6 +389,96 @@ class TestAuxiliaryLoss:
         host = hosts(tiny_peft())[0]
         out = torch.randn(3, requires_grad=True)
         assert torch.equal(attach_loss(out, torch.ones(()), host), out)
+
+
+class TestDensityCallback:
+    """The default of every trainer."""
+
+    CALLBACK: dict[str, Any] = {"densities": (0.5, 0.9), "distil_share": 0.5, "num_windows": 2}
+
+    def test_distils_then_trains_at_drawn_densities_then_calibrates(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        config = model.peft_config["default"]
+        seen: list[tuple[str, float, bool]] = []
+
+        class Watched(LMTrainer):
+            def training_step(self, *args: Any, **kwargs: Any) -> Any:
+                new = hosts(model)[0].passes.current()
+                seen.append((type(new).__name__, config.homotopy, new.in_force(config).visible_depth is not None))
+                return super().training_step(*args, **kwargs)
+
+        dense = model.get_base_model()(**{k: v[None] for k, v in rows(1)[0].items()}).logits
+        trainer = Watched(
+            model,
+            arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=4),
+            train_dataset=rows(8),
+            callbacks=[DensityCallback(**self.CALLBACK)],
+        )
+        trainer.train()
+        assert [(name, homotopy) for name, homotopy, _ in seen] == [("DistilBeside", 0.0)] * 2 + [("TrainAt", 1.0)] * 2
+        assert config.homotopy == 1.0 and config.target_density is not None
+        saved = json.loads((tmp_path / "checkpoint-4" / "adapter_config.json").read_text())
+        assert saved["calibration"] and saved["target_density"] == config.target_density, "before the last checkpoint"
+        with model.disable_adapter():
+            assert torch.equal(model(**{k: v[None] for k, v in rows(1)[0].items()}).logits, dense)
+
+    def test_the_first_steps_reach_the_routers_and_leave_the_loss_alone(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        args = arguments(tmp_path, max_steps=4)
+        callback = DensityCallback(**{**self.CALLBACK, "distil_share": 0.75})
+        trainer = LMTrainer(model, args, train_dataset=rows(8), callbacks=[callback])
+        losses = []
+
+        class Gradients(TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                gradients = [weight.grad for weight in hosts(model)[0].parameters() if weight.grad is not None]
+                seen.append(max(float(each.abs().max()) for each in gradients))
+                losses.append("local_loss" in hosts(model)[0].metrics)
+
+        seen: list[float] = []
+        trainer.add_callback(Gradients())
+        trainer.train()
+        assert losses == [True, True, True, False] and all(value > 0 for value in seen[:3])
+
+    @pytest.mark.parametrize("with_mixin", [True, False])
+    def test_routers_have_a_learning_rate_of_their_own(self, with_mixin: bool, tmp_path: Path) -> None:
+        kind = LMTrainer if with_mixin else Trainer
+        for settings, expected in (({}, ROUTER_LEARNING_RATE), ({"learning_rate": 7e-4}, 7e-4)):
+            args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant")
+            args.learning_rate = settings.get("learning_rate", type(args).__dataclass_fields__["learning_rate"].default)
+            trainer = kind(tiny_peft(), args, train_dataset=rows(2))
+            trainer.train()
+            assert {group["lr"] for group in trainer.optimizer.param_groups if group["params"]} == {expected}
+
+    def test_beside_other_weights_too(self, tmp_path: Path) -> None:
+        model = tiny_peft()
+        head = model.get_base_model().lm_head.weight.requires_grad_()
+        trainer = LMTrainer(model, arguments(tmp_path, max_steps=1, learning_rate=1e-4, lr_scheduler_type="constant"))
+        trainer.create_optimizer()
+        rates = {id(w): group["lr"] for group in trainer.optimizer.param_groups for w in group["params"]}
+        assert rates.pop(id(head)) == 1e-4 and set(rates.values()) == {ROUTER_LEARNING_RATE}
+        with pytest.warns(UserWarning, match="learning rate 0.0001, because other weights are trained"):
+            Trainer(model, arguments(tmp_path, max_steps=1, learning_rate=1e-4), train_dataset=rows(2)).train()
+
+    def test_data_that_cannot_be_calibrated_on_are_named(self, tmp_path: Path) -> None:
+        model = tiny_peft(local_window=64)
+        with pytest.warns(UserWarning, match="cannot be calibrated in this training: .*longer than local_window"):
+            LMTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows(1)).train()
+        config = model.peft_config["default"]
+        assert config.homotopy == 1.0 and config.calibration is None
+
+    @pytest.mark.parametrize(
+        ("bad", "match"),
+        [
+            ({"densities": (0.0, 0.4)}, "densities"),
+            ({"distil_share": 1.0}, "distil_share"),
+            ({"learning_rate": 0.0}, "learning_rate"),
+            ({"num_windows": 0}, "num_windows"),
+        ],
+    )
+    def test_arguments_out_of_range(self, bad: dict[str, Any], match: str) -> None:
+        with pytest.raises(TopologyConfigError, match=match):
+            DensityCallback(**bad)
 
 
 class TestLog:
@@ -528,11 +621,6 @@ class TestTRL:
         trainer = self.run(trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_checkpointing=False)
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert all("topology/density" in log for log in logs)
-
-    def test_plain_sft_trainer_refuses_accumulation(self, tokenizer: Any, tmp_path: Path) -> None:
-        trl = pytest.importorskip("trl")
-        with pytest.raises(TopologyConfigError, match="gradient_accumulation_steps"):
-            self.run(trl.SFTTrainer, tokenizer, tmp_path, [TopologyCallback()], gradient_accumulation_steps=2)
 
     def test_reward_trainer_trains_its_head(self, tokenizer: Any, tmp_path: Path) -> None:
         """The head is new, and no file but the adapter's holds it."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from peft_helpers import DOCUMENT, documented
 from test_training import router_state, tiny_base
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, TopologyTrainerMixin
+from topo_adapter import TopologyConfig, TopologyTrainerMixin
 from topo_adapter.layer import hosts
 
 trl = pytest.importorskip("trl")
@@ -55,12 +56,12 @@ CASES = {
 }
 
 
-#: What `test_trains_and_saves` asks of each trainer -> whether `TopologyCallback` alone serves it.
+#: What `test_trains_and_saves` asks of each trainer -> whether it needs no mixin.
 SETTINGS = {
     "trains, ends in full force": True,
     "is evaluated in full force in between": True,
     "saves what it trained": True,
-    "accumulates gradients": False,
+    "accumulates gradients": True,
     "its model card says how to load": False,
 }
 
@@ -118,7 +119,6 @@ def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings:
         peft_config=TopologyConfig(
             depth=3, visible_depth=2, local_window=4, task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
         ),
-        callbacks=[] if with_mixin else [TopologyCallback()],
         **case.arguments(),
     )
 
@@ -126,8 +126,8 @@ def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings:
 @pytest.mark.parametrize("with_mixin", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """What `SETTINGS` lists; the callback alone, which does not accumulate, without the last two."""
-    accumulation = 2 if with_mixin else 1
+    """What `SETTINGS` lists; without the mixin, by the callback that every trainer has, all but the card."""
+    accumulation = 2
     training = trainer(name, tmp_path, tokenizer, with_mixin, gradient_accumulation_steps=accumulation)
     before, config = router_state(training.model), training.model.peft_config["default"]
     homotopies: dict[str, list[float]] = {"training_step": [], "evaluate": []}
@@ -142,10 +142,15 @@ def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path:
 
     for method in homotopies:
         setattr(training, method, noting(method))
-    training.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.train()
+    raised = [str(each.message) for each in caught if "its homotopy raised over the training" in str(each.message)]
+    assert len(raised) == (name == "Reward"), "a model without a language-model head cannot be calibrated"
+    assert (config.calibration is None) == (name == "Reward")
     after = router_state(training.model)
     assert max((after[key] - value).abs().max() for key, value in before.items()) > 0
-    on_its_way = [0.0] * accumulation + [0.71] * accumulation
+    on_its_way = [0.0, 0.0, 0.71, 0.71] if name == "Reward" else [1.0] * 4
     assert homotopies == {"training_step": on_its_way, "evaluate": [1.0, 1.0]} and config.homotopy == 1.0
     logs = [log for log in training.state.log_history if "loss" in log]
     assert logs and all("topology/density" in log for log in logs)
@@ -157,12 +162,6 @@ def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path:
     training.save_model(str(tmp_path / "adapter"))
     again = router_state(PeftModel.from_pretrained(base(name), str(tmp_path / "adapter")))
     assert again.keys() == after.keys() and all((again[key] == value).all() for key, value in after.items())
-
-
-def test_accumulation_needs_the_mixin(tokenizer: Any, tmp_path: Path) -> None:
-    """Without it the auxiliary gradient would have another scale than the loss: refused."""
-    with pytest.raises(TopologyConfigError, match="gradient_accumulation_steps=1"):
-        trainer("DPO", tmp_path, tokenizer, with_mixin=False, gradient_accumulation_steps=2).train()
 
 
 if __name__ == "__main__":

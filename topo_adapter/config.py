@@ -148,8 +148,8 @@ class TopologyConfig(PeftConfig):
     balance_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the per-level Switch load-balancing loss, >= 0. Distillation needs none; the loss of a "
-            "language model alone does (0.01)."
+            "help": "Weight of the per-level Switch load-balancing loss, >= 0. Distillation needs none; raising the "
+            "homotopy on a language-model loss alone does (0.01)."
         },
     )
     density_weight: float = field(

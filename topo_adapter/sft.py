@@ -6,8 +6,9 @@ from .training.trainer import TopologyTrainerMixin
 
 
 class TopologySFTTrainer(TopologyTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` for `peft_config=TopologyConfig(...)`: the recommended way to train on the LM loss.
+    """`trl.SFTTrainer` for `peft_config=TopologyConfig(...)`.
 
-    Everything is TRL's but three things: a `TopologyCallback` is added if none is given, the router's auxiliary
-    loss is scaled exactly as the main loss, and density, homotopy and temperature are logged.
+    Beside what `DensityCallback` does in every trainer: the routers' auxiliary loss is scaled exactly as the main loss
+    (fp16 too), they have a learning rate of their own beside other trained weights, checkpoints that are not whole
+    are passed over, and model cards say how to load.
     """

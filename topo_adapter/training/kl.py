@@ -14,7 +14,7 @@ from ..core.passes import during
 from ..errors import TopologyConfigError, UnsupportedModelError
 from ..layer import TopologyHost
 from .callback import TopologyCallback
-from .densities import TEMPERATURES, DrawnDensities, Map, TrainAt, loss_weight, warn_of_sparsest_steps
+from .densities import TEMPERATURES, DrawnDensities, Map, TrainAt, check_densities, loss_weight, warn_of_sparsest_steps
 from .losses import logits_head, next_tokens, token_losses
 from .routers import active_configs
 from .trainer import TopologyTrainerMixin
@@ -81,6 +81,7 @@ class KLTrainer(TopologyTrainerMixin):
         active_configs(self.model)  # refuses a model without one
         self.drawn: DrawnDensities | None = None
         if densities is not None:
+            check_densities(densities)
             if calibration_rows is None:
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
             self.drawn = DrawnDensities(densities, calibration_rows, check_padding, self.args.seed)
