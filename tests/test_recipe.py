@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelError
 from topo_adapter.core.dial import choose_depths
 from topo_adapter.measuring.calibration import calibrate
-from topo_adapter.training import data, kl, recipe
+from topo_adapter.training import data, densities, recipe
 from topo_adapter.training.data import text_windows
 from topo_adapter.training.local import DistillationTrainer
 from topo_adapter.training.recipe import DistillConfig, distill
@@ -333,7 +333,7 @@ class TestText:
             return calibrate(model, sequences, **kwargs)
 
         monkeypatch.setattr(recipe, "calibrate", note)
-        monkeypatch.setattr(kl, "calibrate", note)
+        monkeypatch.setattr(densities, "calibrate", note)
         data = rows(9)
         distill(base(), data, config(), arguments(tmp_path, local_steps=0, kl_steps=1, calibration_rows=count))
         assert [len(sequences) for sequences in measured] == [during, count]

@@ -440,6 +440,25 @@ class TestDensityCallback:
         trainer.train()
         assert losses == [True, True, True, False] and all(value > 0 for value in seen[:3])
 
+    def test_resumes_as_it_would_have_gone_on(self, tmp_path: Path) -> None:
+        def run(resume: bool) -> list[tuple[str, float]]:
+            model, seen = tiny_peft(), []
+
+            class Watched(LMTrainer):
+                def training_step(self, *args: Any, **kwargs: Any) -> Any:
+                    temperature = model.peft_config["default"].temperature
+                    seen.append((type(hosts(model)[0].passes.current()).__name__, temperature))
+                    return super().training_step(*args, **kwargs)
+
+            args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
+            Watched(model, args, train_dataset=rows(8), callbacks=[DensityCallback(**self.CALLBACK)]).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resume else None
+            )
+            return seen
+
+        whole = run(resume=False)
+        assert run(resume=True) == whole[4:] and {name for name, _ in whole} == {"DistilBeside", "TrainAt"}
+
     @pytest.mark.parametrize("with_mixin", [True, False])
     def test_routers_have_a_learning_rate_of_their_own(self, with_mixin: bool, tmp_path: Path) -> None:
         kind = LMTrainer if with_mixin else Trainer

@@ -6,10 +6,14 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.trainer_callback import ExportableState
 
 from ..core.passes import Pass, during
 from ..errors import TopologyConfigError, TopologyError
@@ -22,6 +26,7 @@ from .routers import active_configs, initialize_routers, restore_precision, topo
 
 #: Of routers, where the trainer's own is the default of its class.
 ROUTER_LEARNING_RATE = 3e-3
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _FIRST_STEPS = 10  # that have to hide something
 
 
@@ -182,7 +187,7 @@ class TopologyCallback(TrainerCallback):
             state.log_history[-1].update(topology_metrics(model))
 
 
-class DensityCallback(TopologyCallback):
+class DensityCallback(TopologyCallback, ExportableState):
     """What a topology needs beside a trainer's own loss to end as a calibrated adapter; the default of every trainer.
 
     The first steps distil: the model runs dense, and every router learns to keep its layer's attention. From then on
@@ -191,8 +196,8 @@ class DensityCallback(TopologyCallback):
     calibrated, before the last checkpoint is written. An adapter that is calibrated already does not distil again.
 
     Calibration reads windows of the training data (`windows_of_training_data`). Where they hold no token ids, or fit
-    window and sinks, the homotopy is raised over the training at the config's `visible_depth` instead, which is
-    warned of.
+    window and sinks, and where weights are sharded over processes (FSDP, DeepSpeed), the homotopy is raised over the
+    training at the config's `visible_depth` instead, which is warned of.
 
     Args:
         densities: lowest and highest density to draw, `0 < lowest <= highest <= 1`, at the windows' length.
@@ -245,19 +250,29 @@ class DensityCallback(TopologyCallback):
             return
         quarter = self._windows[: max(1, len(self._windows) // 4)]
         self._drawn = DrawnDensities(self.densities, quarter, False, args.seed)
-        fresh = all(config.homotopy == 0 and config.calibration is None for config in active_configs(model))
-        self._distil_steps = int(self.distil_share * state.max_steps) if fresh else 0
-        if fresh and state.global_step == 0:
+        if state.global_step > 0:
+            self._distil_steps = _saved(state, type(self).__name__).get("_distil_steps", 0)
+        elif all(config.homotopy == 0 and config.calibration is None for config in active_configs(model)):
+            self._distil_steps = int(self.distil_share * state.max_steps)
             initialize_routers(model, self._windows[:1])
+        else:
+            self._distil_steps = 0
         if not self.scale_is_exact:  # the mixin has given them their own when it made the optimizer
             self._change_learning_rate(args, model, kwargs["optimizer"], kwargs["lr_scheduler"])
 
+    def state(self) -> dict[str, Any]:
+        """For checkpoints: a resumed run does not see whether its adapter was a fresh one."""
+        return {"args": {}, "attributes": {"_distil_steps": self._distil_steps}}
+
     def _calibration_windows(self, model: nn.Module, given: dict[str, Any]) -> Tensor | None:
-        base = model.get_base_model()  # type: ignore[operator]  # a PeftModel
-        windows = windows_of_training_data(
-            given["train_dataloader"].dataset, base, given.get("processing_class"), self.max_length, self.num_windows
-        )
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        data, tokenizer = given["train_dataloader"].dataset, given.get("processing_class")
+        windows = windows_of_training_data(data, base, tokenizer, self.max_length, self.num_windows)
         why = "its data hold no token ids"
+        if AcceleratorState().distributed_type in _SHARDED:
+            windows, why = None, "its weights are sharded over processes"
+        elif not isinstance(model, PeftModel):
+            windows, why = None, f"its model is no PeftModel but a {type(model).__name__}"
         if windows is not None:
             try:
                 for config in active_configs(model):
@@ -360,6 +375,12 @@ def _trained(model: nn.Module) -> tuple[set[int], bool]:
     """Ids of the routers' weights, and whether others are trained too."""
     routers = {id(weight) for host in hosts(model) for weight in host.parameters()}
     return routers, any(weight.requires_grad and id(weight) not in routers for weight in model.parameters())
+
+
+def _saved(state: TrainerState, callback: str) -> dict[str, Any]:
+    """The attributes of a callback in the checkpoint that a run goes on from."""
+    found = state.stateful_callbacks.get(callback, {})
+    return (found[0] if isinstance(found, list) else found).get("attributes", {})
 
 
 class AutomaticCallback(DensityCallback):
