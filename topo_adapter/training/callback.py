@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -383,46 +384,46 @@ def _saved(state: TrainerState, callback: str) -> dict[str, Any]:
     return (found[0] if isinstance(found, list) else found).get("attributes", {})
 
 
+def _while_it_drives(event: str) -> Callable[..., None]:
+    """A `DensityCallback`'s event, of a callback that may have nothing to do."""
+
+    def on(self: AutomaticCallback, *args: Any, **kwargs: Any) -> None:
+        if self._drives:
+            getattr(DensityCallback, event)(self, *args, **kwargs)
+
+    return on
+
+
 class AutomaticCallback(DensityCallback):
     """Of every trainer (transformers' default callbacks); drives where no other callback of a topology does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._drives = False
+        self._drives: bool | None = None  # None: decided at the first step, when any other has begun to
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._drives = False  # whether another does is known at the first step
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._drives = None
+        for host in hosts(model):  # a training that an error ended has left its own; this one's begin after this
+            host.schedule.driver = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        trained = [host for host in hosts(model) if any(weight.requires_grad for weight in host.parameters())]
-        if not self._drives and trained and all(host.schedule.driver is None for host in trained):
-            self._drives = True
-            super().on_train_begin(args, state, control, model, **kwargs)
+        if self._drives is None:
+            trained = [host for host in hosts(model) if any(weight.requires_grad for weight in host.parameters())]
+            self._drives = bool(trained) and all(host.schedule.driver is None for host in trained)
+            if self._drives:
+                super().on_train_begin(args, state, control, model, **kwargs)
         if self._drives:
             super().on_step_begin(args, state, control, model, **kwargs)
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._drives:
-            super().on_step_end(*args, **kwargs)
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._drives:
-            super().on_epoch_end(*args, **kwargs)
-
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._drives:
-            super().on_evaluate(*args, **kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        if self._drives:
-            super().on_log(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._drives:
-            super().on_train_end(*args, **kwargs)
-        self._drives = False
+    on_step_end = _while_it_drives("on_step_end")
+    on_epoch_end = _while_it_drives("on_epoch_end")
+    on_evaluate = _while_it_drives("on_evaluate")
+    on_log = _while_it_drives("on_log")
+    on_train_end = _while_it_drives("on_train_end")
 
 
 def drive_every_trainer() -> None:

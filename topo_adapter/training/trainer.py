@@ -89,7 +89,7 @@ class TopologyTrainerMixin(Trainer):
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         for callback in self.callback_handler.callbacks:
-            if made_here and isinstance(callback, DensityCallback) and not isinstance(callback, AutomaticCallback):
+            if made_here and isinstance(callback, DensityCallback) and callback.scale_is_exact:  # not the automatic one
                 callback.give_learning_rate(self.args, self.model, optimizer)
         return optimizer
 
