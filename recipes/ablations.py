@@ -6,12 +6,17 @@
 Every variant sees the same texts in the same order for the same number of steps, and is measured on the same windows:
 perplexity over dense at the density dial's targets, and at every uniform depth (`depth_1`, ...), which is what a
 variant reaches without the dial. Lines of JSON; processes may write to one file side by side. `paper` is
-the paper's recipe: tied addresses, the collapsed start, the masked bridge, the language-model loss alone.
+the paper's recipe: tied addresses, the collapsed start, the masked bridge, the language-model loss alone. `sft`,
+`sft_long` and `sft_lora` are TRL's SFTTrainer on the same documents, with its own defaults on rows of up to 1,024
+tokens, on rows of `length`, and with a LoRA trained beside; they take as many steps. What a LoRA learned is in its
+loss over the dense base; target 1.0 shows it alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer
+from trl import SFTConfig, SFTTrainer
 
 from topo_adapter import TopologyConfig, TopologyConfigError, TopologyTrainerMixin, calibrate, distill
+from topo_adapter.sft import TopologySFTTrainer
 from topo_adapter.training.callback import TopologyCallback
 from topo_adapter.training.data import text_windows as cut
 from topo_adapter.training.recipe import DistillConfig
@@ -36,10 +44,17 @@ from topo_evaluation.texts import EVALUATION, FOLDER, text_windows, training_doc
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the default: fields of `TopologyConfig` and of `DistillConfig`."""
+    """What differs from the default: fields of `TopologyConfig` and of `DistillConfig`.
+
+    sft: None distils; otherwise fields of `SFTConfig`, whose trainer trains. long_rows: rows of the windows' length,
+    not of TRL's. lora: one is trained beside.
+    """
 
     topology: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    sft: dict[str, Any] | None = None
+    long_rows: bool = False
+    lora: bool = False
 
 
 PAPER = "paper"
@@ -67,7 +82,12 @@ VARIANTS: dict[str, Variant] = {
             "density_weight": 0.0,
         }
     ),
+    "sft": Variant(sft={}),
+    "sft_long": Variant(sft={"per_device_train_batch_size": 2}, long_rows=True),
+    "sft_lora": Variant(sft={"learning_rate": 2e-4}, lora=True),  # TRL's advice for a LoRA
 }
+#: Characters of a token, about, and of the shortest row for SFT.
+CHARACTERS, LEAST_ROW = 4.1, 1500
 
 
 @dataclass
@@ -80,6 +100,7 @@ class AblationArguments:
     local_steps: int = field(default=100)
     kl_steps: int = field(default=300)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
+    uniform_depths: bool = field(default=True, metadata={"help": "Measure at every uniform depth too."})
     texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
     windows: int = field(default=6, metadata={"help": "Per evaluation text."})
     text_files: list[str] | None = field(default=None, metadata={"help": "To train on; None: topo_evaluation's."})
@@ -108,6 +129,8 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
         "local_window": arguments.local_window,
     }
     config = TopologyConfig(**{**chosen, **variant.topology}, task_type="CAUSAL_LM")
+    if variant.sft is not None:
+        return fine_tune(name, base, tokenizer, config, arguments)
     steps = {"local_steps": arguments.local_steps, "kl_steps": arguments.kl_steps, **variant.training}
     settings = DistillConfig(
         output_dir=str(Path(arguments.output).parent / f"checkpoints_{name}"),
@@ -119,11 +142,7 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
         seed=arguments.seed,
         **steps,
     )
-    texts: Iterable[str]
-    if arguments.text_files:
-        texts = (Path(file).read_text(encoding="utf-8", errors="ignore") for file in arguments.text_files)
-    else:
-        texts = training_documents(0, arguments.texts_folder)
+    texts = training_texts(arguments)
     if name != PAPER:
         return distill(base, texts, config, settings, processing_class=tokenizer)
     count = arguments.local_steps + arguments.kl_steps  # as many forwards as the other variants have
@@ -135,6 +154,47 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
     LanguageModelTrainer(model=adapter, args=stage, train_dataset=rows).train()
     calibrate(adapter, torch.stack(windows[: settings.calibration_rows]), seed=arguments.seed)
     return adapter.eval()
+
+
+def training_texts(arguments: AblationArguments) -> Iterable[str]:
+    if arguments.text_files:
+        return (Path(file).read_text(encoding="utf-8", errors="ignore") for file in arguments.text_files)
+    return training_documents(0, arguments.texts_folder)
+
+
+def fine_tune(name: str, base: Any, tokenizer: Any, config: TopologyConfig, arguments: AblationArguments) -> PeftModel:
+    """An adapter on `base` by TRL's SFTTrainer, in as many steps as `distill` takes for both stages."""
+    variant = VARIANTS[name]
+    given = {**({"max_length": arguments.length} if variant.long_rows else {}), **(variant.sft or {})}
+    settings = SFTConfig(
+        output_dir=str(Path(arguments.output).parent / f"checkpoints_{name}_{arguments.seed}"),
+        max_steps=arguments.local_steps + arguments.kl_steps,
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        seed=arguments.seed,
+        **given,
+    )
+    size = round(CHARACTERS * settings.max_length)
+    wanted = settings.max_steps * settings.per_device_train_batch_size
+    pieces = (text[at : at + size] for text in training_texts(arguments) for at in range(0, len(text), size))
+    rows = list(itertools.islice((piece for piece in pieces if len(piece) >= min(size, LEAST_ROW)), wanted))
+    random.Random(arguments.seed).shuffle(rows)
+    kind = SFTTrainer
+    if variant.lora:
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        base, kind = get_peft_model(base, lora, adapter_name="lora").get_base_model(), TopologySFTTrainer
+    trainer = kind(
+        model=base,
+        args=settings,
+        train_dataset=Dataset.from_dict({"text": rows}),
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    trainer.train()
+    return trainer.model.eval()
 
 
 def cases_of(adapter: PeftModel, tokenizer: Any, arguments: AblationArguments) -> list[Case]:
@@ -157,11 +217,11 @@ def table(rows: list[Row]) -> str:
     for run in runs.values():
         dial = {row["target"]: row for row in run if row.get("target") is not None}
         depths = [row for row in run if row.get("uniform_depth") is not None]
-        nearest = min(depths, key=lambda row: abs(row["density"] - targets[0]))
         seconds = sum(row.get("seconds", 0.0) for row in run)
         lines.append([run[0]["variant"], str(run[0]["seed"]), f"{seconds:.0f}"])
         lines[-1] += [cell(dial.get(target)) for target in targets]
-        lines[-1].append(f"{nearest['uniform_depth']}: {cell(nearest)}")
+        nearest = min(depths, key=lambda row: abs(row["density"] - targets[0]), default=None)
+        lines[-1].append("" if nearest is None else f"{nearest['uniform_depth']}: {cell(nearest)}")
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -195,7 +255,8 @@ def run(arguments: AblationArguments, output: Path) -> None:
         settings = asdict(arguments) | asdict(VARIANTS[variant]) | {"variant": variant}
         settings["homotopy"] = active_configs(adapter)[0].homotopy
         rows = [make_row(where, "ablation_training", settings, {"seconds": seconds})]
-        for at, found in over_depths(adapter, cases_of(adapter, tokenizer, arguments), arguments.densities):
+        cases = cases_of(adapter, tokenizer, arguments)
+        for at, found in over_depths(adapter, cases, arguments.densities, arguments.uniform_depths):
             unreachable = found.pop("unreachable", None)
             rows.append(make_row(where, "ablation", settings | at, found, unreachable))
         append(output, rows)

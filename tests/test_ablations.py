@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from topo_adapter import TopologyConfig, TopologyConfigError, calibrate
 from topo_adapter.training.recipe import DistillConfig
 
 pytest.importorskip("trl")
+from trl import SFTConfig
+
 from recipes.ablations import PAPER, VARIANTS, AblationArguments, Variant, cases_of, main, table, train
 from topo_evaluation.depths import over_depths
 from topo_evaluation.results import flat, make_row, origin, read
@@ -46,7 +48,7 @@ def arguments(tmp_path: Path) -> AblationArguments:
         (tmp_path / f"{name}.txt").write_text(words)
     return AblationArguments(
         output=str(tmp_path / "out" / "lines.jsonl"),
-        variants=["default", PAPER],
+        variants=["default", PAPER, "sft_lora"],
         model=str(tmp_path / "base"),
         length=48,
         local_steps=1,
@@ -63,8 +65,9 @@ def test_variants_are_fields_of_the_two_configurations() -> None:
     for variant in VARIANTS.values():
         TopologyConfig(**variant.topology)
         DistillConfig(use_cpu=True, **variant.training)
+        SFTConfig(use_cpu=True, bf16=False, **variant.sft or {})
     assert VARIANTS["default"] == Variant()
-    assert len({json.dumps([v.topology, v.training]) for v in VARIANTS.values()}) == len(VARIANTS)
+    assert len({json.dumps(asdict(v)) for v in VARIANTS.values()}) == len(VARIANTS)
 
 
 def test_unknown_variants_are_refused() -> None:
@@ -75,7 +78,7 @@ def test_unknown_variants_are_refused() -> None:
 def test_main_trains_measures_and_reports(arguments: AblationArguments, capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
     rows = read(arguments.output)
-    assert list(dict.fromkeys(row["settings"]["variant"] for row in rows)) == ["default", PAPER]
+    assert list(dict.fromkeys(row["settings"]["variant"] for row in rows)) == arguments.variants
     for variant in arguments.variants:
         found = [flat(row) for row in rows if row["settings"]["variant"] == variant]
         assert found[0]["seconds"] > 0 and all(row["homotopy"] == 1.0 for row in found)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_helpers import DOCUMENT, documented
 from test_training import router_state, tiny_base
+from torch import Tensor
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from topo_adapter import TopologyConfig, TopologyTrainerMixin
@@ -22,6 +24,9 @@ from topo_adapter.layer import hosts
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+from recipes import sft  # noqa: E402
+from topo_adapter.sft import TopologySFTTrainer  # noqa: E402
 
 TEXT = " ".join(f"t{i % 60}" for i in range(3, 27))  # longer than the window: shorter rows teach a router nothing
 PROMPTS = {"prompt": [TEXT] * 8}
@@ -162,6 +167,77 @@ def test_trains_and_saves(name: str, with_mixin: bool, tokenizer: Any, tmp_path:
     training.save_model(str(tmp_path / "adapter"))
     again = router_state(PeftModel.from_pretrained(base(name), str(tmp_path / "adapter")))
     assert again.keys() == after.keys() and all((again[key] == value).all() for key, value in after.items())
+
+
+def weights_of_both(model: PeftModel) -> dict[str, Tensor]:
+    return {key: weight.detach().clone() for key, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_a_lora_trains_beside_and_a_resumed_run_goes_on_as_it_would_have(tokenizer: Any, tmp_path: Path) -> None:
+    def training() -> Any:
+        torch.manual_seed(0)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return TopologySFTTrainer(
+            model=get_peft_model(tiny_base(), lora, adapter_name="beside").get_base_model(),
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path),
+                max_steps=4,
+                per_device_train_batch_size=2,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                save_steps=2,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"text": [TEXT] * 8}),
+            processing_class=tokenizer,
+            peft_config=TopologyConfig(depth=3, visible_depth=2, local_window=4, task_type="CAUSAL_LM"),
+        )
+
+    whole = training()
+    before = weights_of_both(whole.model)
+    whole.train()
+    after = weights_of_both(whole.model)
+    assert {".lora_" in key for key in before} == {True, False}
+    assert all((after[key] != value).any() for key, value in before.items() if "lora_A" not in key)
+    rates = {len(group["params"]): group["lr"] for group in whole.optimizer.param_groups}
+    assert rates == {8: 1e-2, 4: 3e-3, 6: 3e-3}, "LoRA; the routers' weights; their biases, which do not decay"
+
+    resumed = training()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = weights_of_both(resumed.model)
+    assert again.keys() == after.keys() and all(torch.equal(again[key], value) for key, value in after.items())
+    assert resumed.model.peft_config["default"].calibration == whole.model.peft_config["default"].calibration
+
+    # from the files, the LoRA first
+    base = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "checkpoint-4" / "beside"), adapter_name="beside")
+    loaded = PeftModel.from_pretrained(base.get_base_model(), str(tmp_path / "checkpoint-4"))
+    ids = torch.as_tensor(whole.train_dataset[0]["input_ids"])[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+
+
+def test_the_recipe_trains_both_and_says_what_that_gives(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for split in ("train", "test"):
+        Dataset.from_dict({"text": [TEXT] * 8}).to_json(tmp_path / "task" / f"{split}.jsonl")
+    arguments: list[Any] = ["--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "task"]
+    arguments += ["--output_dir", tmp_path / "out", "--use_peft", "--max_steps", 2, "--use_cpu", "--bf16", "false"]
+    arguments += ["--report_to", "none", "--local_window", 4, "--depth", 3, "--visible_depth", 2]
+    arguments += ["--per_device_train_batch_size", 2, "--max_length", 24, "--densities", 1.0, 0.6, "--speed_length", 24]
+    kinds = (sft.TaskArguments, trl.SFTConfig, trl.ModelConfig, sft.TopologyArguments)
+    sft.main(*trl.TrlParser(kinds).parse_args_and_config(list(map(str, arguments))))
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0] == ["loss", "prefill of 24 tokens, ms", "decoded token, ms"]
+    assert [line[0] for line in lines[2:]] == ["base", "trained, density 1", "trained, density 0.6"]
+    assert all(float(number) > 0 for line in lines[2:] for number in line[1::2])
+    names = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.safetensors")}
+    assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= names
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ from .measures import (
 
 
 def over_depths(
-    adapter: PeftModel, cases: Sequence[Case], densities: Sequence[float]
+    adapter: PeftModel, cases: Sequence[Case], densities: Sequence[float], uniform: bool = True
 ) -> Iterator[tuple[Scores, Scores]]:
-    """Setting (`target` or `uniform_depth`) and means over texts, with each text's; or why it is `unreachable`."""
+    """Setting (`target`, or where `uniform` `uniform_depth`), and means over texts and each text's scores.
+
+    Where a target is `unreachable`, why.
+    """
     config, base = config_of(adapter), adapter.get_base_model()
     dense = [score_dense(adapter, case) for case in cases]
     window = [
@@ -58,7 +61,7 @@ def over_depths(
         except TopologyConfigError as error:
             found = {"unreachable": str(error)}
         yield at, found
-    for depth in range(1, config.depth + 1):
+    for depth in range(1, config.depth + 1) if uniform else ():
         with uniform_at(adapter, depth):
             found = means()
         yield {"target": None, "uniform_depth": depth}, found

@@ -205,8 +205,9 @@ class DensityCallback(TopologyCallback, ExportableState):
         distil_share: share of the steps that distil, in [0, 1).
         learning_rate: the routers' own, > 0. None takes the trainer's where it was set and trains nothing else, and
             3e-3 otherwise: the defaults of most trainers are for whole models, and hardly move a router.
-        max_length: tokens of a window, where there are as many. num_windows: windows calibrated on, >= 1; during
-            training a quarter of them.
+        max_length: most tokens of a window; it has no more than a forward of the training, of
+            `per_device_train_batch_size` rows, so that it needs no more memory.
+        num_windows: windows calibrated on, >= 1; during training a quarter of them.
         temperature: as `TopologyCallback`'s, over the steps after those that distil.
 
     Raises:
@@ -246,7 +247,7 @@ class DensityCallback(TopologyCallback, ExportableState):
         super().on_train_begin(args, state, control, model, **kwargs)
         self._step.close()
         self._drawn, self._calibrated = None, False
-        self._windows = self._calibration_windows(model, kwargs)
+        self._windows = self._calibration_windows(args, model, kwargs)
         if self._windows is None:
             return
         quarter = self._windows[: max(1, len(self._windows) // 4)]
@@ -265,10 +266,11 @@ class DensityCallback(TopologyCallback, ExportableState):
         """For checkpoints: a resumed run does not see whether its adapter was a fresh one."""
         return {"args": {}, "attributes": {"_distil_steps": self._distil_steps}}
 
-    def _calibration_windows(self, model: nn.Module, given: dict[str, Any]) -> Tensor | None:
+    def _calibration_windows(self, args: TrainingArguments, model: nn.Module, given: dict[str, Any]) -> Tensor | None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         data, tokenizer = given["train_dataloader"].dataset, given.get("processing_class")
-        windows = windows_of_training_data(data, base, tokenizer, self.max_length, self.num_windows)
+        rows = args.per_device_train_batch_size
+        windows = windows_of_training_data(data, base, tokenizer, self.max_length, self.num_windows, rows)
         why = "its data hold no token ids"
         if AcceleratorState().distributed_type in _SHARDED:
             windows, why = None, "its weights are sharded over processes"

@@ -139,16 +139,17 @@ _TRIED = 8  # rows without tokens, after which no more are read
 
 
 def windows_of_training_data(
-    dataset: Any, model: PreTrainedModel, tokenizer: Any, length: int, count: int
+    dataset: Any, model: PreTrainedModel, tokenizer: Any, length: int, count: int, rows: int | None = None
 ) -> Tensor | None:
     """int64 `[up to count, T]`: a trainer's data as unpadded windows of one length; None without tokens.
 
-    `T` is `length`, or the model's positions or all tokens there are, if that is less. Short rows follow each other in
-    a window, as packed documents do in pretraining.
+    `T` is `length`, or the model's positions, `rows` of the longest rows, or all tokens there are, if that is less.
+    Short rows follow each other in a window, as packed documents do in pretraining.
 
     Args:
         dataset: its rows are mappings with token ids (`_TOKENS`), or with a string `text` or `prompt`.
         tokenizer: of strings.
+        rows: of a forward of the trainer's, which a window is not to be larger than; None: it may be.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions or length)
@@ -174,7 +175,8 @@ def windows_of_training_data(
     if not total:
         return None
     begin = [first] if next(row for row in found if row)[0] == first else []
-    return torch.stack(windows_of(found, begin, min(length, total), count))
+    largest = total if rows is None else rows * max(map(len, found))
+    return torch.stack(windows_of(found, begin, min(length, total, largest), count))
 
 
 def rows_to_calibrate_on(rows: Sequence[Any], adapter: PeftModel, count: int, check_padding: bool) -> Tensor:

@@ -42,8 +42,13 @@ def restore_precision(model: nn.Module) -> None:
 
 
 def topology_metrics(model: nn.Module) -> dict[str, float]:
-    """Temperature, homotopy and the layers' mean density, balance and auxiliary loss at the last step."""
-    config = active_configs(model)[0]
+    """Temperature, homotopy and the layers' mean density, balance and auxiliary loss at the last step.
+
+    Nothing where no topology is in force, as in an evaluation within `disable_adapter()`.
+    """
+    config = next((active.config for host in hosts(model) if (active := host.in_force()) is not None), None)
+    if config is None:
+        return {}
     values: dict[str, list[Tensor]] = {}
     for host in hosts(model):
         for name, value in host.metrics.items():
