@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -32,7 +33,7 @@ from trl import (
     get_quantization_config,
 )
 
-from topo_adapter import TopologyConfig, set_density
+from topo_adapter import TopologyConfig, TopologyConfigError, set_density
 from topo_adapter.sft import TopologySFTTrainer
 from topo_adapter.training.data import windows_of_training_data
 from topo_evaluation.embedded import smollm2, standard_library
@@ -84,7 +85,6 @@ def task(arguments: TaskArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def load_base(model: ModelConfig, device: Any) -> Any:
-    """The base; with `--use_peft` it has a LoRA in it, in float32 as PEFT trains it."""
     quantization = get_quantization_config(model)
     name = smollm2() if model.model_name_or_path in (None, "embedded") else model.model_name_or_path
     base = AutoModelForCausalLM.from_pretrained(
@@ -95,42 +95,51 @@ def load_base(model: ModelConfig, device: Any) -> Any:
         quantization_config=quantization,
         device_map={"": device} if quantization is not None else None,
     )
-    lora = get_peft_config(model)
-    return base if lora is None else get_peft_model(base, lora, adapter_name="lora").get_base_model()
+    return base.to(device) if quantization is None else base
 
 
-def table(trainer: TopologySFTTrainer, densities: list[float], length: int) -> str:
+def timed(base: Any, length: int) -> dict[str, float]:
+    """Speed of a base before anything is put into it; empty where `length` is 0. A dense model minds no tokens."""
+    ids = torch.randint(base.config.get_text_config().vocab_size, (length,))
+    return speed(base, ids) if length else {}
+
+
+def table(trainer: TopologySFTTrainer, densities: list[float], length: int, of_base: dict[str, float]) -> str:
     """Markdown: loss of the trainer's evaluation rows and, with `length` > 0, the speed at so many tokens."""
-    model, row = trainer.model, None
-    if length:
-        windows = windows_of_training_data(
-            trainer.train_dataset, model.get_base_model(), trainer.processing_class, length, 1
-        )
-        row = None if windows is None else windows[0]
+    model = trainer.model
     lines = [["", "loss", f"prefill of {length} tokens, ms", "decoded token, ms"][: 4 if length else 2]]
     lines.append(["---"] * len(lines[0]))
 
-    def measure(name: str) -> None:
+    def add(name: str, found: dict[str, float]) -> None:
         loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else float("nan")
         lines.append([name, f"{loss:.4f}"])
-        if row is not None:
-            with_kernels = speed(model.get_base_model(), row)
-            lines[-1] += [f"{1e3 * with_kernels['prefill_seconds']:.0f}", f"{with_kernels['decode_ms']:.1f}"]
+        if found:
+            lines[-1] += [f"{1e3 * found['prefill_seconds']:.0f}", f"{found['decode_ms']:.1f}"]
 
     with model.disable_adapter():
-        measure("base")
+        add("base", of_base)
+    data, tokenizer = trainer.train_dataset, trainer.processing_class
+    windows = windows_of_training_data(data, model.get_base_model(), tokenizer, length, 1) if length else None
     for density in densities:
-        set_density(model, density, trainer.args.max_length)
+        try:
+            set_density(model, density, trainer.args.max_length)
+        except TopologyConfigError as error:  # rows too short for it
+            lines.append([f"trained, density {density:g}", f"not reached: {error}", "", ""][: len(lines[0])])
+            continue
         model.merge_adapter()
-        measure(f"trained, density {density:g}")
+        add(f"trained, density {density:g}", {} if windows is None else speed(model.get_base_model(), windows[0]))
         model.unmerge_adapter()
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: TaskArguments, training: SFTConfig, model: ModelConfig, topology: TopologyArguments) -> None:
     train, test = task(arguments)
+    base, lora = load_base(model, training.device), get_peft_config(model)
+    speed_of_base = timed(base, arguments.speed_length)
+    if lora is not None:  # by get_peft_model, which makes it float32
+        base = get_peft_model(base, lora, adapter_name="lora").get_base_model()
     trainer = TopologySFTTrainer(
-        model=load_base(model, training.device),
+        model=base,
         args=training,
         train_dataset=train,
         eval_dataset=test,
@@ -139,7 +148,7 @@ def main(arguments: TaskArguments, training: SFTConfig, model: ModelConfig, topo
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if arguments.densities and (test is not None or arguments.speed_length):
-        print(table(trainer, arguments.densities, arguments.speed_length))
+        print(table(trainer, arguments.densities, arguments.speed_length, speed_of_base))
 
 
 if __name__ == "__main__":

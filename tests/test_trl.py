@@ -229,13 +229,25 @@ def test_the_recipe_trains_both_and_says_what_that_gives(
     arguments: list[Any] = ["--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "task"]
     arguments += ["--output_dir", tmp_path / "out", "--use_peft", "--max_steps", 2, "--use_cpu", "--bf16", "false"]
     arguments += ["--report_to", "none", "--local_window", 4, "--depth", 3, "--visible_depth", 2]
-    arguments += ["--per_device_train_batch_size", 2, "--max_length", 24, "--densities", 1.0, 0.6, "--speed_length", 24]
+    arguments += [
+        "--per_device_train_batch_size",
+        2,
+        "--max_length",
+        24,
+        "--densities",
+        1.0,
+        0.6,
+        0.01,
+        "--speed_length",
+        24,
+    ]
     kinds = (sft.TaskArguments, trl.SFTConfig, trl.ModelConfig, sft.TopologyArguments)
     sft.main(*trl.TrlParser(kinds).parse_args_and_config(list(map(str, arguments))))
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert lines[0] == ["loss", "prefill of 24 tokens, ms", "decoded token, ms"]
-    assert [line[0] for line in lines[2:]] == ["base", "trained, density 1", "trained, density 0.6"]
-    assert all(float(number) > 0 for line in lines[2:] for number in line[1::2])
+    assert [line[0] for line in lines[2:]] == ["base", *(f"trained, density {d}" for d in ("1", "0.6", "0.01"))]
+    assert all(float(number) > 0 for line in lines[2:5] for number in line[1:])
+    assert lines[5][1].startswith("not reached: target_density must be")
     names = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.safetensors")}
     assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= names
 

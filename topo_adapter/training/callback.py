@@ -217,7 +217,7 @@ class DensityCallback(TopologyCallback, ExportableState):
     def __init__(
         self,
         densities: tuple[float, float] = (0.05, 0.4),
-        distil_share: float = 0.1,
+        distil_share: float = 0.3,
         learning_rate: float | None = None,
         max_length: int = 4096,
         num_windows: int = 16,
