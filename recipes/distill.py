@@ -37,7 +37,6 @@ from topo_evaluation.texts import FOLDER, training_documents
 @dataclass
 class TextArguments(ScriptArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path; None: see text_files."})
-    text_column: str = field(default="text", metadata={"help": "Column of the data set that holds the text."})
     text_files: list[str] | None = field(default=None, metadata={"help": "Text files; None: topo_evaluation's."})
     texts_folder: str = field(default=FOLDER, metadata={"help": "Where topo_evaluation's texts are kept."})
 
@@ -73,16 +72,15 @@ class TopologyArguments:
     )
 
 
-def text_rows(text: TextArguments, seed: int) -> Iterable[Any]:
-    """Documents to train on."""
+def rows(text: TextArguments, seed: int) -> Iterable[Any]:
+    """What to train on: text, chats, or whatever else `distill` takes."""
     if text.dataset_name is None and text.text_files:
         return (Path(name).read_text(encoding="utf-8", errors="ignore") for name in text.text_files)
     if text.dataset_name is None:
         return training_documents(seed, text.texts_folder)
-    dataset = load_dataset(
+    return load_dataset(
         text.dataset_name, name=text.dataset_config, split=text.dataset_train_split, streaming=text.dataset_streaming
     )
-    return (row[text.text_column] for row in dataset)
 
 
 class History(TrainerCallback):
@@ -122,7 +120,7 @@ def main(text: TextArguments, training: DistillConfig, model: ModelConfig, topol
     history = History()
     adapter = distill(
         base,
-        text_rows(text, training.seed),
+        rows(text, training.seed),
         TopologyConfig(**vars(topology), task_type="CAUSAL_LM"),
         training,
         processing_class=AutoTokenizer.from_pretrained(name, revision=model.model_revision),

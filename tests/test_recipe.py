@@ -23,7 +23,7 @@ from topo_adapter import TopologyConfig, TopologyConfigError, UnsupportedModelEr
 from topo_adapter.core.dial import choose_depths
 from topo_adapter.measuring.calibration import calibrate
 from topo_adapter.training import data, densities, recipe
-from topo_adapter.training.data import text_windows
+from topo_adapter.training.data import text_windows, windows_of
 from topo_adapter.training.local import DistillationTrainer
 from topo_adapter.training.recipe import DistillConfig, distill
 from topo_adapter.training.routers import initialize_routers
@@ -314,10 +314,10 @@ class TestText:
 
         def windows(*args: Any) -> Any:
             asked.append(args[-1])
-            return text_windows(*args)
+            return windows_of(*args)
 
         monkeypatch.setattr(recipe, "calibrate", note)
-        monkeypatch.setattr(data, "text_windows", windows)
+        monkeypatch.setattr(data, "windows_of", windows)
         args = arguments(tmp_path, max_length=16, local_steps=steps, kl_steps=0, calibration_rows=5)
         distill(base(), ["w5 w6 w7 w8 " * 100], config(), args, processing_class=tokenizer())
         assert asked == [steps + 5] and measured[0].shape == (5, 16)
@@ -476,9 +476,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("dataset", "message"),
         [
-            ("a text of many words", "list of texts, got 'a text of many words'; pass .text."),
-            (b"bytes", "list of texts, got b'bytes'"),
-            (Path("corpus.txt"), "list of texts, got .*corpus.txt"),
+            ("a text of many words", "of text files, got 'a text of many words'; pass .text."),
+            (b"bytes", "rows that are strings, .* got int in row 0"),
+            (Path("corpus.txt"), "of text files, got .*corpus.txt"),
             ({"train": ["a"], "test": ["b"]}, r"got a dict of \['test', 'train'\]; choose a split"),
             (DatasetDict(train=Dataset.from_dict({"text": ["a"]})), "got a DatasetDict of .*choose a split"),
             ([["a", "b"]], "rows that are strings, or mappings .*got list"),
@@ -616,21 +616,21 @@ class TestScript:
 
     def test_the_text_files_are_the_text(self, script: Any, folder: Path) -> None:
         text, *_ = self.parse(script, ["--text_files", f"{folder}/2.txt", "--output_dir", str(folder)])
-        assert list(script.text_rows(text, seed=0)) == [(folder / "2.txt").read_text()]
+        assert list(script.rows(text, seed=0)) == [(folder / "2.txt").read_text()]
 
     def test_a_data_set_is_the_text(self, script: Any, folder: Path) -> None:
         (folder / "data").mkdir()
         (folder / "data" / "rows.jsonl").write_text("".join(json.dumps({"body": body}) + "\n" for body in "ab"))
         given = f"--dataset_name {folder}/data --dataset_streaming true --text_column body --output_dir {folder}"
-        text, *_ = self.parse(script, given.split())
-        assert list(script.text_rows(text, seed=0)) == ["a", "b"]
+        text, training, *_ = self.parse(script, given.split())
+        assert [row[training.text_column] for row in script.rows(text, seed=0)] == ["a", "b"]
 
     def test_the_training_texts_are_the_default(self, script: Any, folder: Path, monkeypatch: Any) -> None:
         asked: list[str] = []
         monkeypatch.setattr(texts, "fetch", lambda names, folder: asked.extend(names))
         monkeypatch.setattr(texts, "documents", lambda name, folder: [f"{name} {number}" for number in range(3)])
         text, *_ = self.parse(script, ["--output_dir", str(folder)])
-        rows = [list(script.text_rows(text, seed)) for seed in (0, 0, 1)]
+        rows = [list(script.rows(text, seed)) for seed in (0, 0, 1)]
         assert rows[0] == rows[1] != rows[2] and sorted(rows[0]) == sorted(rows[2])
         assert {row.split()[0] for row in rows[0]} == set(asked) == set(texts.TRAINING) - set(texts.TUNING)
         assert asked and texts.TUNING and not set(asked) & set(texts.TUNING)

@@ -15,29 +15,29 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TopologyConfigError
 from ..measuring.calibration import check_sequences
+from .documents import document_tokens, text_files
 from .routers import active_configs
 
 
 def rows_of(
-    dataset: Iterable[Any],
+    dataset: Iterable[Any] | str | os.PathLike,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     length: int,
     per_step: int,
     needed: int,
+    text_column: str = "text",
 ) -> tuple[Sequence[Any], bool]:
     """Rows with `input_ids`, and whether they are windows cut from text here, not the data set's own.
 
     Args:
         dataset, tokenizer: as `distill`'s. model: whose tokenizer is loaded where none is given.
         length: tokens of a window. per_step: rows of one step, the fewest to train on. needed: the most that are read.
+        text_column: of mappings with text.
     """
-    if isinstance(dataset, (str, bytes, os.PathLike)):
-        raise TopologyConfigError(
-            f"dataset must be a datasets.Dataset or a list of texts, got {_short(dataset)}; "
-            "pass [text], or [Path(file).read_text()] for a file"
-        )
+    if isinstance(dataset, (str, os.PathLike)):
+        dataset = text_files(dataset)
     if isinstance(dataset, Mapping):
         raise TopologyConfigError(
             f"dataset must be one data set, got a {type(dataset).__name__} of {sorted(map(str, dataset))}; choose a "
@@ -54,43 +54,20 @@ def rows_of(
     first = next(rows, None)
     if first is None:
         raise TopologyConfigError("dataset must have rows, got none")
-    if not isinstance(first, (str, Mapping)):
-        raise TopologyConfigError(
-            "dataset must have rows that are strings, or mappings with 'input_ids' or 'text', got "
-            f"{type(first).__name__}"
-        )
-    if not isinstance(first, str) and "input_ids" in first:
+    if isinstance(first, Mapping) and "input_ids" in first:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             return dataset, False  # type: ignore[return-value]
         return [first, *itertools.islice(rows, needed - 1)], False
-    if not isinstance(first, str) and "text" not in first:
-        raise TopologyConfigError(
-            f"dataset must have rows with 'input_ids' or 'text', or strings, got the columns {sorted(first)}"
-        )
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    texts = (_text_of(row, number) for number, row in enumerate(itertools.chain([first], rows)))
-    windows = text_windows(texts, tokenizer, length, needed)
+    documents = document_tokens(itertools.chain([first], rows), tokenizer, text_column)
+    windows = windows_of(documents, text_beginning(tokenizer), length, needed)
     if len(windows) < per_step:
         raise TopologyConfigError(
             f"dataset must have text for {per_step} windows of {length} tokens (one step), got "
             f"{len(windows)}; add text or lower max_length"
         )
     return [{"input_ids": window} for window in windows], True
-
-
-def _text_of(row: Any, number: int) -> str:
-    text = row.get("text") if isinstance(row, Mapping) else row
-    if not isinstance(text, str):
-        raise TopologyConfigError(
-            f"dataset must have a text in every row, got {type(text).__name__} in row {number}; filter such rows out"
-        )
-    return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def text_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -105,9 +82,7 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
     begins with the token that the tokenizer puts before a text, if it does: models that have always seen one read badly
     without it (docs/log.md). Reads no more texts than it needs; a last part shorter than a window is left out.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = (tokenizer(text, verbose=False).input_ids + end for text in texts if text.strip())
-    return windows_of(tokens, text_beginning(tokenizer), length, count)
+    return windows_of(document_tokens(texts, tokenizer), text_beginning(tokenizer), length, count)
 
 
 def windows_of(rows: Iterable[list[int]], begin: list[int], length: int, count: int) -> list[Tensor]:

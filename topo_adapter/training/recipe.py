@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class DistillConfig(TrainingArguments):
     )
     lowest_density: float = field(default=0.05, metadata={"help": "Lowest density that stage draws, > 0."})
     highest_density: float = field(default=0.4, metadata={"help": "Highest density that stage draws, <= 1."})
+    text_column: str = field(default="text", metadata={"help": "Column of the data set that holds text."})
     max_length: int = field(default=8192, metadata={"help": "Tokens per window where the data set holds text, >= 2."})
     adapter_dtype: str = field(
         default="float8_e4m3fn",
@@ -148,7 +150,7 @@ class DistillConfig(TrainingArguments):
 
 def distill(
     model: PreTrainedModel | PeftModel | str,
-    dataset: Iterable[Any],
+    dataset: Iterable[Any] | str | os.PathLike,
     config: TopologyConfig | None = None,
     args: DistillConfig | None = None,
     *,
@@ -164,13 +166,15 @@ def distill(
     Args:
         model: a causal LM, a hub id or local path of one, or a PeftModel with an active topology adapter, which is
             trained on.
-        dataset: a `datasets.Dataset` or any iterable; each row is a mapping with `input_ids` (int64 `[T]`, all rows
-            of one length) or with `text`, or a string. Or an int64 tensor `[rows, T]` of token ids. Text is cut into
-            windows of `args.max_length` tokens, each of which begins as the tokenizer begins a text; `input_ids`
-            should begin so too. Empty texts are passed over.
+        dataset: a `datasets.Dataset`, streamed or not, or any iterable; each row is a mapping with `input_ids` (int64
+            `[T]`, all rows of one length), with text in `args.text_column`, with `messages`, or with `prompt` and
+            `completion` (strings or messages, by the tokenizer's chat template), or it is a string. Or the path of a
+            text file or of a directory of such, or an int64 tensor `[rows, T]` of token ids. All but token ids are
+            cut into windows of `args.max_length` tokens, each of which begins as the tokenizer begins a text;
+            `input_ids` should begin so too. Empty texts are passed over.
         config: of the adapter that is added; None, needed for a PeftModel, is the default.
         args: None is the default; see `DistillConfig`.
-        processing_class: tokenizer of text rows; None loads the model's own.
+        processing_class: tokenizer of what is not token ids; None loads the model's own.
         callbacks: go to the trainers of both stages.
 
     Returns:
@@ -191,7 +195,15 @@ def distill(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     needed = max(args.local_steps, args.kl_steps) * per_step + args.calibration_rows
-    rows, cut_here = rows_of(dataset, model, processing_class, length=args.max_length, per_step=per_step, needed=needed)
+    rows, cut_here = rows_of(
+        dataset,
+        model,
+        processing_class,
+        length=args.max_length,
+        per_step=per_step,
+        needed=needed,
+        text_column=args.text_column,
+    )
     fresh = not isinstance(model, PeftModel)
     adapter = get_peft_model(model, config or TopologyConfig(task_type="CAUSAL_LM")) if fresh else model
     training = args.local_steps > 0 or args.kl_steps > 0

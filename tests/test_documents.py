@@ -1,0 +1,102 @@
+"""What `distill` reads of a data set's rows: text, chats, prompts with completions, the files of a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft_helpers import tiny
+from test_recipe import arguments, assert_trained, base, config, tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from topo_adapter import TopologyConfigError, distill
+from topo_adapter.training.data import rows_of
+from topo_adapter.training.documents import document_tokens, text_files
+
+#: 'user w2 w3 <end>' for each message; refuses others than users and assistants, as real templates do.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ 'w10 ' if m.role == 'user' else 'w20 ' }}{{ m.content }} <end> {% endfor %}"
+)
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASKED, ANSWERED = said("user", "w2 w3"), said("assistant", "w4")
+CHAT = [10, 2, 3, 1, 20, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("w2 w3", [2, 3, 1]),
+        ({"text": "w2 w3", "messages": [ASKED]}, [2, 3, 1]),
+        ({"messages": [ASKED, ANSWERED]}, CHAT),
+        ({"prompt": [ASKED], "completion": [ANSWERED]}, CHAT),
+        ({"prompt": "w2 w3", "completion": " w4"}, [2, 3, 4, 1]),
+    ],
+)
+def test_kinds_of_rows(row: Any, expected: list[int]) -> None:
+    assert list(document_tokens([row, "", row], chatting())) == [expected, expected]
+
+
+def test_the_column_of_text() -> None:
+    assert list(document_tokens([{"body": "w2", "text": 5}], tokenizer(), "body")) == [[2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (5, r"rows that are strings, .* got int in row 1"),
+        ({"prompt": "a", "answer": "b"}, r"'text', 'messages', .* columns \['answer', 'prompt'\] in row 1"),
+        ({"text": None}, "a text in every row, got NoneType in row 1"),
+        ({"prompt": "w2", "completion": [ANSWERED]}, "one kind, .* got str and list in row 1"),
+        ({"prompt": 2, "completion": 3}, "one kind, .* got int and int in row 1"),
+        ({"messages": [said("system", "w2")]}, "the chat template takes, got in row 1: no system role"),
+        ({"messages": 7}, "the chat template takes, got in row 1"),
+    ],
+)
+def test_rows_that_hold_none(row: Any, message: str) -> None:
+    with pytest.raises(TopologyConfigError, match=message):
+        list(document_tokens(["w2", row], chatting()))
+
+
+def test_chats_need_a_template() -> None:
+    with pytest.raises(
+        TopologyConfigError, match=r"messages in row 0, .* a chat_template .* processing_class"
+    ):
+        list(document_tokens([{"messages": [ASKED]}], tokenizer()))
+
+
+def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:
+    for name, text in (("b.md", "w4"), ("a/c.txt", "w2 w3"), (".git/d", "w9"), ("a/.e.txt", "w9")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(text_files(tmp_path)) == ["w2 w3", "w4"] and list(text_files(str(tmp_path / "b.md"))) == ["w4"]
+    (tmp_path / "z.bin").write_bytes(b"\xff\xfe\x00")
+    found = text_files(tmp_path)
+    assert next(found) == "w2 w3" and next(found) == "w4"
+    with pytest.raises(TopologyConfigError, match=r"UTF-8 text files, got .*z\.bin"):
+        next(found)
+
+
+@pytest.mark.parametrize("dataset", ["org/name", "w2 w3 " * 1000, "a\0b", "", b"w2"])
+def test_what_is_no_place(dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty directory, which "" is
+    with pytest.raises(TopologyConfigError, match="dataset must"):
+        rows_of(dataset, tiny(), tokenizer(), length=4, per_step=1, needed=1)
+
+
+def test_distill_trains_on_chats(tmp_path: Path) -> None:
+    rows = [{"messages": [said("user", "w2 w3 w5"), said("assistant", f"w{n} w4")]} for n in range(6, 40)]
+    args = arguments(tmp_path, max_length=16)
+    assert_trained(distill(base(), rows, config(), args, processing_class=chatting()), 16)
