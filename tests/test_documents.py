@@ -71,9 +71,7 @@ def test_rows_that_hold_none(row: Any, message: str) -> None:
 
 
 def test_chats_need_a_template() -> None:
-    with pytest.raises(
-        TopologyConfigError, match=r"messages in row 0, .* a chat_template .* processing_class"
-    ):
+    with pytest.raises(TopologyConfigError, match=r"messages in row 0, .* a chat_template .* processing_class"):
         list(document_tokens([{"messages": [ASKED]}], tokenizer()))
 
 

@@ -1,0 +1,208 @@
+"""The `topo` command: what an adapter's file says, whether a model runs on kernels, merged models, text.
+
+Training and evaluation from a shell are the files of `recipes/`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from .checkpoint import MODEL_TYPE
+from .config import TopologyConfig
+from .core.dial import at_length, choose_depths, expected_loss, reachable
+from .core.visibility import always_density
+from .density import set_density
+from .errors import AdapterFileError, TopologyError
+from .files import find
+from .kernel_report import why_not as reasons_of
+from .loading import load
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learned sparse attention for frozen LLMs.",
+)
+_DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
+_BAR = 24  # characters of the longest
+
+Adapter = Annotated[str, typer.Argument(help="Directory or hub id of an adapter.")]
+Base = Annotated[str | None, typer.Option(help="Its base model, where that is not the one its file names.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is the weights' own.")]
+Density = Annotated[float | None, typer.Option(help="Visible over causal pairs, in (0, 1]; None: the adapter's own.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of the texts that --density is meant for.")]
+
+
+@app.command()
+def inspect(adapter: Adapter) -> None:
+    """Base, tree, size and density dial of a saved adapter; loads no weights."""
+    config, out = _config_of(adapter), Console()
+    weights = find(adapter, SAFETENSORS_WEIGHTS_NAME)
+    shown = Table.grid(padding=(0, 2))
+    shown.add_row("base", config.base_model_name_or_path or "not named")
+    for name, value in (config.base_facts or {}).items():
+        shown.add_row(f"  {name}", str(value))
+    leaves = config.arity**config.depth
+    shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
+    shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
+    shown.add_row("a route for each", config.route_per.replace("_", " "))
+    shown.add_row("file", "no weights" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
+    if config.calibration is None:
+        shown.add_row("density dial", "none: not calibrated")
+        out.print(shown)
+        return
+    table, length = config.calibration, config.calibration["length"]
+    heads = sum(map(len, table["density"].values()))
+    shown.add_row("routed", f"{heads} heads in {len(table['density'])} layers")
+    if config.target_density is not None:
+        shown.add_row("its own density", f"{config.target_density:g} of texts of {length:,} tokens")
+    always = always_density(length, config.local_window, config.num_sink_tokens)
+    least = max(reachable(table, 0.0), always)  # the table is rounded
+    shown.add_row("sparsest", f"{least:.3f}")
+    out.print(shown)
+
+    dial = Table(title="Density dial", title_justify="left")
+    for column in (f"density at {length:,} tokens", f"at {4 * length:,}", "estimated loss, nats per token", ""):
+        dial.add_column(column, justify="left" if not column else "right")
+    points = [density for density in _DENSITIES if density >= least]
+    losses = [expected_loss(table, choose_depths(table, density)) for density in points]
+    for density, loss in zip(points, losses, strict=True):
+        longer = at_length(density, length, 4 * length, config.local_window, config.num_sink_tokens)
+        bar = "█" * round(_BAR * loss / max(max(losses), 1e-12))
+        dial.add_row(f"{density:.3f}", f"{longer:.3f}", f"{loss:.4f}", bar)
+    out.print(dial)
+
+
+@app.command("why-not")
+def why_not(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a model, an adapter, or a merged model.")],
+    base: Base = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Why layers would not run on the kernels, per layer and operation. Exit code 1 where there is a reason."""
+    if _kind(model) == "model":
+        opened = get_peft_model(_load(model, device, dtype), TopologyConfig(task_type="CAUSAL_LM", homotopy=1.0))
+    else:
+        opened = _sparse(model, base, device, dtype)
+    alike: dict[tuple[str, str], list[int]] = {}
+    for layer, operations in reasons_of(opened).items():
+        for operation, reasons in operations.items():
+            alike.setdefault((operation, "; ".join(reasons)), []).append(layer)
+    for (name, reason), layers in alike.items():
+        print(f"{name}, layers {_ranges(layers)}: {reason}")
+    if alike:
+        print("These run in torch, with the same result.")
+        raise typer.Exit(1)
+    print("Every layer runs on the kernels.")
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(help="Directory to write the merged model to.")],
+    base: Base = None,
+    density: Density = None,
+    length: Length = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write base and adapter as one model, which `AutoModelForCausalLM` opens after `import topo_adapter`."""
+    named = _base_of(adapter, base)
+    model = load(_load(named, "cpu", dtype), adapter).merge_and_unload(target_density=density, length=length)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(named).save_pretrained(output)
+    print(f"{output}: {named} with the topology of {adapter}, as one model")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of an adapter or a merged model.")],
+    prompt: Annotated[str, typer.Option(help="Text; '-' reads it from standard input.")],
+    base: Base = None,
+    density: Density = None,
+    length: Length = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Greedy text of a sparse model, as it is generated on the kernels' path."""
+    opened = _sparse(model, base, device, dtype)
+    if density is not None:
+        set_density(opened, density, length)
+    if isinstance(opened, PeftModel):
+        opened.merge_adapter()
+    tokenizer = AutoTokenizer.from_pretrained(_base_of(model, base) if isinstance(opened, PeftModel) else model)
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if chat:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(opened.device)
+    ids = opened.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def main() -> None:
+    """The command: exit code 2 where something cannot be done, 1 where the answer is no."""
+    try:
+        app()
+    except (TopologyError, HFValidationError, OSError) as error:  # OSError: transformers', of what is not there
+        Console(stderr=True, soft_wrap=True).print(f"topo: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+def _config_of(adapter: str) -> TopologyConfig:
+    if _kind(adapter) != "adapter":
+        raise AdapterFileError(f"adapter must be a directory or hub id with an {CONFIG_NAME}, got {adapter!r}")
+    return TopologyConfig.from_pretrained(adapter)
+
+
+def _kind(name: str) -> str:
+    """What lies in a directory or repository: 'adapter', 'merged', or 'model'."""
+    if find(name, CONFIG_NAME) is not None:
+        return "adapter"
+    fields, _ = PreTrainedConfig.get_config_dict(name)
+    return "merged" if fields.get("model_type") == MODEL_TYPE else "model"
+
+
+def _base_of(adapter: str, base: str | None) -> str:
+    named = base or _config_of(adapter).base_model_name_or_path
+    if not named:
+        raise AdapterFileError(f"{adapter} must name its base model, got none: say it with --base")
+    return named
+
+
+def _load(name: str, device: str, dtype: str) -> Any:
+    wanted = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(device, device)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(wanted).eval()
+
+
+def _sparse(model: str, base: str | None, device: str, dtype: str) -> Any:
+    """An adapter on its base, or a merged model."""
+    if _kind(model) == "merged":
+        return _load(model, device, dtype)
+    return load(_load(_base_of(model, base), device, dtype), model)
+
+
+def _ranges(layers: list[int]) -> str:
+    """'0 to 3, 5' of 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
