@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
@@ -122,6 +123,14 @@ class TopologyTrainerMixin(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".") or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # transformers 5.17 passes over the adapter at the top where others, a LoRA's, lie in folders beside it
+        target: Any = self.model if model is None else model
+        top = Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(target, PeftModel) and len(target.peft_config) > 1 and top.exists():
+            target.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # an earlier run's checkpoint in this place is whole no longer once its first file is written over
