@@ -9,7 +9,7 @@ OLDEST_RUN := $(OLDEST)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-oldest test test-oldest check-all demo lint clean
+.PHONY: setup setup-oldest test test-oldest check-all wheel demo lint clean
 
 # The environment for everything, pinned in requirements.txt; made anew when the pins or the metadata change.
 setup: $(VENV)/.ready
@@ -58,9 +58,14 @@ test-oldest: setup-oldest
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/evaluation \
 	    $(OLDEST_RUN) $(PYTEST) $(OLDEST_TESTS) $(OURS_ALONE)
 
-# what takes too long for every change: PEFT's own tests on all families of models, about ten minutes
+# what takes too long for every change: PEFT's own tests on all families of models, about ten minutes, and ten times the
+# mutated files
 check-all: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_peft_suite.py --whole
+	OMP_NUM_THREADS=1 TOPO_FUZZ_CASES=50000 $(RUN) -m pytest tests/test_files.py -k fuzz
+
+wheel: setup
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)

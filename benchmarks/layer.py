@@ -13,7 +13,7 @@ above 1e-2).
 `floor_ms` is the larger of two times: the bytes that must move (each input once, output once; for decode only visible
 keys, not the addresses) over the copy bandwidth, and the FLOPs of visible pairs and of the router over the bf16 matrix
 rate, both ceilings measured in the same run. `gap` is time over floor. `speedup` is against the fastest dense
-attention of the same run and shape. Draw plots and the README's table with `benchmarks.plot`.
+attention of the same run and shape. Draw plots and tables with `benchmarks.plot`.
 """
 
 from __future__ import annotations

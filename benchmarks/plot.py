@@ -1,9 +1,9 @@
-"""Draws what the other benchmarks measured, and writes the README's performance table; reads only those files.
+"""Draws what the other benchmarks measured, and writes their tables into README and docs/results.md; reads only files.
 
     python -m benchmarks.plot --results results/h100.jsonl
 
 Of several rows of one configuration and implementation the last one counts, so a part may be measured anew by
-appending. Pictures go to docs/, the table between two markers of the README.
+appending. Pictures go to docs/, tables between two markers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers import HfArgumentParser
 
 from topo_evaluation import results
 
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+#: Between which lines a table stands.
+PERFORMANCE, FRONT = ((f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("performance", "front"))
 PER_QUERY_HEAD, PER_KV_HEAD = "topology per query head", "topology per KV head"
 COLOURS = {
     PER_QUERY_HEAD: "#1b6ca8",
@@ -80,7 +81,7 @@ def dense_at(rows: Sequence[Row], length: float) -> dict[str, Row]:
     return {r["implementation"]: r for r in rows if r["part"] == "dense" and r["length"] == length}
 
 
-# ---------------------------------------------------------------- the README's table
+# ---------------------------------------------------------------- tables
 
 
 def number(value: float) -> str:
@@ -178,7 +179,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 
 def performance(rows: Sequence[Row], source: str) -> str:
-    """The README's section: tables and where they come from."""
+    """Tables, and where they come from."""
     intro = (
         "Milliseconds of one layer (32 query and 8 KV heads of 128, bf16, window 128, 4 sinks), router and plan "
         "included; in brackets the ratio to the fastest dense attention of the same run. The floor is the larger of "
@@ -192,16 +193,45 @@ def performance(rows: Sequence[Row], source: str) -> str:
     return "\n\n".join(blocks)
 
 
-def insert(text: str, section: str) -> str:
-    """`text` with what is between the markers replaced.
+def front(speed: Sequence[Row], quality: Iterable[Row], length: int = 8192, target: float = 0.17) -> str:
+    """The README's table: one trained adapter beside the dense model, four rows.
+
+    Args:
+        speed: of `read_rows`, with a trained adapter's. quality: of `results.read`, with the same adapter's copying at
+            4,096 tokens. length, target: what is shown of `speed`; of `quality` the target nearest to it.
+    """
+    name = f"topology, dial at {target:g}"
+    shown = [found for found in of_part(speed, "trained").values() if name in found and found[name]["length"] == length]
+    prefill, decode = (
+        next(found for found in shown if found[name]["config"].startswith(what)) for what in ("prefill", "decode")
+    )
+    wanted = {"method": "adapter", "seed": 0, "route_per": "query_head", "length": 4096}
+    flattened = [results.flat(row) for row in quality if row["what"] == "quality" and row["settings"]["text"] is None]
+    found = [row for row in flattened if all(row.get(key) == value for key, value in wanted.items())]
+    copied = min(found, key=lambda row: abs(row["target"] - target))
+    batch = int(prefill[name]["batch"])
+    lines = [
+        f"| SmolLM2-135M, {batch} texts of {length:,} tokens | dense | adapter that keeps {target:.0%} of the pairs |",
+        "|---|---|---|",
+        f"| loss on WikiText-2, nats per token | {prefill['dense']['loss']:.3f} | {prefill[name]['loss']:.3f} |",
+        f"| copying at 4,096 tokens (0: near tokens alone) | 1 | {copied['gap_recovered']:.2f} |",
+        f"| prefill, ms on {prefill[name]['gpu']} | {number(prefill['dense']['ms'])} | {number(prefill[name]['ms'])} |",
+        f"| decoding a token of each text, ms | {number(decode['dense']['ms'])} | {number(decode[name]['ms'])} |",
+    ]
+    return "\n".join(lines)
+
+
+def insert(text: str, section: str, between: tuple[str, str]) -> str:
+    """`text` with what is between two markers replaced.
 
     Raises:
         ValueError: the markers are missing or in the wrong order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
+    first, last = between
+    begin, end = text.find(first), text.find(last)
     if begin < 0 or end < begin:
-        raise ValueError(f"readme must hold the lines {BEGIN} and {END}, in this order")
-    return f"{text[: begin + len(BEGIN)]}\n{section}\n{text[end:]}"
+        raise ValueError(f"the text must hold the lines {first} and {last}, in this order")
+    return f"{text[: begin + len(first)]}\n{section}\n{text[end:]}"
 
 
 # ---------------------------------------------------------------- pictures
@@ -356,7 +386,13 @@ class Arguments:
         default_factory=lambda: ["results/h100.jsonl"], metadata={"help": "One or more files of JSON lines."}
     )
     docs: str = field(default="docs", metadata={"help": "Where the pictures go."})
-    readme: str = field(default="README.md", metadata={"help": "Its performance section is rewritten; '' leaves it."})
+    page: str = field(
+        default="docs/results.md", metadata={"help": "Its performance section is rewritten; '' leaves it."}
+    )
+    readme: str = field(default="README.md", metadata={"help": "Its table at the front is rewritten; '' leaves it."})
+    quality: str = field(
+        default="results/smollm2_135m_recipe.jsonl", metadata={"help": "Quality of the adapter in that table."}
+    )
 
 
 def main(arguments: Arguments) -> None:
@@ -372,9 +408,14 @@ def main(arguments: Arguments) -> None:
         draw(rows, docs / f"performance_{name}.png")
     section = performance(rows, " ".join(arguments.results))
     print(section)
+    if arguments.page:
+        rewrite(Path(arguments.page), section, PERFORMANCE)
     if arguments.readme:
-        readme = Path(arguments.readme)
-        readme.write_text(insert(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
+        rewrite(Path(arguments.readme), front(rows, results.read(arguments.quality)), FRONT)
+
+
+def rewrite(path: Path, section: str, between: tuple[str, str]) -> None:
+    path.write_text(insert(path.read_text(encoding="utf-8"), section, between), encoding="utf-8")
 
 
 if __name__ == "__main__":

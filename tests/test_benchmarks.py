@@ -221,22 +221,23 @@ def test_performance_section(tmp_path: Path) -> None:
     assert "| prefill 8k, dial at 0.1 | 0.100 | 2.5000 / 2.5300 | 4 | 2 (2x) |" in section.splitlines()
     assert "| local step 32k, nf4 | 1.5 | 9.0 GB |" in section.splitlines()
     assert "some GPU" in section and "device copy 3.00 TB/s" in section
-    text = f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n"
-    written = plot.insert(text, section)
+    begin, end = plot.PERFORMANCE
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    written = plot.insert(text, section, plot.PERFORMANCE)
     assert "old" not in written and written.startswith("before\n") and written.endswith("\nafter\n")
-    assert plot.insert(written, section) == written
-    with pytest.raises(ValueError, match="readme must hold"):
-        plot.insert(f"{plot.END} {plot.BEGIN}", section)
+    assert plot.insert(written, section, plot.PERFORMANCE) == written
+    with pytest.raises(ValueError, match="the text must hold"):
+        plot.insert(f"{end} {begin}", section, plot.PERFORMANCE)
 
 
 def test_pictures(tmp_path: Path) -> None:
-    path, readme = tmp_path / "x.jsonl", tmp_path / "README.md"
+    path, page = tmp_path / "x.jsonl", tmp_path / "results.md"
     example(path)
-    readme.write_text(f"{plot.BEGIN}\n{plot.END}\n")
-    plot.main(plot.Arguments(results=[str(path)], docs=str(tmp_path / "docs"), readme=str(readme)))
+    page.write_text("\n".join(plot.PERFORMANCE))
+    plot.main(plot.Arguments(results=[str(path)], docs=str(tmp_path / "docs"), page=str(page), readme=""))
     names = {"length", "density", "decode", "breakdown", "end_to_end"}
     assert {p.name for p in (tmp_path / "docs").iterdir()} == {f"performance_{name}.png" for name in names}
-    assert "prefill 32k" in readme.read_text()
+    assert "prefill 32k" in page.read_text()
 
 
 def test_visible_depth_leaves_512_tokens_to_a_ball() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,15 @@ def test_inspect_shows_the_dial(folder: Path) -> None:
         loss = expected_loss(config.calibration, choose_depths(config.calibration, density))
         (row,) = (line for line in found.output.splitlines() if f" {density:.3f} " in line and "│" in line)
         assert f" {loss:.4f} " in row
+
+
+def test_inspect_obeys_no_file(folder: Path, tmp_path: Path) -> None:
+    """A terminal's commands, and rich's, in a file from anywhere."""
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"base_model_name_or_path": "[red]a\x1b[2J[/red]"}))
+    assert "[red]a?[2J[/red]" in topo("inspect", tmp_path / "adapter").output
 
 
 def test_inspect_of_an_adapter_without_a_dial(tmp_path: Path) -> None:

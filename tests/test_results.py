@@ -64,11 +64,13 @@ def test_the_readme_lists_no_other_file() -> None:
     assert named == {path.name for path in FILES}
 
 
-def test_the_readmes_speed_is_that_of_the_file() -> None:
+def test_tables_are_those_of_the_files() -> None:
     """What `python -m benchmarks.plot` would write is there already."""
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    section = plot.performance(plot.read_rows([RESULTS / "h100.jsonl"]), "results/h100.jsonl")
-    assert plot.insert(readme, section) == readme
+    page, readme = ((RESULTS.parent / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+    rows = plot.read_rows([RESULTS / "h100.jsonl"])
+    assert plot.insert(page, plot.performance(rows, "results/h100.jsonl"), plot.PERFORMANCE) == page
+    front = plot.front(rows, read(RESULTS / "smollm2_135m_recipe.jsonl"))
+    assert plot.insert(readme, front, plot.FRONT) == readme and len(readme.splitlines()) <= 150
 
 
 def test_the_ablations_table_is_made_of_the_file() -> None:

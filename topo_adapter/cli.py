@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .checkpoint import MODEL_TYPE
@@ -52,14 +53,15 @@ def inspect(adapter: Adapter) -> None:
     config, out = _config_of(adapter), Console()
     weights = find(adapter, SAFETENSORS_WEIGHTS_NAME)
     shown = Table.grid(padding=(0, 2))
-    shown.add_row("base", config.base_model_name_or_path or "not named")
+    shown.add_row("base", _plain(config.base_model_name_or_path or "not named"))
     for name, value in (config.base_facts or {}).items():
-        shown.add_row(f"  {name}", str(value))
+        shown.add_row(_plain(f"  {name}"), _plain(value))
     leaves = config.arity**config.depth
     shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
     shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
     shown.add_row("a route for each", config.route_per.replace("_", " "))
     shown.add_row("file", "no weights" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
+    shown.add_row("digest of its tensors", _plain(config.weights_digest or "none"))
     if config.calibration is None:
         shown.add_row("density dial", "none: not calibrated")
         out.print(shown)
@@ -195,6 +197,11 @@ def _sparse(model: str, base: str | None, device: str, dtype: str) -> Any:
     if _kind(model) == "merged":
         return _load(model, device, dtype)
     return load(_load(_base_of(model, base), device, dtype), model)
+
+
+def _plain(value: object) -> Text:
+    """What a file says, without what a terminal or rich would take for a command."""
+    return Text("".join(each if each.isprintable() else "?" for each in str(value)))
 
 
 def _ranges(layers: list[int]) -> str:

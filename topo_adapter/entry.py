@@ -10,7 +10,7 @@ from torch import nn
 from . import auxiliary
 from .errors import UnsupportedModelError
 from .forward import uninstall
-from .hf.gates import refused_attentions
+from .hf.gates import refused_attentions, text_decoder
 from .layer import CHILD, TopologyHost, TopologyLayer, hosts
 
 #: The method through which all of transformers' continuous batching goes (`generate_batch` among it).
@@ -68,8 +68,8 @@ def discard(model: Any, adapter_name: str) -> None:
 
 def _callable_parts(model: Any) -> list[nn.Module]:
     """The model and, if it is another module, its text decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return [model] if decoder is None or decoder is model else [model, decoder]
+    decoder = text_decoder(model)
+    return [model] if decoder is model else [model, decoder]
 
 
 def _refuse_attentions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

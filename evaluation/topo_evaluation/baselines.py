@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from topo_adapter import RecordedRoutes, TopologyConfigError, UnsupportedModelError
 from topo_adapter.core.visibility import always_density
-from topo_adapter.hf.gates import FULL, layer_kind
+from topo_adapter.hf.gates import FULL, layer_kind, text_decoder
 from topo_adapter.layer import hosts
 
 #: Name of the attention implementation; transformers looks for "flash", "sdpa", "paged", "flex_attention" in names.
@@ -329,7 +329,7 @@ def find_threshold(
         middle = (low + high) / 2
         with attending(model, OracleThreshold(window, sinks, 2.0**middle)) as tally:
             for row in input_ids:
-                model.get_decoder()(input_ids=row[None].to(model.device), use_cache=False)
+                text_decoder(model)(input_ids=row[None].to(model.device), use_cache=False)
         found = tally.density().mean().item()
         if abs(found - density) <= tolerance * density:
             break

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topo_adapter import TopologyConfig, measure_density, record_routes
 from topo_adapter.core.visibility import always_density
+from topo_adapter.hf.gates import text_decoder
 from topo_adapter.training.losses import logits_head, token_losses
 
 from .baselines import (
@@ -144,7 +145,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 def hidden_states(base: PreTrainedModel, row: Tensor) -> Tensor:
     """Final hidden states `[T, hidden]` of the tokens `[T]`."""
     ids = row[None].to(base.device)
-    return base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return text_decoder(base)(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -202,7 +203,7 @@ def score(base: PreTrainedModel, case: Case, tally: Tally | None = None) -> Scor
 
 def density_map(base: PreTrainedModel, windows: Tensor) -> dict[int, list[float]]:
     """Realised density per routed layer and head, mean over windows `[K, T]`."""
-    decoder = base.get_decoder()  # without the head: nobody needs logits
+    decoder = text_decoder(base)  # without the head: nobody needs logits
     found = [measure_density(decoder, row[None].to(base.device)) for row in windows]
     return {layer: torch.stack([each[layer] for each in found]).mean(0).tolist() for layer in found[0]}
 
@@ -213,9 +214,9 @@ def kept_mass(adapter: PeftModel, row: Tensor) -> float:
     The weight is that of all causal keys, on the hidden states of the sparse model, as in `Tally`.
     """
     base, config, ids = adapter.get_base_model(), config_of(adapter), row[None].to(adapter.device)
-    mask = TreeRoutes(config.local_window, config.num_sink_tokens, config.arity, record_routes(base.get_decoder(), ids))
+    mask = TreeRoutes(config.local_window, config.num_sink_tokens, config.arity, record_routes(text_decoder(base), ids))
     with torch.no_grad(), adapter.disable_adapter(), attending(base, mask) as tally:
-        base.get_decoder()(input_ids=ids, use_cache=False)
+        text_decoder(base)(input_ids=ids, use_cache=False)
     return tally.kept_mass().mean().item()
 
 

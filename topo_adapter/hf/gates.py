@@ -61,6 +61,15 @@ class Geometry:
     num_kv_heads: int
 
 
+def text_decoder(model: Any) -> Any:
+    """What makes a model's last hidden states, without its head; the model itself where it has no such part.
+
+    transformers' `get_decoder` gives Llama 4's whole causal LM.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder.model if hasattr(decoder, "lm_head") and hasattr(decoder, "model") else decoder
+
+
 def find_full_attention(model: Any) -> list[str]:
     """Names of the full-attention modules of the text decoder, as suffixes where a suffix is enough.
 
@@ -70,8 +79,7 @@ def find_full_attention(model: Any) -> list[str]:
     Raises:
         UnsupportedModelError: there is none.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in text_decoder(model).modules()}
     names: list[str] = []
     borrowing: list[int] = []
     windows: list[int] = []  # of layers whose window hides nothing

@@ -50,6 +50,7 @@ from ..core.visibility import always_density
 from ..errors import MergeError, TopologyConfigError, UnsupportedModelError
 from ..fingerprint import fingerprint
 from ..forward import Attention, TopologyCall
+from ..hf.gates import text_decoder
 from ..layer import TopologyHost, active_layers, evaluating
 from ..ops.attention import hard_attention
 from ..ops.plan import make_plan
@@ -323,13 +324,7 @@ def _mean(tables: Sequence[Calibration]) -> Calibration:
 def _final_states(base: Any, row: Tensor) -> Tensor:
     """The last hidden states `[1, T, hidden]`."""
     row = row.to(base.get_input_embeddings().weight.device)
-    return _decoder_of(base)(input_ids=row, use_cache=False, return_dict=True).last_hidden_state
-
-
-def _decoder_of(base: Any) -> Any:
-    """The module that makes the last hidden states; `get_decoder` takes Llama 4's causal LM for one."""
-    decoder = base.get_decoder()
-    return decoder.model if getattr(decoder, "lm_head", None) is not None else decoder
+    return text_decoder(base)(input_ids=row, use_cache=False, return_dict=True).last_hidden_state
 
 
 def _backward(base: Any, row: Tensor, draws: int, draw: Draw, reference: Tensor | None) -> None:
@@ -338,7 +333,7 @@ def _backward(base: Any, row: Tensor, draws: int, draw: Draw, reference: Tensor 
 
     Nothing is accumulated in any `.grad`. Logits exist for a few tokens at a time.
     """
-    decoder, embeddings = _decoder_of(base), base.get_input_embeddings()
+    decoder, embeddings = text_decoder(base), base.get_input_embeddings()
     start: list[Tensor] = []
 
     def begin_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ _OF_STAGES = {
 class DistillConfig(TrainingArguments):
     """Arguments of `distill`: those of `transformers.TrainingArguments`, and each stage's own.
 
-    The defaults are the recipe whose results README prints.
+    The defaults are the recipe whose results docs/results.md prints.
 
     `max_steps`, `num_train_epochs` and `learning_rate` are refused: each stage has its own. Checkpoints go to
     `output_dir/local` and `output_dir/kl`; with `resume_from_checkpoint=True` each stage goes on from its last one, if
