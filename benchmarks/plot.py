@@ -211,7 +211,7 @@ def front(speed: Sequence[Row], quality: Iterable[Row], length: int = 8192, targ
     copied = min(found, key=lambda row: abs(row["target"] - target))
     batch = int(prefill[name]["batch"])
     lines = [
-        f"| SmolLM2-135M, {batch} texts of {length:,} tokens | dense | adapter that keeps {target:.0%} of the pairs |",
+        f"| SmolLM2-135M, {batch} texts of {length:,} tokens | dense | adapter that keeps {100 * target:.0f} % of the pairs |",
         "|---|---|---|",
         f"| loss on WikiText-2, nats per token | {prefill['dense']['loss']:.3f} | {prefill[name]['loss']:.3f} |",
         f"| copying at 4,096 tokens (0: near tokens alone) | 1 | {copied['gap_recovered']:.2f} |",
