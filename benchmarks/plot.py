@@ -209,9 +209,9 @@ def front(speed: Sequence[Row], quality: Iterable[Row], length: int = 8192, targ
     flattened = [results.flat(row) for row in quality if row["what"] == "quality" and row["settings"]["text"] is None]
     found = [row for row in flattened if all(row.get(key) == value for key, value in wanted.items())]
     copied = min(found, key=lambda row: abs(row["target"] - target))
-    batch = int(prefill[name]["batch"])
+    batch, kept = int(prefill[name]["batch"]), f"{100 * target:.0f} %"
     lines = [
-        f"| SmolLM2-135M, {batch} texts of {length:,} tokens | dense | adapter that keeps {100 * target:.0f} % of the pairs |",
+        f"| SmolLM2-135M, {batch} texts of {length:,} tokens | dense | adapter that keeps {kept} of the pairs |",
         "|---|---|---|",
         f"| loss on WikiText-2, nats per token | {prefill['dense']['loss']:.3f} | {prefill[name]['loss']:.3f} |",
         f"| copying at 4,096 tokens (0: near tokens alone) | 1 | {copied['gap_recovered']:.2f} |",
