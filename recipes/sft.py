@@ -77,6 +77,8 @@ def task(arguments: TaskArguments) -> tuple[Dataset, Dataset | None]:
             for files in standard_library()
         )
     else:
+        if arguments.dataset_streaming:
+            raise TopologyConfigError("dataset_streaming must be false, got true: held-out rows are chosen by number")
         splits = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
         train, test = splits[arguments.dataset_train_split], splits.get(arguments.dataset_test_split)
     if test is None or not arguments.eval_rows:
@@ -104,6 +106,16 @@ def timed(base: Any, length: int) -> dict[str, float]:
     return speed(base, ids) if length else {}
 
 
+def row_of(trainer: TopologySFTTrainer, length: int) -> torch.Tensor:
+    """So many tokens of the task."""
+    base = trainer.model.get_base_model()
+    windows = windows_of_training_data(trainer.train_dataset, base, trainer.processing_class, length, 1)
+    if windows is None or windows.shape[1] != length:
+        most = 0 if windows is None else windows.shape[1]
+        raise TopologyConfigError(f"speed_length must be at most {most}, all that model and task have, got {length}")
+    return windows[0]
+
+
 def table(trainer: TopologySFTTrainer, densities: list[float], length: int, of_base: dict[str, float]) -> str:
     """Markdown: loss of the trainer's evaluation rows and, with `length` > 0, the speed at so many tokens."""
     model = trainer.model
@@ -118,8 +130,7 @@ def table(trainer: TopologySFTTrainer, densities: list[float], length: int, of_b
 
     with model.disable_adapter():
         add("base", of_base)
-    data, tokenizer = trainer.train_dataset, trainer.processing_class
-    windows = windows_of_training_data(data, model.get_base_model(), tokenizer, length, 1) if length else None
+    row = row_of(trainer, length) if length else None
     for density in densities:
         try:
             set_density(model, density, trainer.args.max_length)
@@ -127,7 +138,7 @@ def table(trainer: TopologySFTTrainer, densities: list[float], length: int, of_b
             lines.append([f"trained, density {density:g}", f"not reached: {error}", "", ""][: len(lines[0])])
             continue
         model.merge_adapter()
-        add(f"trained, density {density:g}", {} if windows is None else speed(model.get_base_model(), windows[0]))
+        add(f"trained, density {density:g}", {} if row is None else speed(model.get_base_model(), row))
         model.unmerge_adapter()
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

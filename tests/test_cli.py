@@ -96,6 +96,14 @@ def test_merged_it_generates_what_the_adapter_does(folder: Path, tmp_path: Path)
         (["inspect", "base"], "must be a directory or hub id with an adapter_config.json"),
         (["inspect", "nothing/at/all"], "nothing/at/all"),
         (["merge", "adapter", "out", "--density", "0.0001"], "target_density must be at least"),
+        (["merge", "adapter", "base"], "output must hold no model or adapter yet"),
+        (["generate", "adapter", "--prompt", ""], "prompt must be a text"),
+        (["generate", "adapter", "--prompt", "w2", "--length", "9"], "without density"),
+        (["generate", "adapter", "--prompt", "w2", "--chat", "--device", "cpu"], "chat_template"),
+        (["why-not", "base", "--base", "base"], "base must be left out"),
+        (["why-not", "base", "--device", "gpu"], "device must be auto"),
+        (["why-not", "base", "--dtype", "int8"], "dtype must be auto"),
+        (["why-not", "."], "config.json"),
     ],
 )
 def test_errors_are_one_line_and_end_with_2(

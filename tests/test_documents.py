@@ -51,6 +51,8 @@ def test_kinds_of_rows(row: Any, expected: list[int]) -> None:
 
 def test_the_column_of_text() -> None:
     assert list(document_tokens([{"body": "w2", "text": 5}], tokenizer(), "body")) == [[2, 1]]
+    with pytest.raises(TopologyConfigError, match="'boddy'"):
+        list(document_tokens([{"body": "w2", "messages": [ASKED]}], chatting(), "boddy"))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,13 @@ def test_the_column_of_text() -> None:
         ({"prompt": "w2", "completion": [ANSWERED]}, "one kind, .* got str and list in row 1"),
         ({"prompt": 2, "completion": 3}, "one kind, .* got int and int in row 1"),
         ({"messages": [said("system", "w2")]}, "the chat template takes, got in row 1: no system role"),
-        ({"messages": 7}, "the chat template takes, got in row 1"),
+        ({"messages": 7}, "messages that are lists, got int in row 1"),
+        ({"messages": '[{"role": "user", "content": "w2"}]'}, "messages that are lists, got str in row 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "w2"}]}]},
+            "a content of text, got in row 1",
+        ),
+        ({"messages": [[ASKED, ANSWERED]]}, "a content of text, got in row 1"),
     ],
 )
 def test_rows_that_hold_none(row: Any, message: str) -> None:
@@ -73,6 +81,11 @@ def test_rows_that_hold_none(row: Any, message: str) -> None:
 def test_chats_need_a_template() -> None:
     with pytest.raises(TopologyConfigError, match=r"messages in row 0, .* a chat_template .* processing_class"):
         list(document_tokens([{"messages": [ASKED]}], tokenizer()))
+
+
+def test_a_first_row_of_none_is_a_row() -> None:
+    with pytest.raises(TopologyConfigError, match="got NoneType in row 0"):
+        rows_of([None, "w2"], tiny(), tokenizer(), length=4, per_step=1, needed=1)
 
 
 def test_a_directory_is_read_file_by_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_helpers import DOCUMENT, documented
 from test_training import router_state, tiny_base
 from torch import Tensor
-from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from topo_adapter import TopologyConfig, TopologyTrainerMixin
 from topo_adapter.layer import hosts
@@ -98,7 +98,7 @@ def base(name: str) -> PreTrainedModel:
     return LlamaForSequenceClassification(model.config)
 
 
-def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings: Any) -> Any:
+def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, model: Any = None, **settings: Any) -> Any:
     case = CASES[name]
     kind = getattr(trl, f"{name}Trainer")
     defaults = {
@@ -116,7 +116,7 @@ def trainer(name: str, path: Path, tokenizer: Any, with_mixin: bool, **settings:
         "disable_tqdm": True,
     }
     return (type(f"Topology{name}", (TopologyTrainerMixin, kind), {}) if with_mixin else kind)(
-        model=base(name),
+        model=base(name) if model is None else model,
         args=getattr(trl, f"{name}Config")(output_dir=str(path), **{**defaults, **case.options, **settings}),
         train_dataset=Dataset.from_dict(case.columns),
         eval_dataset=Dataset.from_dict({name: rows[:2] for name, rows in case.columns.items()}),
@@ -217,6 +217,55 @@ def test_a_lora_trains_beside_and_a_resumed_run_goes_on_as_it_would_have(tokeniz
     ids = torch.as_tensor(whole.train_dataset[0]["input_ids"])[None]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+
+
+def test_the_best_model_is_that_of_every_adapter(tokenizer: Any, tmp_path: Path) -> None:
+    saved = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            saved[state.global_step] = weights_of_both(model)
+
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    training = trainer(
+        "SFT",
+        tmp_path,
+        tokenizer,
+        True,
+        model=get_peft_model(tiny_base(), lora, adapter_name="beside").get_base_model(),
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first: losses fall
+    )
+    training.add_callback(Keep())
+    training.train()
+    best = saved[int(training.state.best_model_checkpoint.rpartition("-")[2])]
+    after = weights_of_both(training.model)
+    assert all(torch.equal(after[key], value) for key, value in best.items())
+    assert any((saved[3][key] != value).any() for key, value in best.items() if ".lora_" in key)
+
+
+def test_what_is_frozen_stays_so_when_a_run_goes_on(tokenizer: Any, tmp_path: Path) -> None:
+    for checkpoint in (None, str(tmp_path / "checkpoint-1")):
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        base = get_peft_model(tiny_base(), lora, adapter_name="beside").get_base_model()
+        settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+        training = trainer("SFT", tmp_path, tokenizer, True, model=base, **settings)
+        for host in hosts(training.model):
+            host.requires_grad_(False)
+        training.train(resume_from_checkpoint=checkpoint)
+        assert all(".lora_" in name for name in weights_of_both(training.model))
+
+
+def test_prompts_that_are_completed_need_not_be_long(tokenizer: Any, tmp_path: Path) -> None:
+    """Their data set holds no completions, which are most of what the trainer reads."""
+    training = trainer("GRPO", tmp_path, tokenizer, True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    training.model.peft_config["default"].local_window = 20
+    training.train()
+    assert training.model.peft_config["default"].calibration["length"] > 20 + 4 + 24
 
 
 def test_the_recipe_trains_both_and_says_what_that_gives(

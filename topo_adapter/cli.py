@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .checkpoint import MODEL_TYPE
@@ -25,7 +26,7 @@ from .config import TopologyConfig
 from .core.dial import at_length, choose_depths, expected_loss, reachable
 from .core.visibility import always_density
 from .density import set_density
-from .errors import AdapterFileError, TopologyError
+from .errors import AdapterFileError, TopologyConfigError, TopologyError
 from .files import find
 from .kernel_report import why_not as reasons_of
 from .loading import load
@@ -60,7 +61,7 @@ def inspect(adapter: Adapter) -> None:
     shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
     shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
     shown.add_row("a route for each", config.route_per.replace("_", " "))
-    shown.add_row("file", "no weights" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
+    shown.add_row("file", "no weights found" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
     shown.add_row("digest of its tensors", _plain(config.weights_digest or "none"))
     if config.calibration is None:
         shown.add_row("density dial", "none: not calibrated")
@@ -97,6 +98,7 @@ def why_not(
 ) -> None:
     """Why layers would not run on the kernels, per layer and operation. Exit code 1 where there is a reason."""
     if _kind(model) == "model":
+        _refuse_base(model, base)
         opened = get_peft_model(_load(model, device, dtype), TopologyConfig(task_type="CAUSAL_LM", homotopy=1.0))
     else:
         opened = _sparse(model, base, device, dtype)
@@ -123,9 +125,12 @@ def merge(
 ) -> None:
     """Write base and adapter as one model, which `AutoModelForCausalLM` opens after `import topo_adapter`."""
     named = _base_of(adapter, base)
+    if (output / "config.json").exists() or (output / CONFIG_NAME).exists():
+        raise TopologyConfigError(f"output must hold no model or adapter yet, got {output}")
+    tokenizer = AutoTokenizer.from_pretrained(named)
     model = load(_load(named, "cpu", dtype), adapter).merge_and_unload(target_density=density, length=length)
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(named).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     print(f"{output}: {named} with the topology of {adapter}, as one model")
 
 
@@ -142,6 +147,8 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Greedy text of a sparse model, as it is generated on the kernels' path."""
+    if density is None and length is not None:
+        raise TopologyConfigError(f"length says what density is meant for, got length {length} without density")
     opened = _sparse(model, base, device, dtype)
     if density is not None:
         set_density(opened, density, length)
@@ -149,6 +156,8 @@ def generate(
         opened.merge_adapter()
     tokenizer = AutoTokenizer.from_pretrained(_base_of(model, base) if isinstance(opened, PeftModel) else model)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if not text:
+        raise TopologyConfigError("prompt must be a text, got an empty one")
     if chat:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -161,7 +170,8 @@ def main() -> None:
     """The command: exit code 2 where something cannot be done, 1 where the answer is no."""
     try:
         app()
-    except (TopologyError, HFValidationError, OSError) as error:  # OSError: transformers', of what is not there
+    except (TopologyError, HFValidationError, SafetensorError, OSError, ValueError) as error:
+        # the others: transformers', of what is not there, not whole, or of no kind that it knows
         Console(stderr=True, soft_wrap=True).print(f"topo: {error}", style="red", markup=False)
         sys.exit(2)
 
@@ -189,12 +199,22 @@ def _base_of(adapter: str, base: str | None) -> str:
 
 def _load(name: str, device: str, dtype: str) -> Any:
     wanted = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(device, device)
+    if wanted.partition(":")[0] not in ("cpu", "cuda") or (wanted.startswith("cuda") and not torch.cuda.is_available()):
+        raise TopologyConfigError(f"device must be auto, cpu, or cuda where there is a GPU, got {device!r}")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise TopologyConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(wanted).eval()
+
+
+def _refuse_base(model: str, base: str | None) -> None:
+    if base is not None:
+        raise TopologyConfigError(f"base must be left out where {model} is no adapter, got {base!r}")
 
 
 def _sparse(model: str, base: str | None, device: str, dtype: str) -> Any:
     """An adapter on its base, or a merged model."""
     if _kind(model) == "merged":
+        _refuse_base(model, base)
         return _load(model, device, dtype)
     return load(_load(_base_of(model, base), device, dtype), model)
 

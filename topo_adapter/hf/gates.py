@@ -66,7 +66,8 @@ def text_decoder(model: Any) -> Any:
 
     transformers' `get_decoder` gives Llama 4's whole causal LM.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model if decoder is None else decoder
     return decoder.model if hasattr(decoder, "lm_head") and hasattr(decoder, "model") else decoder
 
 

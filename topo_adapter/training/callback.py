@@ -205,8 +205,8 @@ class DensityCallback(TopologyCallback, ExportableState):
         distil_share: share of the steps that distil, in [0, 1).
         learning_rate: the routers' own, > 0. None takes the trainer's where it was set and trains nothing else, and
             3e-3 otherwise: the defaults of most trainers are for whole models, and hardly move a router.
-        max_length: most tokens of a window; it has no more than a forward of the training, of
-            `per_device_train_batch_size` rows, so that it needs no more memory.
+        max_length: most tokens of a window; where rows are not prompts to complete, it has no more than a forward of
+            the training, of `per_device_train_batch_size` rows, so that it needs no more memory.
         num_windows: windows calibrated on, >= 1; during training a quarter of them.
         temperature: as `TopologyCallback`'s, over the steps after those that distil.
 
@@ -269,8 +269,15 @@ class DensityCallback(TopologyCallback, ExportableState):
     def _calibration_windows(self, args: TrainingArguments, model: nn.Module, given: dict[str, Any]) -> Tensor | None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         data, tokenizer = given["train_dataloader"].dataset, given.get("processing_class")
-        rows = args.per_device_train_batch_size
-        windows = windows_of_training_data(data, base, tokenizer, self.max_length, self.num_windows, rows)
+        windows = windows_of_training_data(
+            data,
+            base,
+            tokenizer,
+            self.max_length,
+            self.num_windows,
+            rows=args.per_device_train_batch_size,
+            row_length=getattr(args, "max_length", None),
+        )
         why = "its data hold no token ids"
         if AcceleratorState().distributed_type in _SHARDED:
             windows, why = None, "its weights are sharded over processes"

@@ -51,9 +51,10 @@ def rows_of(
             )
         return [{"input_ids": row} for row in dataset], False
     rows = iter(dataset)
-    first = next(rows, None)
-    if first is None:
-        raise TopologyConfigError("dataset must have rows, got none")
+    try:
+        first = next(rows)
+    except StopIteration:
+        raise TopologyConfigError("dataset must have rows, got none") from None
     if isinstance(first, Mapping) and "input_ids" in first:
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             return dataset, False  # type: ignore[return-value]
@@ -110,11 +111,18 @@ def windows_of(rows: Iterable[list[int]], begin: list[int], length: int, count: 
 
 #: Columns that hold a row's token ids, in the order of its text: those of Trainer, and of TRL's trainers.
 _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")
+_WHOLE = ("input_ids", "chosen_ids", "completion_ids")  # of rows that are no prompts to complete
 _TRIED = 8  # rows without tokens, after which no more are read
 
 
 def windows_of_training_data(
-    dataset: Any, model: PreTrainedModel, tokenizer: Any, length: int, count: int, rows: int | None = None
+    dataset: Any,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    count: int,
+    rows: int | None = None,
+    row_length: int | None = None,
 ) -> Tensor | None:
     """int64 `[up to count, T]`: a trainer's data as unpadded windows of one length; None without tokens.
 
@@ -124,7 +132,9 @@ def windows_of_training_data(
     Args:
         dataset: its rows are mappings with token ids (`_TOKENS`), or with a string `text` or `prompt`.
         tokenizer: of strings.
-        rows: of a forward of the trainer's, which a window is not to be larger than; None: it may be.
+        rows: of a forward of the trainer's, which a window is not to be larger than; None, and where the rows are
+            prompts that it completes: it may be.
+        row_length: tokens that the trainer cuts rows to; None: it does not.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions or length)
@@ -133,8 +143,8 @@ def windows_of_training_data(
     def tokens(row: Any) -> list[int]:
         if not isinstance(row, Mapping):
             return []
-        parts = [torch.as_tensor(row[name]) for name in _TOKENS if name in row]
-        if "input_ids" in row and "attention_mask" in row:
+        parts = [torch.as_tensor(row[name]) for name in _TOKENS if row.get(name) is not None]
+        if row.get("input_ids") is not None and row.get("attention_mask") is not None:
             parts = [parts[0][torch.as_tensor(row["attention_mask"]).bool()]]
         if parts:
             return torch.cat(parts).tolist()
@@ -150,7 +160,9 @@ def windows_of_training_data(
     if not total:
         return None
     begin = [first] if next(row for row in found if row)[0] == first else []
-    largest = total if rows is None else rows * max(map(len, found))
+    whole = any(name in row for name in _WHOLE)
+    longest = max(map(len, found))
+    largest = rows * min(longest, row_length or longest) if rows is not None and whole else total
     return torch.stack(windows_of(found, begin, min(length, total, largest), count))
 
 

@@ -56,8 +56,8 @@ def document_tokens(
     as its template ends it.
 
     Args:
-        rows: strings, or mappings with a text in `text_column`, with `messages`, or with `prompt` and `completion`
-            (strings or messages); the first of these that a row has.
+        rows: strings, or mappings with a text in `text_column`; where that is 'text', also with `messages`, or with
+            `prompt` and `completion` (strings or messages), the first of these that a row has.
 
     Raises:
         TopologyConfigError: with the number of the row, from 0, where it holds none of these or something else in
@@ -85,9 +85,13 @@ def _content(row: Any, number: int, text_column: str) -> Any:
                 f"dataset must have a text in every row, got {type(row[text_column]).__name__} in row {number}; filter "
                 "such rows out"
             )
-        if _MESSAGES in row:
-            return row[_MESSAGES]
-        if _PROMPT in row and _COMPLETION in row:
+        if _MESSAGES in row and text_column == "text":
+            if isinstance(row[_MESSAGES], list):
+                return row[_MESSAGES]
+            raise TopologyConfigError(
+                f"dataset must have messages that are lists, got {type(row[_MESSAGES]).__name__} in row {number}"
+            )
+        if _PROMPT in row and _COMPLETION in row and text_column == "text":
             prompt, completion = row[_PROMPT], row[_COMPLETION]
             if type(prompt) is type(completion) and isinstance(prompt, (str, list)):
                 return prompt + completion
@@ -108,6 +112,13 @@ def _chat(messages: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> lis
             f"dataset has messages in row {number}, and the tokenizer must have a chat_template for them, got none: "
             "pass the tokenizer of a chat model as processing_class, or rows of text"
         )
+    for message in messages:
+        said = isinstance(message, Mapping) and (isinstance(message.get("content"), str) or message.get("tool_calls"))
+        if not said:
+            raise TopologyConfigError(
+                f"dataset must have messages that are mappings with a role and a content of text, got in row {number}: "
+                f"{str(message)[:60]}"
+            )
     try:
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     except Exception as error:  # jinja's, of a template's own checks, and whatever a row of another shape raises

@@ -125,12 +125,27 @@ class TopologyTrainerMixin(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # transformers 5.17 passes over the adapter at the top where others, a LoRA's, lie in folders beside it
         target: Any = self.model if model is None else model
-        top = Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)
-        if isinstance(target, PeftModel) and len(target.peft_config) > 1 and top.exists():
-            target.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        trained = {id(weight): weight.requires_grad for weight in target.parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_beside(Path(resume_from_checkpoint), target)
+        for weight in target.parameters():  # loading makes the active adapter trainable, be it frozen or not
+            weight.requires_grad_(trained.get(id(weight), weight.requires_grad))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_beside(Path(str(self.state.best_model_checkpoint)), self.model)
+
+    @staticmethod
+    def _load_beside(checkpoint: Path, model: Any) -> None:
+        """Every adapter of a checkpoint, where transformers loads some: of the best model only the active one, and in
+        5.17, resuming, not the one at the top where others, a LoRA's, lie in folders beside it."""
+        if not isinstance(model, PeftModel) or len(model.peft_config) < 2:
+            return
+        for name in list(model.peft_config):
+            folder = checkpoint if name == "default" else checkpoint / name
+            if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+                model.load_adapter(str(folder), name, is_trainable=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # an earlier run's checkpoint in this place is whole no longer once its first file is written over
