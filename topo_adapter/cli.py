@@ -38,7 +38,7 @@ app = typer.Typer(
     help="Learned sparse attention for frozen LLMs.",
 )
 _DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
-_BAR = 24  # characters of the longest
+_BAR = 18  # characters of the longest
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of an adapter.")]
 Base = Annotated[str | None, typer.Option(help="Its base model, where that is not the one its file names.")]
