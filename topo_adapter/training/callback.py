@@ -267,28 +267,28 @@ class DensityCallback(TopologyCallback, ExportableState):
         return {"args": {}, "attributes": {"_distil_steps": self._distil_steps}}
 
     def _calibration_windows(self, args: TrainingArguments, model: nn.Module, given: dict[str, Any]) -> Tensor | None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        data, tokenizer = given["train_dataloader"].dataset, given.get("processing_class")
-        windows = windows_of_training_data(
-            data,
-            base,
-            tokenizer,
-            self.max_length,
-            self.num_windows,
-            rows=args.per_device_train_batch_size,
-            row_length=getattr(args, "max_length", None),
-        )
-        why = "its data hold no token ids"
         if AcceleratorState().distributed_type in _SHARDED:
-            windows, why = None, "its weights are sharded over processes"
+            why = "its weights are sharded over processes"
         elif not isinstance(model, PeftModel):
-            windows, why = None, f"its model is no PeftModel but a {type(model).__name__}"
-        if windows is not None:
+            why = f"its model is no PeftModel but a {type(model).__name__}"
+        else:
+            base = model.get_base_model()
+            windows = windows_of_training_data(
+                given["train_dataloader"].dataset,
+                base,
+                given.get("processing_class"),
+                self.max_length,
+                self.num_windows,
+                rows=args.per_device_train_batch_size,
+                row_length=getattr(args, "max_length", None),
+            )
             try:
-                for config in active_configs(model):
-                    check_sequences(windows, config, base, check_padding=False)
-                check_differentiable(base)
-                return windows.to(next(model.parameters()).device)
+                if windows is not None:
+                    for config in active_configs(model):
+                        check_sequences(windows, config, base, check_padding=False)
+                    check_differentiable(base)
+                    return windows.to(next(model.parameters()).device)
+                why = "its data hold no token ids"
             except TopologyError as error:
                 why = str(error)
         warnings.warn(
