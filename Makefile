@@ -9,7 +9,7 @@ OLDEST_RUN := $(OLDEST)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-oldest test test-oldest check-all wheel demo lint clean
+.PHONY: setup setup-oldest test test-oldest check-all wheel docs demo lint clean
 
 # The environment for everything, pinned in requirements.txt; made anew when the pins or the metadata change.
 setup: $(VENV)/.ready
@@ -67,6 +67,10 @@ check-all: setup
 wheel: setup
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+# the variable silences a notice of mkdocs-material's, which is about the future of mkdocs
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
 demo: setup
 	$(RUN) recipes/demo.py --model $(MODEL)
 
@@ -76,4 +80,4 @@ lint: setup
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .models .peft-tests runs
+	rm -rf $(VENV) $(OLDEST) .models .peft-tests runs site

@@ -16,7 +16,7 @@ sequence and draw, chi-squared with one degree of freedom. The estimate here sum
 so that it averages over many samples of a sequence, and leaves out the cross terms between positions of different
 spans. They matter where a head's changes at many positions push the same later predictions in one direction: with
 spans of one token such heads were underrated by half, with whole sequences the few samples scatter by half
-(docs/log.md).
+(docs/notebook/2026-11-24-calibration-against-ablation.md).
 
 Around a map. Losses of single heads beside the dense model do not add up where many heads are sparse at once: of two
 that carry the same, either can be spared, but not both. So they are measured beside sparse maps too. There KL(dense ||

@@ -211,7 +211,7 @@ def distillation_loss(
     Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * p**d * density(d)`, with the
     leaf-level `density(d) = sum_b mean P_q(b) mean P_k(b)`. The price is linear in density and in units of the
     balanced share `p**-d`: a head opens balls for as long as a unit of density keeps enough mass. A logarithmic
-    price makes heads all or nothing (docs/log.md).
+    price makes heads all or nothing (docs/notebook/2026-11-23-price-linear-or-logarithmic.md).
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
     Args:

@@ -81,7 +81,8 @@ def text_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, lengt
 
     Each text ends with the tokenizer's end-of-text token, if it has one; empty texts are passed over. Each window
     begins with the token that the tokenizer puts before a text, if it does: models that have always seen one read badly
-    without it (docs/log.md). Reads no more texts than it needs; a last part shorter than a window is left out.
+    without it (docs/notebook/2026-11-26-gemma-windows-without-a-beginning.md). Reads no more texts than it needs; a
+    last part shorter than a window is left out.
     """
     return windows_of(document_tokens(texts, tokenizer), text_beginning(tokenizer), length, count)
 

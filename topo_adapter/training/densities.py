@@ -19,12 +19,14 @@ from ..measuring.calibration import calibrate
 from .routers import active_configs
 
 _STRATA = 8
-#: Calibrations in the course of a training, at equal distances; more of them at its start change nothing (docs/log.md).
+#: Calibrations in the course of a training, at equal distances; more of them at its start change nothing
+#: (docs/notebook/2026-11-26-calibrating-earlier.md).
 _CALIBRATIONS = 5
 _MAX_SPARSEST = 0.25  # share of the steps that may train the sparsest map unmentioned
 _MAX_RATIO = 16.0  # of losses in `loss_weight`, where a map is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
-#: temperatures from its threshold has no gradient, and after layer-local distillation most are (docs/log.md).
+#: temperatures from its threshold has no gradient, and after layer-local distillation most are
+#: (docs/notebook/2026-11-25-backward-temperature.md).
 TEMPERATURES = (2.0, 0.5)
 
 
