@@ -15,6 +15,8 @@ from notebook_index import pages
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(#[^)\s]*)?(?=\))")
+#: GitHub wants a bar in the code of a table's cell escaped, Python-Markdown would show the escape.
+_ROW, _CODE = re.compile(r"^\|.*$", re.MULTILINE), re.compile(r"`[^`\n]+`")
 _RAW = {".md", ".py", ".yaml", ".yml", ".jsonl", ".toml"}  # shown by browsers if they are text
 
 
@@ -57,7 +59,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead links that leave `docs/` to what the site publishes."""
+    """Lead links that leave `docs/` to what the site publishes; bars in the code of tables."""
     path = Path(page.file.abs_src_path)
 
     def lead(match: re.Match[str]) -> str:
@@ -66,4 +68,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return match[0]
         return posixpath.relpath(published(target), posixpath.dirname(page.file.src_uri) or ".")
 
+    markdown = _ROW.sub(lambda row: _CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
     return _LINK.sub(lead, markdown)

@@ -72,7 +72,7 @@ def index() -> str:
         lines += [f"## {topic}", "", "| date | page | verdict | negative |", "|---|---|---|---|"]
         for page in of_topic:
             cells = (
-                page.fields["Date"],
+                page.fields["Date"].replace("-", "\u2011").replace(" ", "\u00a0"),  # one line
                 f"[{page.title}]({page.path.name})",
                 page.fields["Verdict"],
                 f"**negative:** {page.fields['Negative']}" if "Negative" in page.fields else "",
