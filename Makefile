@@ -67,7 +67,8 @@ check-all: setup
 wheel: setup
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# not --quiet, which would keep warnings from failing it; the variable silences a notice of mkdocs-material's, which is about the future of mkdocs
+# not --quiet, which would keep warnings from failing it; the variable silences a notice of mkdocs-material's about the
+# future of mkdocs
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
