@@ -32,11 +32,12 @@ from topo_adapter import (
     initialize_routers,
     record_routes,
 )
-from topo_adapter.core.passes import ORDINARY, during
+from topo_adapter.core.passes import ORDINARY, Pass, during
 from topo_adapter.layer import hosts
 from topo_adapter.ops.objective import attach_loss
 from topo_adapter.training.callback import ROUTER_LEARNING_RATE
-from topo_adapter.training.distil import Distil
+from topo_adapter.training.densities import Map, TrainAt
+from topo_adapter.training.distil import Distil, TrainBeside
 from topo_adapter.training.routers import topology_metrics
 from topo_adapter.training.trainer import _RememberScale
 
@@ -427,7 +428,7 @@ class TestDensityCallback:
             callbacks=[DensityCallback(**self.CALLBACK)],
         )
         trainer.train()
-        assert seen == [("DistilBeside", 0.0)] * 2 + [("TrainAt", 1.0)] * 2
+        assert seen == [("DistilBeside", 0.0)] * 2 + [("TrainBeside", 1.0)] * 2
         assert config.homotopy == 1.0 and config.target_density is not None
         saved = json.loads((tmp_path / "checkpoint-4" / "adapter_config.json").read_text())
         assert saved["calibration"] and saved["target_density"] == config.target_density, "before the last checkpoint"
@@ -439,18 +440,41 @@ class TestDensityCallback:
         args = arguments(tmp_path, max_steps=4)
         callback = DensityCallback(**{**self.CALLBACK, "distil_share": 0.75})
         trainer = LMTrainer(model, args, train_dataset=rows(8), callbacks=[callback])
-        losses = []
 
         class Gradients(TrainerCallback):
             def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 gradients = [weight.grad for weight in hosts(model)[0].parameters() if weight.grad is not None]
                 seen.append(max(float(each.abs().max()) for each in gradients))
-                losses.append("local_loss" in hosts(model)[0].metrics)
 
         seen: list[float] = []
         trainer.add_callback(Gradients())
         trainer.train()
-        assert losses == [True, True, True, False] and all(value > 0 for value in seen[:3])
+        assert "local_loss" in hosts(model)[0].metrics and all(value > 0 for value in seen[:3])
+
+    def test_the_layers_own_losses_go_on_beside_the_trainers(self) -> None:
+        model = tiny_peft(gumbel_noise=False).train()
+        config = model.peft_config["default"]
+        config.homotopy = 1.0
+        batch = {key: value[None] for key, value in rows(1)[0].items()}
+        (maps, first) = ([Map(1, 0.1)], hosts(model)[0])  # whose input no routing changes
+
+        def gradients(new: Pass, loss_of: Any) -> list[torch.Tensor]:
+            model.zero_grad()
+            with during(model, new):
+                loss_of(model(**batch)).backward()
+            return [weight.grad.clone() for weight in first.parameters()]
+
+        local = Distil()
+        alone = gradients(local, lambda _: local.losses[0])
+        trainers = gradients(TrainAt([config], maps), lambda out: out.loss)
+        both = gradients(TrainBeside([config], maps), lambda out: out.loss)
+        assert all(each.abs().max() > 1e-6 for each in (*alone, *trainers))
+        for whole, one, other in zip(both, alone, trainers, strict=True):
+            torch.testing.assert_close(whole, one + other)
+        for host in hosts(model):  # as a trainer scales its loss
+            host.auxiliary_scale = 3.0
+        thrice = gradients(TrainBeside([config], maps), lambda out: 3 * out.loss)
+        torch.testing.assert_close(thrice, [3 * each for each in both])
 
     def test_resumes_as_it_would_have_gone_on(self, tmp_path: Path) -> None:
         def run(resume: bool) -> list[tuple[str, float]]:
@@ -469,7 +493,7 @@ class TestDensityCallback:
             return seen
 
         whole = run(resume=False)
-        assert run(resume=True) == whole[4:] and {name for name, _ in whole} == {"DistilBeside", "TrainAt"}
+        assert run(resume=True) == whole[4:] and {name for name, _ in whole} == {"DistilBeside", "TrainBeside"}
 
     @pytest.mark.parametrize("with_mixin", [True, False])
     def test_routers_have_a_learning_rate_of_their_own(self, with_mixin: bool, tmp_path: Path) -> None:

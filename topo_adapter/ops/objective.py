@@ -75,14 +75,15 @@ class _GradientAtOnce(torch.autograd.Function):
         return None, None, *(None if each is None else each * grad for each in gradients)
 
 
-def gradient_at_once(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The scalar `loss`, whose gradient in `parameters` is computed now; its graph is free to go.
+def gradient_at_once(loss: Tensor, parameters: list[Tensor], keep_graph: bool = False) -> Tensor:
+    """The scalar `loss`, whose gradient in `parameters` is computed now; its graph is free to go, unless it is kept
+    because another loss needs a part of it.
 
     For losses that have nothing but `parameters` in common: only one of their graphs is alive at a time, and what
     stays until `backward` is as large as the parameters. One `backward` is all that the result allows.
     """
     learning = [each for each in parameters if each.requires_grad]
-    gradients = torch.autograd.grad(loss, learning, allow_unused=True)
+    gradients = torch.autograd.grad(loss, learning, allow_unused=True, retain_graph=keep_graph)
     return _GradientAtOnce.apply(loss.detach(), gradients, *learning)
 
 

@@ -21,8 +21,8 @@ from ..errors import TopologyConfigError, TopologyError
 from ..layer import hosts
 from ..measuring.calibration import calibrate, check_differentiable, check_sequences
 from .data import windows_of_training_data
-from .densities import TEMPERATURES, DrawnDensities, TrainAt, check_densities
-from .distil import DistilBeside
+from .densities import TEMPERATURES, DrawnDensities, check_densities
+from .distil import DistilBeside, TrainBeside
 from .routers import active_configs, initialize_routers, restore_precision, topology_metrics
 
 #: Of routers, where the trainer's own is the default of its class.
@@ -193,8 +193,9 @@ class DensityCallback(TopologyCallback, ExportableState):
 
     The first steps distil: the model runs dense, and every router learns to keep its layer's attention. From then on
     each step runs the hard topology at a density drawn for it (`drawn_density`), on the depth map that the density
-    dial has for it, from a calibration that is renewed as the routers change. After the last step the dial is
-    calibrated, before the last checkpoint is written. An adapter that is calibrated already does not distil again.
+    dial has for it, from a calibration that is renewed as the routers change; the layers' own losses go on beside the
+    trainer's. After the last step the dial is calibrated, before the last checkpoint is written. An adapter that is
+    calibrated already does not run dense again.
 
     Calibration reads windows of the training data (`windows_of_training_data`). Where they hold no token ids, or fit
     window and sinks, and where weights are sharded over processes (FSDP, DeepSpeed), the homotopy is raised over the
@@ -202,7 +203,7 @@ class DensityCallback(TopologyCallback, ExportableState):
 
     Args:
         densities: lowest and highest density to draw, `0 < lowest <= highest <= 1`, at the windows' length.
-        distil_share: share of the steps that distil, in [0, 1).
+        distil_share: share of the steps that run dense and distil, in [0, 1).
         learning_rate: the routers' own, > 0. None takes the trainer's where it was set and trains nothing else, and
             3e-3 otherwise: the defaults of most trainers are for whole models, and hardly move a router.
         max_length: most tokens of a window; where rows are not prompts to complete, it has no more than a forward of
@@ -316,10 +317,8 @@ class DensityCallback(TopologyCallback, ExportableState):
                 first, last = self.temperature
                 config.temperature = first * (last / first) ** (step / (state.max_steps - self._distil_steps))
             self._drawn.renew(model, step, state.max_steps - self._distil_steps)
-            for host in hosts(model):
-                host.metrics.pop("local_loss", None)
             _, maps = self._drawn.draw(configs, step)
-            new = TrainAt(configs, maps)
+            new = TrainBeside(configs, maps)
         self._step.enter_context(during(model, new))  # around the backward pass too, for gradient checkpointing
 
     def on_step_end(

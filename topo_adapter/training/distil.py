@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..core.passes import Pass
 from ..forward import Attention
+from ..layer import TopologyHost
 from ..ops.objective import attach_loss, distillation_loss, gradient_at_once
+from .densities import TrainAt
 
 
 class Distil(Pass):
@@ -32,8 +34,8 @@ class Distil(Pass):
         self.losses.append(self.loss(attention))
         return out
 
-    def loss(self, attention: Attention) -> Tensor:
-        """A layer's own; its graph is free to go, where gradients are asked for."""
+    def loss(self, attention: Attention, keep_graph: bool = False) -> Tensor:
+        """A layer's own; its graph is free to go, where gradients are asked for and it is not kept."""
         call, learning = attention.call, torch.is_grad_enabled()
         assert call.routes is not None  # asked for
         with torch.enable_grad():
@@ -48,7 +50,7 @@ class Distil(Pass):
             )
         active = call.host.in_force()
         assert active is not None  # or there would be no call
-        return gradient_at_once(loss, list(active.router.parameters())) if learning else loss.detach()
+        return gradient_at_once(loss, list(active.router.parameters()), keep_graph) if learning else loss.detach()
 
 
 class DistilBeside(Distil):
@@ -62,9 +64,26 @@ class DistilBeside(Distil):
         return training and torch.is_grad_enabled()
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        host = attention.call.host
         attention.measured_plan()
         out, weights = attention.base()
-        loss = self.loss(attention)
-        host.metrics["local_loss"] = loss.detach()
-        return attach_loss(out, loss, host), weights
+        return _beside(out, self.loss(attention), attention.call.host), weights
+
+
+class TrainBeside(TrainAt):
+    """`TrainAt`, where each layer's own loss rides on its output too.
+
+    What a loss on labels says of a router is noisy; the layer's dense attention says it of every pair.
+    """
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        out, weights = attention.topology()
+        learning = any(weight.requires_grad for weight in attention.call.host.parameters())
+        if not (learning and attention.call.training and torch.is_grad_enabled()):
+            return out, weights
+        loss = Distil().loss(attention, keep_graph=True)  # of the routes, which the trainer's loss needs as well
+        return _beside(out, loss, attention.call.host), weights
+
+
+def _beside(out: Tensor, loss: Tensor, host: TopologyHost) -> Tensor:
+    host.metrics["local_loss"] = loss.detach()
+    return attach_loss(out, loss, host)
