@@ -27,7 +27,7 @@ _AROUND = 6  # tokens quoted on each side of one
 
 @dataclass(frozen=True)
 class FarLinks:
-    """The far links of a text, strongest first; a notebook shows the first of them with their words.
+    """The far links of a text, strongest first; a notebook shows those of heads that hide something, with their words.
 
     words: of the tokens. links: kept by the tree or not.
     """
@@ -47,9 +47,10 @@ class FarLinks:
 
     def _repr_html_(self) -> str:
         share = len(self.kept) / max(1, len(self.links))
+        chosen = [link for link in self.kept if link.shown < 1][:_SHOWN]
         caption = (
             f"{len(self.links):,} far links, {share:.1%} kept by the tree; {self.expected:.1%} would be by chance. "
-            f"The strongest {min(_SHOWN, len(self.kept))} kept:"
+            f"The strongest {len(chosen)} kept by heads that hide some far tokens:"
         )
         head = ("layer", "head", "weight", "tokens back", "query", "key", "far tokens shown")
         rows = [
@@ -58,7 +59,7 @@ class FarLinks:
                 *(quoted(self.words, place) for place in (link.query, link.key)),
                 f"{link.shown:.0%}",
             )
-            for link in self.kept[:_SHOWN]
+            for link in chosen
         ]
         return table(head, rows, caption)
 

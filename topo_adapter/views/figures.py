@@ -116,7 +116,8 @@ def tree(
 
     Args:
         text: a string, or token ids int64 `[1, T]`; at most 4,096 tokens. layer, head: a routed layer and one of its
-            query heads. depth: levels to draw, from 1 to the tree's own; None: 4, or all if those are fewer.
+            query heads.
+        depth: levels to draw, from 1 to the tree's own; None: the head's visible depth, or the deepest of 64 balls.
 
     Raises:
         UnsupportedModelError: no layer has an active topology. MissingExtraError: no matplotlib.
@@ -132,7 +133,7 @@ def tree(
 
     looking(model, ids, see, {layer})
     ((arity, levels, visible, addresses),) = kept
-    shown = min(4, levels) if depth is None else depth
+    shown = _fitting(arity, levels, visible) if depth is None else depth
     if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= levels:
         raise TopologyConfigError(f"depth must be an integer in 1..{levels}, the levels of the tree, got {depth!r}")
     if arity**shown > MAX_LEAVES_DRAWN:
@@ -144,11 +145,17 @@ def tree(
     for word, address in zip(words, addresses, strict=True):
         digits = tuple(address // arity**level % arity for level in range(shown))
         leaves.setdefault(digits, Counter())[word] += 1
-    figure = new_figure(9, 1.3 + 0.3 * len(leaves))
+    figure = new_figure(9, 1 + 0.26 * len(leaves))
     _draw_tree(figure.subplots(), leaves, shown, len(words))
     sees = "everything" if visible == 0 else "no ball" if visible > levels else f"balls of depth {visible}"
     figure.suptitle(f"layer {layer}, head {head}: {len(words):,} tokens as keys; its queries see {sees}", fontsize=11)
     return Picture(figure, f"The first {shown} of {levels} levels; lines are as wide as the number of tokens.")
+
+
+def _fitting(arity: int, levels: int, visible: int) -> int:
+    """The visible depth, where that is a level of the tree, or the deepest above it that is not too much to draw."""
+    deepest = visible if 1 <= visible <= levels else levels
+    return max([1, *(depth for depth in range(1, deepest + 1) if arity**depth <= MAX_LEAVES_DRAWN)])
 
 
 def _draw_tree(axes: Any, leaves: dict[tuple[int, ...], Counter[str]], levels: int, total: int) -> None:
@@ -170,7 +177,7 @@ def _draw_tree(axes: Any, leaves: dict[tuple[int, ...], Counter[str]], levels: i
                 axes.plot(*ends, color=BLUE, linewidth=wide, solid_capstyle="round", alpha=0.75)
         below = list(above)
     for digits in order:
-        words, room, names = leaves[digits], 62, []
+        words, room, names = leaves[digits], 72, []
         for word, count in words.most_common():
             name = f"“{one_line(word)}”" + (f" x{count}" if count > 1 else "")
             room -= len(name) + 2
@@ -179,7 +186,7 @@ def _draw_tree(axes: Any, leaves: dict[tuple[int, ...], Counter[str]], levels: i
             names.append(name)
         label = f"{size[digits]:>4}  {'  '.join(names)}"
         axes.text(levels + 0.1, height[digits], label, va="center", fontsize=8.5, parse_math=False)
-    axes.set(xlim=(-0.1, levels * 2.6 + 1), ylim=(len(order) - 0.4, -0.6))
+    axes.set(xlim=(-0.1, levels * 3.2), ylim=(len(order) - 0.4, -0.6))
     axes.axis("off")
 
 
