@@ -36,6 +36,7 @@ from topo_adapter import (
 from topo_adapter.core.layout import contiguous_layout
 from topo_adapter.core.passes import during
 from topo_adapter.measuring.report import DensityReport
+from topo_adapter.views.far import quoted
 from topo_adapter.views.look import Dense, NearAlone, strongest_links
 
 LENGTH, WINDOW, SINKS, LEVELS = 40, 3, 2, 4
@@ -299,7 +300,12 @@ def test_links_show_their_words(model: PeftModel, tokenizer: Any, ids: Tensor) -
     assert 0 < len(links.kept) == kept < len(links.links)
     shown = links._repr_html_()
     assert f"{kept / len(links.links):.1%} kept" in shown and f"{links.expected:.1%} would be by chance" in shown
-    assert "<img" not in shown and "</script>" not in shown and "▸ the◂" in shown.replace("&lt;", "<")
+    first = next(link for link in links.kept if link.shown < 1)
+    for place in (first.query, first.key):
+        around = html.escape(quoted(links.words, place))
+        assert f"▸{links.words[place].strip()}◂" in html.unescape(around) and f"<td>{around}</td>" in shown
+    assert "<img" not in shown and "</script>" not in shown and shown.count("<tr>") == 21
+    assert quoted([" a", " b", "\n", " c"], 1, around=2) == "a ▸b◂⏎ c"
 
 
 def test_dense_and_near_alone_are_what_they_say(ids: Tensor) -> None:
@@ -458,7 +464,14 @@ def test_pages_and_trees_are_of_bounded_size(model: PeftModel, tokenizer: Any, m
         viz.balls_html(model, tokenizer, tokens(1, 40), layers=[0, 1])
     monkeypatch.setattr("topo_adapter.views.figures.MAX_LEAVES_DRAWN", 8)
     with pytest.raises(TopologyConfigError, match=r"at most 8 balls to draw, got 2 \*\* 4"):
-        viz.tree(model, tokenizer, tokens(1, 8), 0, 0)
+        viz.tree(model, tokenizer, tokens(1, 8), 0, 0, depth=4)
+    assert "The first 2 of 4 levels" in viz.tree(model, tokenizer, tokens(1, 8), 0, 2).caption, "where its queries look"
+    assert "The first 3 of 4 levels" in viz.tree(model, tokenizer, tokens(1, 8), 3, 3).caption, "as many as fit"
+
+
+def test_a_fresh_adapters_tree_is_worth_nothing_yet(tokenizer: Any) -> None:
+    with pytest.raises(TopologyConfigError, match=r"homotopy must be 1.*got 0.5"):
+        viz.far_link(routed(tiny(), homotopy=0.5), tokenizer, tokens(1, 20))
 
 
 def test_a_model_without_topology_is_refused(tokenizer: Any) -> None:

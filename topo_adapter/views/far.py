@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core.markup import table
-from ..core.passes import ORDINARY, Pass, during
+from ..core.passes import ORDINARY, Pass
 from ..errors import TopologyConfigError
-from ..hf.gates import text_decoder
-from ..layer import active_layers, evaluating
+from ..layer import active_layers
 from ..training.losses import logits_head, token_losses
 from .figures import GREEN, GREY, ORANGE, new_figure
-from .look import Dense, FarLink, Look, NearAlone, check_text, links_of, looking, strongest_links
+from .look import Dense, FarLink, Look, NearAlone, base_of, check_text, final_states, links_of, looking, strongest_links
 from .shown import Picture, one_line, token_ids, words_of
 
 _SHOWN = 20  # rows of a table
@@ -88,10 +86,12 @@ def far_links(
 
 
 def quoted(words: list[str], place: int, around: int = _AROUND) -> str:
-    """A token in the middle of its neighbours: `of the ship was the ▸ Golden◂ Heron`."""
+    """A token in the middle of its neighbours: `name of the ship was the ▸Golden◂ Heron`."""
     before = "".join(words[max(0, place - around) : place])
     after = "".join(words[place + 1 : place + 1 + around])
-    return one_line(f"{before}▸{words[place]}◂{after}").strip()
+    word = words[place]
+    bare = word.lstrip(" ") or word
+    return one_line(f"{before}{word[: len(word) - len(bare)]}▸{bare}◂{after}").strip()
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def far_link(
 
     Raises:
         UnsupportedModelError: no layer has an active topology; no causal language model.
-        TopologyConfigError: the text is empty, too long, or no longer than window and sinks; most_shown is out of
-            range; no head keeps such a link. MissingExtraError: no matplotlib.
+        TopologyConfigError: the adapter is not in force; the text is empty, too long, or no longer than window and
+            sinks; most_shown is out of range; no head keeps such a link. MissingExtraError: no matplotlib.
     """
     figure = new_figure(9, 5.4)
     if not 0 < most_shown <= 1:
@@ -137,6 +137,10 @@ def far_link(
 def _find(model: nn.Module, ids: Tensor, most_shown: float) -> _Found:
     check_text(ids)
     config = active_layers(model)[0][1]
+    if config.homotopy != 1:
+        raise TopologyConfigError(
+            f"homotopy must be 1, the adapter in force, to say what its tree is worth, got {config.homotopy}; train it"
+        )
     window, sinks = config.local_window, config.num_sink_tokens
     first = window + sinks  # the first query that has a token beyond both
     if ids.shape[1] < first + 2:
@@ -172,11 +176,8 @@ def _find(model: nn.Module, ids: Tensor, most_shown: float) -> _Found:
 @torch.no_grad()
 def _losses(model: nn.Module, ids: Tensor, purpose: Pass) -> Tensor:
     """Minus log-probability of each token but the first, `[T - 1]`."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    ids = ids.to(next(base.parameters()).device)
-    with during(model, purpose), evaluating(model):
-        hidden = text_decoder(base)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-    return token_losses(hidden[0, :-1], None, ids[0, 1:], logits_head(base))[1].cpu()
+    hidden = final_states(model, ids, purpose)[0, :-1]
+    return token_losses(hidden, None, ids[0, 1:].to(hidden.device), logits_head(base_of(model)))[1].cpu()
 
 
 def _caption(found: _Found, words: list[str], most_shown: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..core.passes import Pass, during
@@ -13,6 +15,7 @@ from ..core.scoring import Scoring
 from ..core.visibility import Visibility, per_head
 from ..errors import TopologyConfigError
 from ..forward import Attention
+from ..hf.gates import text_decoder
 from ..layer import active_layers, evaluating
 
 #: Most tokens of a text whose pairs are looked at one by one, in `O(T^2)` time.
@@ -133,7 +136,6 @@ class NearAlone(Pass):
         return _look(attention).near_alone(), None
 
 
-@torch.no_grad()
 def looking(
     model: nn.Module,
     input_ids: Tensor,
@@ -151,12 +153,21 @@ def looking(
     if layers is not None:
         check_layers(model, layers)
     active_layers(model)
-    with during(model, _Looking(see, layers)), evaluating(model):
-        model(input_ids=input_ids.to(_device(model)), use_cache=False)
+    final_states(model, input_ids, _Looking(see, layers))
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+@torch.no_grad()
+def final_states(model: nn.Module, input_ids: Tensor, purpose: Pass) -> Tensor:
+    """The last hidden states `[1, T, hidden_size]` of a forward for `purpose`, in evaluation mode; no logits."""
+    base = base_of(model)
+    ids = input_ids.to(next(base.parameters()).device)
+    with during(model, purpose), evaluating(model):
+        return text_decoder(base)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @dataclass(frozen=True)
