@@ -38,7 +38,7 @@ def main() -> None:
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(name), str(ROOT / "examples" / "smollm2-135m-topology")
     )
-    picture = viz.far_link(model.eval(), AutoTokenizer.from_pretrained(name), passage(), most_shown=0.1)
+    picture = viz.far_link(model.eval(), AutoTokenizer.from_pretrained(name), passage())
     picture.save(ROOT / "docs" / "far_link.png", dpi=200)
     print(picture.caption)
 
