@@ -418,6 +418,8 @@ def test_the_far_link_follows_its_rule(model: PeftModel, tokenizer: Any, ids: Te
     assert f"Layer {best.layer}, head {best.head} on a text of {LENGTH} tokens" in picture.caption
     assert f"{best.query - best.key} tokens back" in picture.caption and f"({best.weight:.2f})" in picture.caption
     assert f"{float(chances[0][query].exp()):.3g} with the adapter" in picture.caption
+    density = float(torch.stack(list(measure_density(model, ids).values())).mean())
+    assert f"all of whose heads show {density:.0%} of the pairs on average" in picture.caption
     seen = int(masks(model, ids)[best.layer][best.head, query].sum())
     found = dict(text.get_text().rsplit(": ", 1) for text in picture.figure.axes[0].get_legend().get_texts())
     names = (

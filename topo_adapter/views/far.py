@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +97,17 @@ def quoted(words: list[str], place: int, around: int = _AROUND) -> str:
 
 @dataclass(frozen=True)
 class _Found:
-    """A link, which far tokens the query sees there, and the probabilities of the token after the query."""
+    """A link, which far tokens the query sees there, and the probabilities of the token after the query.
+
+    density: of all heads on the text.
+    """
 
     link: FarLink
     window: int
     sinks: int
     seen: Tensor
     chances: dict[str, float]
+    density: float
 
 
 def far_link(
@@ -154,10 +159,12 @@ def _find(model: nn.Module, ids: Tensor, most_shown: float) -> _Found:
     gain = losses["window and sinks"] - losses["adapter"]  # [T - 1], of the token after each
     query = first + int(gain[first:].argmax())
     links: list[FarLink] = []
+    densities: list[float] = []
     seen: dict[int, Tensor] = {}  # layer -> far tokens that each head's tree shows, bool `[H, T]`
 
     def see(look: Look) -> None:
         links.extend(links_of(look, 0.0, {query}))
+        densities.extend(look.density())
         row = slice(query, query + 1)
         seen[look.layer] = (look.mask(row) & look.far(row))[:, 0].cpu()
 
@@ -170,7 +177,7 @@ def _find(model: nn.Module, ids: Tensor, most_shown: float) -> _Found:
         )
     link = max(allowed, key=lambda each: each.weight)
     chances = {name: torch.exp(-values[query]).item() for name, values in losses.items()}
-    return _Found(link, window, sinks, seen[link.layer][link.head], chances)
+    return _Found(link, window, sinks, seen[link.layer][link.head], chances, statistics.fmean(densities))
 
 
 @torch.no_grad()
@@ -186,9 +193,9 @@ def _caption(found: _Found, words: list[str], most_shown: float) -> str:
         f"Layer {link.layer}, head {link.head} on a text of {len(words):,} tokens. From “{_bare(words[link.query])}” "
         f"the tree shows “{_bare(words[link.key])}”, {link.query - link.key:,} tokens back, and hides "
         f"{1 - link.shown:.0%} of the tokens beyond the window of {found.window} and the first {found.sinks}. "
-        f"Probability of the right next token, “{_bare(words[link.query + 1])}”: {chances['dense']:.3g} "
-        f"dense, {chances['adapter']:.3g} with the "
-        f"adapter, {chances['window and sinks']:.1g} with window and first tokens alone. Chosen by a rule: the token "
+        f"Probability of the right next token, “{_bare(words[link.query + 1])}”: {chances['dense']:.3g} dense, "
+        f"{chances['adapter']:.3g} with the adapter, all of whose heads show {found.density:.0%} of the pairs on "
+        f"average, {chances['window and sinks']:.1g} with window and first tokens alone. Chosen by a rule: the token "
         "whose prediction gains most by the tree, and from the one before it the strongest dense attention weight "
         f"({link.weight:.2f}) that a head keeps while its tree shows at most {most_shown:.0%} of the far tokens."
     )

@@ -17,6 +17,7 @@ from ..errors import TopologyConfigError
 from ..forward import Attention
 from ..hf.gates import text_decoder
 from ..layer import active_layers, evaluating
+from ..ops.plan import make_plan
 
 #: Most tokens of a text whose pairs are looked at one by one, in `O(T^2)` time.
 MAX_TOKENS = 4096
@@ -90,6 +91,11 @@ class Look:
         """bool `[t, T]`: earlier tokens that neither window nor sinks show."""
         some = self.visibility.of_rows(rows)
         return (some.causal() & ~some.always())[0]
+
+    def density(self) -> list[float]:
+        """Of each head: visible over causal pairs."""
+        plan = make_plan(self.visibility)
+        return (plan.visible_count() / plan.causal_count()).tolist()
 
     def near_alone(self) -> Tensor:
         """What the layer would return if window and sinks were all it saw, `[1, T, H, D]`."""

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import TopologyConfigError
 from ..layer import active_layers
-from ..ops.plan import make_plan
 from .look import Look, check_layers, check_text, looking
 from .shown import Page, token_ids, words_of
 
@@ -74,9 +73,7 @@ def balls_html(
 
 def _heads(look: Look) -> list[dict[str, Any]]:
     query, key = look.visibility.balls()
-    plan = make_plan(look.visibility)
-    density = (plan.visible_count() / plan.causal_count()).tolist()
-    rows = zip(look.visibility.rule.depths, density, query[0].tolist(), key[0].tolist(), strict=True)
+    rows = zip(look.visibility.rule.depths, look.density(), query[0].tolist(), key[0].tolist(), strict=True)
     return [
         {"depth": depth, "density": round(share, 4), "query": visits, "key": balls}
         for depth, share, visits, balls in rows
