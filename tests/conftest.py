@@ -53,7 +53,10 @@ def freeze_what_is_imported() -> None:
 
 
 #: Minutes each, or the better part of one, on one core.
-LONGEST = ["real_model", "kernel_paths", "shipped_adapter", "recipe", "bridge_kernel", "decode_kernel", "kl", "gates"]
+LONGEST = [
+    *("real_model", "kernel_paths", "shipped_adapter", "recipe", "bridge_kernel", "decode_kernel", "kl", "gates"),
+    "notebooks",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

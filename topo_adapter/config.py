@@ -14,7 +14,8 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from .core.dial import check_density, choose_depths, expected_loss
+from .core.dial import check_density, choose_depths, expected_loss, points
+from .core.markup import table
 from .errors import AdapterFileError, TopologyConfigError
 from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, read_header, replace_text
 
@@ -50,6 +51,8 @@ _AUTO = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+
+_SHOWN_DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # to people
 
 VisibleDepth = int | dict[int, int | list[int]]
 
@@ -448,6 +451,21 @@ class TopologyConfig(PeftConfig):
             f"expects that to cost {loss:.2g} nats per token.\n`model.merge_adapter(target_density=0.1)` turns the "
             "dial; `merge_adapter(target_density=0.3, length=2048)` means it at texts\nof 2,048 tokens.\n"
         )
+
+    def _repr_html_(self) -> str:
+        """Tree and density dial, for notebooks."""
+        rows: list[tuple[str, object]] = [
+            ("base", self.base_model_name_or_path or "not named"),
+            ("tree", f"{self.arity} children a vertex, depth {self.depth}: {self.arity**self.depth} leaves"),
+            ("always visible", f"the last {self.local_window} tokens and the first {self.num_sink_tokens}"),
+            ("homotopy", f"{self.homotopy:g}"),
+        ]
+        if self.calibration is None:
+            return table((), [*rows, ("density dial", "none: not calibrated")])
+        rows.append(("its own density", "none" if self.target_density is None else f"{self.target_density:g}"))
+        head = (f"density at {self.calibration['length']:,} tokens", "estimated loss, nats per token")
+        dial = [(f"{density:g}", f"{loss:.4f}") for density, loss in points(self.calibration, _SHOWN_DENSITIES)]
+        return table((), rows) + table(head, dial, "Density dial")
 
     def depths_of_layer(self, layer: int, num_heads: int, num_kv_heads: int) -> list[int]:
         """The visible depth of each query head of one layer.

@@ -23,3 +23,7 @@ class MergeError(TopologyError, ValueError):
 
 class AdapterFileError(TopologyError, ValueError):
     """An adapter file does not hold exactly the tensors the adapter needs."""
+
+
+class MissingExtraError(TopologyError, ImportError):
+    """A library that only some of this package needs is not installed; the message names the extra that brings it."""

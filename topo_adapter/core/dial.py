@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -115,6 +117,15 @@ def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> flo
     """The estimated loss of a depth map, nats per token: the sum over its heads."""
     rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
     return math.fsum(losses[depth] for losses, depth in rows)
+
+
+def points(calibration: Calibration, densities: Iterable[float]) -> list[tuple[float, float]]:
+    """Density and estimated loss, nats per token, of the maps of those of the densities that a map reaches."""
+    found = []
+    for density in densities:
+        with contextlib.suppress(TopologyConfigError):
+            found.append((density, expected_loss(calibration, choose_depths(calibration, density))))
+    return found
 
 
 def _gain(cheap: _Choice, dear: _Choice) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..core.markup import table
 from ..core.passes import Pass, during
 from ..core.visibility import always_density
 from ..errors import MergeError, UnsupportedModelError
@@ -18,6 +19,15 @@ from ..ops.plan import Plan, make_plan
 
 #: `density_report` warns above this ratio of realised to calibrated density.
 WARN_RATIO = 1.5
+
+
+class DensityReport(dict[int, dict[str, float]]):
+    """What `density_report` returns; a notebook shows it as a table."""
+
+    def _repr_html_(self) -> str:
+        names = ("density", "calibrated", "ratio")
+        rows = [(layer, *(f"{values[name]:.3f}" for name in names)) for layer, values in self.items()]
+        return table(("layer", *names), rows, "Visible over causal pairs: of this text, expected by calibration")
 
 
 @contextlib.contextmanager
@@ -55,7 +65,7 @@ def recording_density(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
+def density_report(model: nn.Module) -> DensityReport:
     """Density that the last `recording_density` saw in each layer, beside what calibration leads to expect.
 
     The expectation takes the share of far pairs (beyond window and sinks) that a map reveals as independent of
@@ -69,7 +79,7 @@ def density_report(model: nn.Module) -> dict[int, dict[str, float]]:
     Raises:
         UnsupportedModelError: nothing was recorded.
     """
-    report = {}
+    report = DensityReport()
     for layer in hosts(model):
         if layer.density_counts is not None:
             visible, expected, causal = layer.density_counts.tolist()
