@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 #: What a calibrated adapter runs at unless another density is asked for, at the calibrated length.
 DEFAULT_DENSITY = 0.17
 
+#: Densities that a table of the dial lists, where the adapter reaches them.
+LISTED = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
+
 _Choice = tuple[float, float, int]  # density, loss, depth
 
 
@@ -115,6 +118,18 @@ def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> flo
     """The estimated loss of a depth map, nats per token: the sum over its heads."""
     rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
     return math.fsum(losses[depth] for losses, depth in rows)
+
+
+def listed_densities(
+    calibration: Calibration, local_window: int, num_sink_tokens: int, own: float | None = None
+) -> list[tuple[float, float]]:
+    """Density and estimated loss (nats per token) at `LISTED` and at the adapter's own density, rising.
+
+    Left out are densities that it does not reach.
+    """
+    least = max(reachable(calibration, 0.0), always_density(calibration["length"], local_window, num_sink_tokens))
+    wanted = sorted({density for density in LISTED if density >= least} | ({own} if own is not None else set()))
+    return [(density, expected_loss(calibration, choose_depths(calibration, density))) for density in wanted]
 
 
 def _gain(cheap: _Choice, dear: _Choice) -> float:

@@ -1,0 +1,55 @@
+"""The picture of a density dial in a model card, where matplotlib is installed.
+
+A PNG: pages of the hub do not show SVG files of a repository reliably.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .core.dial import choose_depths, expected_loss, reachable
+from .files import replace_bytes
+
+if TYPE_CHECKING:
+    from .config import TopologyConfig
+
+_POINTS = 24  # of the curve
+
+
+def draw_dial(config: TopologyConfig, path: Path) -> bool:
+    """Draw the loss over the density, and the depth of every head at the adapter's own density; less than 30 kB.
+
+    Args:
+        config: calibrated, on its dial.
+
+    Returns:
+        Whether it was drawn: not without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, and no state that others share
+    except ImportError:
+        return False
+    table, own, depths = config.calibration, config.target_density, config.visible_depth
+    assert table is not None and own is not None and isinstance(depths, dict)
+    least = reachable(table, 0.0)
+    densities = [least ** (1 - point / (_POINTS - 1)) for point in range(_POINTS)]
+    losses = [expected_loss(table, choose_depths(table, density)) for density in densities]
+    figure = Figure(figsize=(7, 2.8), dpi=80, layout="constrained")
+    curve, heads = figure.subplots(1, 2)
+    curve.plot(densities, losses)
+    curve.axvline(own, color="black", linestyle=":", label=f"its own, {own:.3g}")
+    curve.set(xscale="log", xlabel=f"density at {table['length']:,} tokens", ylabel="expected loss, nats per token")
+    curve.legend(frameon=False)
+    rows = [row for _, row in sorted(depths.items()) if isinstance(row, list)]
+    widest = max(map(len, rows))
+    shown = [[*row, *([math.nan] * (widest - len(row)))] for row in rows]
+    image = heads.imshow(shown, aspect="auto", cmap="viridis", vmin=0, vmax=config.sparsest_depth)
+    heads.set(xlabel="query head", ylabel="sparse layer", title="visible depth: deeper is sparser")
+    figure.colorbar(image, ax=heads)
+    made = io.BytesIO()
+    figure.savefig(made, format="png", metadata={"Software": None})
+    replace_bytes(path, made.getvalue())
+    return True
