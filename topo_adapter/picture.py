@@ -10,13 +10,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .core.dial import choose_depths, expected_loss, reachable
+from .core.dial import LISTED, dial_curve
 from .files import replace_bytes
 
 if TYPE_CHECKING:
     from .config import TopologyConfig
-
-_POINTS = 24  # of the curve
 
 
 def draw_dial(config: TopologyConfig, path: Path) -> bool:
@@ -34,14 +32,16 @@ def draw_dial(config: TopologyConfig, path: Path) -> bool:
         return False
     table, own, depths = config.calibration, config.target_density, config.visible_depth
     assert table is not None and own is not None and isinstance(depths, dict)
-    least = reachable(table, 0.0)
-    densities = [least ** (1 - point / (_POINTS - 1)) for point in range(_POINTS)]
-    losses = [expected_loss(table, choose_depths(table, density)) for density in densities]
-    figure = Figure(figsize=(7, 2.8), dpi=80, layout="constrained")
+    densities, losses = zip(*dial_curve(table), strict=True)
+    figure = Figure(figsize=(7, 2.8), dpi=80)
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.18, top=0.89, wspace=0.25)
     curve, heads = figure.subplots(1, 2)
     curve.plot(densities, losses)
     curve.axvline(own, color="black", linestyle=":", label=f"its own, {own:.3g}")
-    curve.set(xscale="log", xlabel=f"density at {table['length']:,} tokens", ylabel="expected loss, nats per token")
+    curve.set_xscale("log")
+    curve.set_xticks(LISTED, [f"{density:g}" for density in LISTED])
+    curve.set_xticks([], minor=True)
+    curve.set(xlabel=f"density at {table['length']:,} tokens", title="expected loss, nats per token")
     curve.legend(frameon=False)
     rows = [row for _, row in sorted(depths.items()) if isinstance(row, list)]
     widest = max(map(len, rows))
