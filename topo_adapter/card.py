@@ -82,9 +82,7 @@ def write_adapter_card(config: TopologyConfig, folder: Path, repository: str = R
             card.data["base_model"] = base
         elif isinstance(named, str) and hub_id(named) is None:
             card.data.pop("base_model")  # a path, which PEFT puts there
-        # PEFT's names the path of a base that is no repository
-        others = [tag for tag in _tags(card) if not tag.startswith(_ADAPTER_OF)]
-        _set_tags(card, [*others, *([f"{_ADAPTER_OF}{base}"] if base else []), *_TAGS])
+        _set_tags(card, base)
         if config.task_type == "CAUSAL_LM":
             card.data["pipeline_tag"] = card.data.get("pipeline_tag", "text-generation")
     _save(folder, card, text, part, f"# Learned sparse attention for {_base_name(config)}", _PEFT)
@@ -115,7 +113,7 @@ def write_merged_card(
         if base is not None:
             card.data["base_model"] = base
             card.data["base_model_relation"] = card.data.get("base_model_relation", "finetune")
-        _set_tags(card, [*_tags(card), *_TAGS])
+        _set_tags(card, None)
         if causal:
             card.data["pipeline_tag"] = card.data.get("pipeline_tag", "text-generation")
     _save(folder, card, text, part, f"# Learned sparse attention in {_base_name(config)}")
@@ -185,13 +183,12 @@ def _template() -> frozenset[str]:
     return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
-def _tags(card: ModelCard) -> list[str]:
+def _set_tags(card: ModelCard, base: str | None) -> None:
+    """The card's own tags, and ours; PEFT's may name the path of a base that is no repository."""
     tags = card.data.get("tags") or []
-    return [str(tag) for tag in ([tags] if isinstance(tags, str) else tags)]
-
-
-def _set_tags(card: ModelCard, tags: list[str]) -> None:
-    card.data["tags"] = list(dict.fromkeys(tags))
+    others = [str(tag) for tag in ([tags] if isinstance(tags, str) else tags)]
+    others = [tag for tag in others if tag not in _TAGS and not tag.startswith(_ADAPTER_OF)]
+    card.data["tags"] = [*others, *([f"{_ADAPTER_OF}{base}"] if base else []), *_TAGS]
 
 
 def _drawn(config: TopologyConfig, folder: Path) -> bool:
