@@ -57,6 +57,12 @@ def drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(card, "draw_dial", lambda *_: False)
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT, saving, asks the hub for the base's vocabulary."""
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: None)
+
+
 @pytest.fixture
 def pictures() -> None:
     pytest.importorskip("matplotlib")  # of the evaluation extra

@@ -23,7 +23,7 @@ _KINDS: dict[str, type] = {
 
 
 class TrainingRun(TypedDict, total=False):
-    """One training of an adapter; what is not known is left out.
+    """One training of an adapter, or a process's part of one; what is not known is left out.
 
     stage: of `distill`, 'local' or 'kl'.
     data: name of the data set, or the last part of its path.

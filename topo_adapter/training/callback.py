@@ -121,7 +121,7 @@ class TopologyCallback(TrainerCallback):
             self._look_for_hidden_pairs(model, state)
         if state.global_step >= state.max_steps:  # before the last checkpoint is written
             self._finish(model)
-            self._note(args, state, model, kwargs)
+        self._note(args, state, model, kwargs)  # at each step, because any may be saved
         if control.should_evaluate:
             self._in_full_force(model)
 

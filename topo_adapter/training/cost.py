@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,10 @@ from .routers import active_configs
 
 
 class Meter:
-    """Of one training, from its first step on."""
+    """Of one process's part of a training: a run that goes on from a checkpoint finds there what was noted before."""
 
     def __init__(self, state: TrainerState) -> None:
-        self._begun, self._first = time.perf_counter(), state.global_step
+        self._begun, self._first, self._tokens = time.perf_counter(), state.global_step, state.num_input_tokens_seen
         self._noted: TrainingRun | None = None
 
     def note(self, args: TrainingArguments, state: TrainerState, model: nn.Module, data: Any) -> None:
@@ -30,18 +31,22 @@ class Meter:
             data: the data loader, if the caller has it.
         """
         if state.global_step == self._first:
-            return  # a run that had come to its end before
-        run = TrainingRun(steps=state.global_step, device=device_name(args), versions=_versions())
-        if self._first == 0:  # a resumed run does not know what the steps before took
-            run["seconds"] = round(time.perf_counter() - self._begun, 1)
+            return
+        run = TrainingRun(
+            steps=state.global_step - self._first,
+            seconds=round(time.perf_counter() - self._begun, 1),
+            device=device_name(args),
+            versions=_versions(),
+        )
         if (name := data_name(getattr(data, "dataset", None))) is not None:
             run["data"] = name
         known: TrainingRun | None = getattr(args, "known_of_run", None)
         run.update(known or {})
-        if state.num_input_tokens_seen:
-            run["tokens"] = int(state.num_input_tokens_seen)
+        if state.num_input_tokens_seen > self._tokens:
+            run["tokens"] = int(state.num_input_tokens_seen - self._tokens)
         elif data is not None and "length" in run:
-            run["tokens"] = _rows_read(args, state.global_step, data) * run["length"]
+            rows = rows_read(args, state.global_step, data) - rows_read(args, self._first, data)
+            run["tokens"] = rows * run["length"]
         for config in active_configs(model):
             runs = config.training_runs or []
             if self._noted is not None and runs and runs[-1] == self._noted:
@@ -50,8 +55,8 @@ class Meter:
         self._noted = run
 
 
-def _rows_read(args: TrainingArguments, steps: int, data: Any) -> int:
-    """By all devices; an epoch's last step reads what is left of it."""
+def rows_read(args: TrainingArguments, steps: int, data: Any) -> int:
+    """Rows that the first steps of a training read, on all devices; an epoch's last step reads what is left of it."""
     on_all = args.train_batch_size * args.world_size
     rows, steps_of_epoch = len(data.dataset), -(-len(data) // args.gradient_accumulation_steps)
     if args.dataloader_drop_last:
@@ -78,6 +83,7 @@ def device_name(args: TrainingArguments) -> str:
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     from .. import __version__
 
