@@ -28,6 +28,7 @@ def draw_dial(config: TopologyConfig, path: Path) -> bool:
     """
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, and no state that others share
+        from PIL import Image  # matplotlib's own
     except ImportError:
         return False
     table, own, depths = config.calibration, config.target_density, config.visible_depth
@@ -49,7 +50,8 @@ def draw_dial(config: TopologyConfig, path: Path) -> bool:
     image = heads.imshow(shown, aspect="auto", cmap="viridis", vmin=0, vmax=config.sparsest_depth)
     heads.set(xlabel="query head", ylabel="sparse layer", title="visible depth: deeper is sparser")
     figure.colorbar(image, ax=heads)
-    made = io.BytesIO()
-    figure.savefig(made, format="png", metadata={"Software": None})
+    drawn, made = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(64).save(made, format="png")  # a quarter of the size
     replace_bytes(path, made.getvalue())
     return True
