@@ -77,6 +77,14 @@ def written(folder: Path, config: TopologyConfig, merged: bool = False) -> Model
     return ModelCard.load(folder / NAME)
 
 
+def run_lines(folder: Path) -> Any:
+    """The model that a card's own lines make."""
+    lines = (folder / NAME).read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(re.sub(r'from_pretrained\("[^"]*"\)', f"from_pretrained({str(folder)!r})", lines), names)
+    return names["model"]
+
+
 def table_of(text: str, heading: str) -> list[list[str]]:
     """Cells of the first table after a heading, its rule left out; every row has as many as the head."""
     lines = text.split(heading)[1].split("\n")
@@ -211,6 +219,10 @@ def test_an_empty_card_of_pefts_is_filled(tmp_path: Path) -> None:
     assert "More Information Needed" not in first and first.count("Framework versions") == 1
     model.save_pretrained(tmp_path)  # PEFT reads it, and writes what it misses
     assert (tmp_path / NAME).read_text() == first
+    template = ModelCard.from_template(ModelCardData()).content
+    (tmp_path / NAME).write_text(f"{template}\n<!-- topo_adapter -->\nold\n<!-- /topo_adapter -->\n")
+    model.save_pretrained(tmp_path)  # of an earlier version
+    assert (tmp_path / NAME).read_text() == first
     (tmp_path / NAME).write_text(ModelCard.from_template(ModelCardData(), model_summary="A good one.").content)
     model.save_pretrained(tmp_path)
     text = (tmp_path / NAME).read_text()
@@ -274,6 +286,7 @@ def test_paths_are_not_told(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "adapter")
         text = (tmp_path / "adapter" / NAME).read_text()
         assert "secret" not in text and "base_model" not in text and "my-base" in text
+    assert run_lines(tmp_path / "adapter").base_model.model.model.layers[0].self_attn.topo_adapter.merged
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     text = (tmp_path / "merged" / NAME).read_text()
     assert "secret" not in text and "base_model" not in text and "my-base" in text
@@ -373,6 +386,12 @@ def test_push_to_hub_of_a_merged_model(the_hub: Hub, pictures: None) -> None:
     assert 'from_pretrained("me/merged")' in made.text and "0.4 (its own)" in made.text
     loaded = AutoModelForCausalLM.from_pretrained(the_hub.folder)
     assert torch.equal(logits_of(loaded, IDS), logits_of(merged, IDS))
+    turned = run_lines(the_hub.folder).model.layers[0].self_attn.topo_adapter.topology_config
+    assert turned.target_density == pytest.approx(0.3, abs=0.02)
+    (the_hub.folder / NAME).write_text((the_hub.folder / NAME).read_text().replace("0.4", "9.9") + "\nMine.\n")
+    loaded.save_pretrained(the_hub.folder)
+    text = (the_hub.folder / NAME).read_text()
+    assert "9.9" not in text and "0.4 (its own)" in text and text.endswith("\nMine.\n")
 
 
 def test_a_push_keeps_the_words_on_the_hub(the_hub: Hub) -> None:

@@ -7,6 +7,7 @@ Names that come from files are shown as text: they form no Markdown, HTML or YAM
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from pathlib import Path
@@ -45,9 +46,6 @@ from peft import {auto}
 
 model = {auto}.from_pretrained("{repository}")  # loads the base too
 model.merge_adapter()  # hard sparse attention"""
-_TURNS = """
-model.merge_adapter(target_density=0.3)  # turns the dial, merged or not
-model.merge_adapter(target_density=0.3, length=2048)  # a density of texts of 2,048 tokens"""
 _MERGED = """import topo_adapter  # knows the model type; transformers alone refuses it
 from transformers import AutoModelForCausalLM
 
@@ -55,9 +53,6 @@ model = AutoModelForCausalLM.from_pretrained("{repository}")"""
 _MERGED_OTHER = """import topo_adapter
 
 model = topo_adapter.load_merged("{repository}")"""
-_SETS = """
-topo_adapter.set_density(model, 0.3)  # turns the dial
-topo_adapter.set_density(model, 0.3, length=2048)  # a density of texts of 2,048 tokens"""
 #: PEFT adds it to cards that lack it.
 _PEFT = f"- PEFT {peft.__version__}"
 #: Lines that PEFT and transformers add to the empty template of a card.
@@ -72,7 +67,7 @@ def write_adapter_card(config: TopologyConfig, folder: Path, repository: str = R
         f"A topology adapter: with it the frozen base {_base(config)} has a learned sparse attention. The base is not "
         "in here;\non one that is loaded already the adapter is put by `peft.PeftModel.from_pretrained(base, ...)`."
     )
-    lines += _TURNS if config.calibration is not None else ""
+    lines += _turns(config, "model.merge_adapter(target_density=", "turns the dial, merged or not")
     part = _part(config, about, lines, _drawn(config, folder))
     if card is not None:
         base = hub_id(config.base_model_name_or_path)
@@ -105,7 +100,7 @@ def write_merged_card(
         f"The model {_base(config)} with a learned sparse attention, merged: the base's weights, and in `topology/` "
         "the routers\nthat decide what each query sees."
     )
-    lines += _SETS if config.calibration is not None else ""
+    lines += _turns(config, "topo_adapter.set_density(model, ", "turns the dial")
     part = _part(config, about, lines, _drawn(config, folder))
     if card is not None:
         base = hub_id(config.base_model_name_or_path)
@@ -156,8 +151,9 @@ def _save(folder: Path, card: ModelCard | None, text: str, part: str, title: str
     Args:
         title: of a card whose writer has given it none. last: a line of ours, unless the rest has it.
     """
-    others = "" if _is_blank(text) else text
-    beside = _OURS.sub("\n", others)
+    beside, others = _OURS.sub("\n", text), text
+    if _is_blank(beside):
+        beside = others = ""
     if re.search("^# ", beside, re.MULTILINE) is None:
         part = f"{title}\n\n{part}"
     if last is not None and last not in beside.splitlines():
@@ -246,17 +242,34 @@ def _facts(config: TopologyConfig) -> str:
     return _table(["", ""], rows)
 
 
+def _densities(config: TopologyConfig, own: float | None = None) -> list[tuple[float, float, float]]:
+    """Densities at the calibrated length and at a quarter of it, and what each is expected to cost."""
+    assert config.calibration is not None  # of the callers
+    length, window, sinks = config.calibration["length"], config.local_window, config.num_sink_tokens
+    near, shorter = always_density(length, window, sinks), max(1, length // 4)
+    return [
+        (density, at_length(max(density, near), length, shorter, window, sinks), loss)
+        for density, loss in listed_densities(config.calibration, window, sinks, own)
+    ]
+
+
+def _turns(config: TopologyConfig, call: str, what: str) -> str:
+    """Lines that turn the dial to a density that the adapter reaches."""
+    if config.calibration is None:
+        return ""
+    density, there, _ = min(_densities(config), key=lambda row: abs(row[0] - 0.3))
+    shorter = max(1, config.calibration["length"] // 4)
+    given = f"{math.ceil(100 * there) / 100:g}, length={shorter}"
+    return f"\n{call}{density:g})  # {what}\n{call}{given})  # the same, said of texts of {shorter:,} tokens"
+
+
 def _dial(config: TopologyConfig, drawn: bool) -> str:
     """The densities that a calibrated adapter can be run at, and what each is expected to cost."""
-    table = config.calibration
-    if table is None:
+    if config.calibration is None:
         return "It is not calibrated: it has no density dial."
-    length, window, sinks = table["length"], config.local_window, config.num_sink_tokens
-    own = config.target_density if config.on_the_dial() else None
-    shorter, near = max(1, length // 4), always_density(length, window, sinks)
+    length, own = config.calibration["length"], config.target_density if config.on_the_dial() else None
     said, rows = "", []
-    for density, loss in listed_densities(table, window, sinks, own):
-        there = at_length(max(density, near), length, shorter, window, sinks)
+    for density, there, loss in _densities(config, own):
         mark = " (its own)" if density == own else ""
         rows.append([f"{density:.3g}{mark}", f"{there:.3g}", f"{loss:.2g}"])
         if density == own:
@@ -265,7 +278,7 @@ def _dial(config: TopologyConfig, drawn: bool) -> str:
                 "tokens (window and sinks included;\nshorter texts see a larger share). Calibration expects that to "
                 f"cost {loss:.2g} nats per token.\n\n"
             )
-    head = [f"density at {length:,} tokens", f"at {shorter:,} tokens", "expected loss, nats per token"]
+    head = [f"density at {length:,} tokens", f"at {max(1, length // 4):,} tokens", "expected loss, nats per token"]
     picture = f"\n\n![Loss over density, and the depth of every head]({PICTURE})" if drawn else ""
     return (
         f"## The density dial\n\n{said}{_table(head, rows, '---:')}\n\nDensity: share of the causal pairs that is "
