@@ -78,14 +78,13 @@ class TopologyCallback(TrainerCallback):
         self.homotopy_share, self.ramp_share = homotopy_share, ramp_share
         self.scale_is_exact = False  # set by TopologyTrainerMixin
         self._dense_steps: int | None = None  # steps without a hidden pair; None: not looked for, or all is well
-        self._meter: Meter | None = None
+        self._meter: Meter | None = None  # of the training that runs
         self._training_at: list[float] | None = None  # homotopy of each configuration, while an evaluation runs at 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         active_configs(model)
-        self._meter = Meter(state)
         for host in hosts(model):
             host.schedule.known, host.schedule.driver = True, self
         self._dense_steps = 0
@@ -98,6 +97,7 @@ class TopologyCallback(TrainerCallback):
             restore_precision(model)
         if args.eval_on_start:
             self._in_full_force(model)
+        self._meter = Meter(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
