@@ -54,7 +54,7 @@ test: setup $(if $(filter true,$(CI)),browser)
 # stage draws and when it calibrates, which are ours alone; the card's lines load that adapter, and the KL stage's other
 # tests train, log, resume and evaluate.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
-    requirements config layout gates merge_decode peft_lifecycle auxiliary checkpoint \
+    requirements config layout gates merge_decode peft_lifecycle auxiliary checkpoint card \
     training kl shipped_adapter kernels))
 OURS_ALONE := $(addprefix --deselect=tests/test_, shipped_adapter.py::test_quality \
     shipped_adapter.py::test_it_runs_its_own_density_however_it_is_run kl.py::TestDraw kl.py::TestCalibration)

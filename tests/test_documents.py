@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from topo_adapter import TopologyConfigError, distill
 from topo_adapter.training.data import rows_of
 from topo_adapter.training.documents import document_tokens, text_files
+
+datasets = pytest.importorskip("datasets")  # of the train extra
 
 #: 'user w2 w3 <end>' for each message; refuses others than users and assistants, as real templates do.
 TEMPLATE = (
@@ -105,6 +108,83 @@ def test_what_is_no_place(dataset: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)  # an empty directory, which "" is
     with pytest.raises(TopologyConfigError, match="dataset must"):
         rows_of(dataset, tiny(), tokenizer(), length=4, per_step=1, needed=1)
+
+
+# ---------------------------------------------------------------- streams
+
+
+class Stream:
+    """Streamed rows of `datasets`, each of which is counted when it is read."""
+
+    def __init__(self, rows: Iterable[Any], more: int = 10**6) -> None:
+        self.read: list[int] = []
+        self.rows, self.more = list(rows), more
+
+    def __call__(self, name: str = "") -> Any:
+        def generate(name: str) -> Iterator[Any]:
+            for number in range(self.more):
+                self.read.append(number)
+                yield self.rows[number % len(self.rows)]
+
+        return datasets.IterableDataset.from_generator(generate, gen_kwargs={"name": name})
+
+
+WORDS = {"text": "w2 w3 w4"}  # four tokens with the end's
+
+
+def windows_from(stream: Any, needed: int = 3, length: int = 4, **settings: Any) -> list[list[int]]:
+    rows, cut = rows_of(stream, tiny(), chatting(), length=length, per_step=1, needed=needed, **settings)
+    assert len(rows) == needed
+    return [row["input_ids"].tolist() if cut else list(row["input_ids"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "window"),
+    [
+        (WORDS, [2, 3, 4, 1]),
+        ({"messages": [said("user", "w2 w3")]}, [10, 2, 3, 1]),
+        ({"prompt": "w2", "completion": " w3 w4"}, [2, 3, 4, 1]),
+        ({"input_ids": [2, 3, 4, 1]}, [2, 3, 4, 1]),
+    ],
+)
+def test_a_stream_is_read_as_far_as_needed(row: Any, window: list[int]) -> None:
+    stream = Stream([row])
+    assert windows_from(stream()) == [window] * 3 and stream.read == [0, 1, 2]
+
+
+def test_streams_that_are_shuffled_interleaved_and_mapped() -> None:
+    stream = Stream([WORDS])
+    assert windows_from(stream().shuffle(seed=0, buffer_size=5)) == [[2, 3, 4, 1]] * 3
+    assert len(stream.read) <= 5 + 3, "what its buffer holds, and what was taken"
+    one, other = Stream([WORDS]), Stream([{"text": "w5 w6 w7"}])
+    mixed = datasets.interleave_datasets([one("one"), other("other")])
+    looked_at = len(one.read), len(other.read)  # for their columns
+    assert windows_from(mixed, needed=4) == [[2, 3, 4, 1], [5, 6, 7, 1]] * 2
+    assert len(one.read) <= looked_at[0] + 4 and len(other.read) <= looked_at[1] + 4
+    body = Stream([{"body": "w9 w9 w9"}])
+    mapped = body().filter(lambda row: row["body"]).map(lambda row: {"body": row["body"].replace("9", "8")})
+    assert windows_from(mapped, text_column="body") == [[8, 8, 8, 1]] * 3 and len(body.read) <= 4
+
+
+def test_a_stream_that_ends_is_taken_whole() -> None:
+    stream = Stream([WORDS], more=2)
+    found, _ = rows_of(stream(), tiny(), tokenizer(), length=4, per_step=1, needed=9)
+    assert len(found) == 2
+    with pytest.raises(TopologyConfigError, match=r"windows of 9 tokens \(one step\), got 0"):
+        rows_of(stream(), tiny(), tokenizer(), length=9, per_step=1, needed=9)
+    with pytest.raises(TopologyConfigError, match="must have rows, got none"):
+        rows_of(Stream([WORDS], more=0)(), tiny(), tokenizer(), length=4, per_step=1, needed=9)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"text": None}, "got NoneType in row 2"), ({"content": "w2"}, r"columns \['content'\] in row 2")],
+)
+def test_a_streams_bad_row_is_named_once_it_is_needed(row: Any, message: str) -> None:
+    stream = Stream([WORDS, WORDS, row], more=3)
+    assert windows_from(stream(), needed=2) == [[2, 3, 4, 1]] * 2
+    with pytest.raises(TopologyConfigError, match=message):
+        windows_from(stream())
 
 
 def test_distill_trains_on_chats(tmp_path: Path) -> None:

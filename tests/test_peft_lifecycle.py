@@ -420,6 +420,7 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
             "density": {2: [[1.0, 0.5, 0.25, 0.25, 0.2, 0.1, 0.08]] * 4},
             "loss": {2: [[0.0, 0.1, 0.2, 0.2, 0.3, 0.4, 0.5]] * 4},
         },
+        "training_runs": [{"data": "books", "steps": 3, "seconds": 1.5, "versions": {"torch": "2.13"}}],
         "base_fingerprint": "7f" * 64,
         "base_facts": {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4}},
         "target_modules": {"self_attn"},

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .card import write_merged_card
 from .errors import AdapterFileError, UnsupportedModelError
 from .files import newest, replacing
 from .fingerprint import fingerprint, same_base
@@ -38,22 +39,6 @@ _CHOOSE_CODE = {
     *("auto_map", "custom_pipelines"),
 }
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_CARD = """---
-library_name: transformers
-tags:
-- topo-adapter
-- sparse-attention
----
-
-# A model with a learned sparse attention
-
-```python
-import topo_adapter  # knows the model type; transformers alone refuses it
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this/repository")
-```
-"""
 
 
 class MergedModel(_Mixin):
@@ -62,6 +47,11 @@ class MergedModel(_Mixin):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """`save_merged`."""
         save_merged(self, save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # of `push_to_hub`, which has put the hub's card, or an empty one, over what was saved
+        _write_card(self, Path(working_dir), repository=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
@@ -134,8 +124,17 @@ def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None
         file = whole / "config.json"
         own = json.loads(file.read_text(encoding="utf-8"))
         MergedConfig(base_config=own, architectures=own.get("architectures")).to_json_file(file)
-        if not Path(directory, "README.md").exists():
-            (whole / "README.md").write_text(_CARD, encoding="utf-8")
+        _write_card(model, whole, earlier=Path(directory))
+
+
+def _write_card(model: Any, folder: Path, **where: Any) -> None:
+    config = next(host.topology_config for host in model.modules() if isinstance(host, MergedTopology))
+    write_merged_card(config, folder, _is_causal_lm(model), **where)
+
+
+def _is_causal_lm(model: Any) -> bool:
+    """Whether a merged model is the causal LM of its model type."""
+    return type(model).__mro__[2] is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
 
 
 class MergedConfig(PreTrainedConfig):
@@ -197,7 +196,7 @@ class MergedCausalLM:
         ):  # of the auto class; neither adapters nor code are looked for
             kwargs.pop(name, None)
         model = load_merged(directory, **kwargs)
-        if type(model).__mro__[2] is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
+        if not _is_causal_lm(model):
             raise UnsupportedModelError(
                 f"{str(directory)!r} holds a merged {type(model).__name__}, which is not this model type's causal LM; "
                 "open it with topo_adapter.load_merged"

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .checkpoint import MODEL_TYPE
 from .config import TopologyConfig
-from .core.dial import at_length, choose_depths, expected_loss, reachable
+from .core.dial import at_length, listed_densities, reachable
 from .core.visibility import always_density
 from .density import set_density
 from .errors import AdapterFileError, TopologyConfigError, TopologyError
@@ -37,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Learned sparse attention for frozen LLMs.",
 )
-_DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
 _BAR = 18  # characters of the longest
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of an adapter.")]
@@ -80,11 +79,11 @@ def inspect(adapter: Adapter) -> None:
     dial = Table(title="Density dial", title_justify="left")
     for column in (f"density at {length:,} tokens", f"at {4 * length:,}", "estimated loss, nats per token", ""):
         dial.add_column(column, justify="left" if not column else "right")
-    points = [density for density in _DENSITIES if density >= least]
-    losses = [expected_loss(table, choose_depths(table, density)) for density in points]
-    for density, loss in zip(points, losses, strict=True):
+    points = listed_densities(table, config.local_window, config.num_sink_tokens)
+    highest = max((loss for _, loss in points), default=0.0)
+    for density, loss in points:
         longer = at_length(density, length, 4 * length, config.local_window, config.num_sink_tokens)
-        bar = "█" * round(_BAR * loss / max(max(losses), 1e-12))
+        bar = "█" * round(_BAR * loss / max(highest, 1e-12))
         dial.add_row(f"{density:.3f}", f"{longer:.3f}", f"{loss:.4f}", bar)
     out.print(dial)
 

@@ -14,10 +14,12 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from .core.dial import check_density, choose_depths, expected_loss, points
+from .card import write_adapter_card
+from .core.dial import check_density, choose_depths, listed_densities
 from .core.markup import table
 from .errors import AdapterFileError, TopologyConfigError
 from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, read_header, replace_text
+from .history import TrainingRun, checked_runs
 
 #: Of the files that this version writes; it reads older ones, and no newer ones.
 FORMAT_VERSION = 1
@@ -32,27 +34,6 @@ _MAX_DEPTH, _MAX_WIDTH, _MAX_LAYERS, _MAX_NAMES, _MAX_INT = (
     10_000,
     2**31 - 1,
 )
-
-_CARD = re.compile(r"\n*<!-- topo_adapter -->.*?<!-- /topo_adapter -->\n*", re.DOTALL)
-_LOADING = """## How to load
-
-```python
-import topo_adapter  # registers the adapter type; without it PEFT raises KeyError: 'TOPOLOGY'
-from peft import {auto}
-
-model = {auto}.from_pretrained("this/repository")
-model.merge_adapter()  # hard sparse attention
-```"""
-
-#: Task type -> PEFT's class that loads base and adapter; the others are loaded as causal LMs.
-_AUTO = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
-
-_SHOWN_DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # to people
 
 VisibleDepth = int | dict[int, int | list[int]]
 
@@ -174,6 +155,13 @@ class TopologyConfig(PeftConfig):
             "merge_adapter(target_density=...). None leaves `visible_depth` as it is."
         },
     )
+    training_runs: list[TrainingRun] | None = field(
+        default=None,
+        metadata={
+            "help": "What the adapter was trained on and what that cost, run by run, for its model card; see "
+            "`history.TrainingRun`. Added to by every training."
+        },
+    )
     base_fingerprint: str | None = field(
         default=None,
         metadata={
@@ -279,6 +267,7 @@ class TopologyConfig(PeftConfig):
             self.visible_depth = min(5, self.depth)
         self.visible_depth = self._checked_visible_depth()
         self.calibration = self._checked_calibration()
+        self.training_runs = checked_runs(self.training_runs)
         mark = self.base_fingerprint
         if mark is not None and not (isinstance(mark, str) and re.fullmatch("[0-9a-f]{128}", mark)):
             raise TopologyConfigError(f"base_fingerprint must be 128 hexadecimal digits or None, got {_shown(mark)}")
@@ -390,24 +379,15 @@ class TopologyConfig(PeftConfig):
         return self.visible_depth == self.depths_at(self.target_density)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write adapter_config.json, and say in the model card beside it how the adapter is loaded.
+        """Write adapter_config.json, and the model card beside it (`card.write_adapter_card`).
 
         Raises:
             AdapterFileError: the tensors were saved as a pickle, with `safe_serialization=False`.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write_card(folder)
+        write_adapter_card(self, folder)
         self.write(folder, **kwargs)
-
-    def write_card(self, folder: Path) -> None:
-        """Say in the folder's model card how the adapter is loaded, whoever wrote the rest of it."""
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.exists() else ""
-        loading = _LOADING.format(auto=_AUTO.get(self.task_type, "AutoPeftModelForCausalLM"))
-        ours = f"<!-- topo_adapter -->\n{loading}\n{self._density_card()}<!-- /topo_adapter -->\n"
-        others = _CARD.sub("\n\n", text).rstrip()
-        replace_text(card, f"{others}\n\n{ours}".lstrip())
 
     def write(self, folder: Path, **kwargs: Any) -> None:
         """Write adapter_config.json alone, whole or not at all, with the digest of the tensors that lie beside it."""
@@ -438,20 +418,6 @@ class TopologyConfig(PeftConfig):
         if self._written is not None:
             keep(self._written)
 
-    def _density_card(self) -> str:
-        """What the model card says of the density dial, of a calibrated adapter."""
-        if not self.on_the_dial():
-            return ""
-        table = self.calibration
-        assert table is not None and isinstance(self.visible_depth, dict)
-        loss = expected_loss(table, self.visible_depth)  # type: ignore[arg-type]  # the table's own map
-        return (
-            f"\nMerged or not, it attends to {self.target_density:.0%} of the causal pairs of texts of "
-            f"{table['length']:,} tokens (window and sinks included;\nshorter texts see a larger share). Calibration "
-            f"expects that to cost {loss:.2g} nats per token.\n`model.merge_adapter(target_density=0.1)` turns the "
-            "dial; `merge_adapter(target_density=0.3, length=2048)` means it at texts\nof 2,048 tokens.\n"
-        )
-
     def _repr_html_(self) -> str:
         """Tree and density dial, for notebooks."""
         rows: list[tuple[str, object]] = [
@@ -464,7 +430,8 @@ class TopologyConfig(PeftConfig):
             return table((), [*rows, ("density dial", "none: not calibrated")])
         rows.append(("its own density", "none" if self.target_density is None else f"{self.target_density:g}"))
         head = (f"density at {self.calibration['length']:,} tokens", "estimated loss, nats per token")
-        dial = [(f"{density:g}", f"{loss:.4f}") for density, loss in points(self.calibration, _SHOWN_DENSITIES)]
+        listed = listed_densities(self.calibration, self.local_window, self.num_sink_tokens, self.target_density)
+        dial = [(f"{density:g}", f"{loss:.4f}") for density, loss in listed]
         return table((), rows) + table(head, dial, "Density dial")
 
     def depths_of_layer(self, layer: int, num_heads: int, num_kv_heads: int) -> list[int]:

@@ -312,10 +312,15 @@ def _kept(path: Path) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, whenever it comes and whatever stops us, finds the old text or the new one."""
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, whenever it comes and whatever stops us, finds the old content or the new one."""
     aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(aside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
-from collections.abc import Iterable
+from bisect import bisect
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
 
 #: What a calibrated adapter runs at unless another density is asked for, at the calibrated length.
 DEFAULT_DENSITY = 0.17
+
+#: Densities that a table of the dial lists, where the adapter reaches them.
+LISTED = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
 
 _Choice = tuple[float, float, int]  # density, loss, depth
 
@@ -49,14 +51,7 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     """`choose_depths`, and the loss that a little more density would save there: nats per token for each unit of the
     density of one head, 0 where nothing is left to save."""
     check_density(target_density)
-    shared = calibration["heads_per_route"]
-    hulls: list[list[_Choice]] = []
-    for layer, heads in sorted(calibration["density"].items()):
-        for first in range(0, len(heads), shared):
-            members = slice(first, first + shared)
-            densities = [sum(values) for values in zip(*heads[members], strict=True)]
-            losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
-            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
+    hulls, segments, shared = _segments(calibration)
     total = shared * len(hulls)
     density = sum(hull[0][0] for hull in hulls)
     budget = target_density * total + 1e-9 * total  # rounding must not refuse a density that a map reaches
@@ -67,10 +62,8 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
             "visible: lower local_window."
         )
     depths = [hull[0][2] for hull in hulls]
-    # a hull's slopes fall strictly, so a route's own segments keep their order
-    segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
     rate = 0.0
-    for loss, route, cheap, dear in sorted(segments):
+    for loss, route, cheap, dear in segments:
         density += dear[0] - cheap[0]
         if density > budget:
             rate = -loss
@@ -79,6 +72,35 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
     per_head = iter([depth for depth in depths for _ in range(shared)])
     found = {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
     return found, rate
+
+
+def dial_curve(calibration: Calibration) -> list[tuple[float, float]]:
+    """Density and estimated loss (nats per token) of every map that `choose_depths` chooses, from the sparsest on."""
+    hulls, segments, shared = _segments(calibration)
+    density = math.fsum(hull[0][0] for hull in hulls)
+    densities = [density]
+    for _, _, cheap, dear in segments:
+        density += dear[0] - cheap[0]
+        densities.append(density)
+    loss = math.fsum(hull[-1][1] for hull in hulls)
+    losses = [loss]
+    for _, _, cheap, dear in reversed(segments):  # small numbers first: a dense map's loss stays exactly 0
+        loss += cheap[1] - dear[1]
+        losses.append(loss)
+    return [(density / (shared * len(hulls)), loss) for density, loss in zip(densities, reversed(losses), strict=True)]
+
+
+def listed_densities(
+    calibration: Calibration, local_window: int, num_sink_tokens: int, own: float | None = None
+) -> list[tuple[float, float]]:
+    """Density and estimated loss (nats per token) at `LISTED` and at the adapter's own density, rising.
+
+    Left out are densities that it does not reach.
+    """
+    curve = dial_curve(calibration)
+    least = max(curve[0][0], always_density(calibration["length"], local_window, num_sink_tokens))
+    wanted = sorted({density for density in LISTED if density >= least} | ({own} if own is not None else set()))
+    return [(density, curve[max(0, bisect(curve, (density + 1e-9, math.inf)) - 1)][1]) for density in wanted]
 
 
 def check_density(target_density: float) -> None:
@@ -119,13 +141,23 @@ def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> flo
     return math.fsum(losses[depth] for losses, depth in rows)
 
 
-def points(calibration: Calibration, densities: Iterable[float]) -> list[tuple[float, float]]:
-    """Density and estimated loss, nats per token, of the maps of those of the densities that a map reaches."""
-    found = []
-    for density in densities:
-        with contextlib.suppress(TopologyConfigError):
-            found.append((density, expected_loss(calibration, choose_depths(calibration, density))))
-    return found
+_Segment = tuple[float, int, _Choice, _Choice]  # minus the loss saved per density, route, from, to
+
+
+def _segments(calibration: Calibration) -> tuple[list[list[_Choice]], list[_Segment], int]:
+    """The hull of each route, all of their segments in the order in which density is spent on them, and the number of
+    heads that share a route."""
+    shared = calibration["heads_per_route"]
+    hulls: list[list[_Choice]] = []
+    for layer, heads in sorted(calibration["density"].items()):
+        for first in range(0, len(heads), shared):
+            members = slice(first, first + shared)
+            densities = [sum(values) for values in zip(*heads[members], strict=True)]
+            losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
+            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
+    # a hull's slopes fall strictly, so a route's own segments keep their order
+    segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    return hulls, sorted(segments), shared
 
 
 def _gain(cheap: _Choice, dear: _Choice) -> float:

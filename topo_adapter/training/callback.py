@@ -20,6 +20,7 @@ from ..core.passes import Pass, during
 from ..errors import TopologyConfigError, TopologyError
 from ..layer import hosts
 from ..measuring.calibration import calibrate, check_differentiable, check_sequences
+from .cost import Meter
 from .data import windows_of_training_data
 from .densities import TEMPERATURES, DrawnDensities, check_densities
 from .distil import DistilBeside, TrainBeside
@@ -77,6 +78,7 @@ class TopologyCallback(TrainerCallback):
         self.homotopy_share, self.ramp_share = homotopy_share, ramp_share
         self.scale_is_exact = False  # set by TopologyTrainerMixin
         self._dense_steps: int | None = None  # steps without a hidden pair; None: not looked for, or all is well
+        self._meter: Meter | None = None  # of the training that runs
         self._training_at: list[float] | None = None  # homotopy of each configuration, while an evaluation runs at 1
 
     def on_train_begin(
@@ -95,6 +97,7 @@ class TopologyCallback(TrainerCallback):
             restore_precision(model)
         if args.eval_on_start:
             self._in_full_force(model)
+        self._meter = Meter(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -118,6 +121,7 @@ class TopologyCallback(TrainerCallback):
             self._look_for_hidden_pairs(model, state)
         if state.global_step >= state.max_steps:  # before the last checkpoint is written
             self._finish(model)
+        self._note(args, state, model, kwargs)  # at each step, because any may be saved
         if control.should_evaluate:
             self._in_full_force(model)
 
@@ -147,8 +151,13 @@ class TopologyCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._finish(model)
+        self._note(args, state, model, kwargs)
         for host in hosts(model):
             host.schedule.driver = None
+
+    def _note(self, args: TrainingArguments, state: TrainerState, model: nn.Module, given: dict[str, Any]) -> None:
+        if self._meter is not None:
+            self._meter.note(args, state, model, given.get("train_dataloader"))
 
     def _finish(self, model: nn.Module) -> None:
         for config in active_configs(model):

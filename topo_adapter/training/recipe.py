@@ -27,8 +27,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..config import TopologyConfig
 from ..core.dial import DEFAULT_DENSITY, check_density
 from ..errors import TopologyConfigError, UnsupportedModelError
+from ..history import TrainingRun
 from ..measuring.calibration import calibrate
 from .callback import TopologyCallback
+from .cost import data_name
 from .data import rows_of, rows_to_calibrate_on, rows_to_train_on
 from .densities import TEMPERATURES
 from .kl import KLTrainer
@@ -132,9 +134,16 @@ class DistillConfig(TrainingArguments):
             )
         self.resume = self.resume_from_checkpoint in (True, "true", "True")
 
-    def of_stage(self, name: str, steps: int, learning_rate: float) -> TrainingArguments:
-        """These arguments as one stage's trainer takes them."""
-        stage = copy.copy(self)
+    def of_stage(
+        self, name: str, steps: int, learning_rate: float, known: TrainingRun | None = None
+    ) -> TrainingArguments:
+        """These arguments as one stage's trainer takes them.
+
+        Args:
+            known: of the stage's record, beside its name.
+        """
+        stage: Any = copy.copy(self)
+        stage.known_of_run = {**(known or {}), "stage": name}
         stage.max_steps, stage.learning_rate = steps, learning_rate
         stage.output_dir = str(self.folder(name))
         return stage
@@ -214,6 +223,9 @@ def distill(
         )
     calibration_rows = rows_to_calibrate_on(rows, adapter, args.calibration_rows, not cut_here)
     rows = rows_to_train_on(rows, len(calibration_rows))
+    known = TrainingRun(length=calibration_rows.shape[1])
+    if (data := data_name(dataset)) is not None:
+        known["data"] = data
     if training:
         round_routers(adapter, torch.float32)
 
@@ -221,7 +233,7 @@ def distill(
     if args.local_steps and checkpoint is None:  # what the second stage began with is in its checkpoint
         local = DistillationTrainer(
             model=adapter,
-            args=args.of_stage("local", args.local_steps, args.local_learning_rate),
+            args=args.of_stage("local", args.local_steps, args.local_learning_rate, known),
             train_dataset=rows,
             callbacks=list(callbacks),
             num_queries=args.num_queries,
@@ -232,7 +244,7 @@ def distill(
     if args.kl_steps:
         end_to_end = KLTrainer(
             model=adapter,
-            args=args.of_stage("kl", args.kl_steps, args.kl_learning_rate),
+            args=args.of_stage("kl", args.kl_steps, args.kl_learning_rate, known),
             train_dataset=rows,
             callbacks=[TopologyCallback((args.kl_temperature, args.kl_temperature / 4), (1.0, 1.0)), *callbacks],
             densities=(args.lowest_density, args.highest_density),

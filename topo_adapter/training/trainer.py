@@ -18,8 +18,11 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..card import write_adapter_card
 from ..config import TopologyConfig
 from ..errors import TopologyConfigError
+from ..files import read_fields
+from ..history import checked_runs
 from ..layer import TopologyHost, hosts
 from .callback import AutomaticCallback, DensityCallback, TopologyCallback
 from .routers import active_configs, restore_precision, topology_metrics
@@ -129,6 +132,7 @@ class TopologyTrainerMixin(Trainer):
         trained = {id(weight): weight.requires_grad for weight in target.parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_beside(Path(resume_from_checkpoint), target)
+        self._load_runs(Path(resume_from_checkpoint), target)
         for weight in target.parameters():  # loading makes the active adapter trainable, be it frozen or not
             weight.requires_grad_(trained.get(id(weight), weight.requires_grad))
 
@@ -147,6 +151,14 @@ class TopologyTrainerMixin(Trainer):
             if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
                 model.load_adapter(str(folder), name, is_trainable=True)
 
+    @staticmethod
+    def _load_runs(checkpoint: Path, model: Any) -> None:
+        """What a checkpoint's configs say of the trainings before."""
+        for name, config in getattr(model, "peft_config", {}).items():
+            file = (checkpoint if name == "default" else checkpoint / name) / CONFIG_NAME
+            if isinstance(config, TopologyConfig) and file.exists():
+                config.training_runs = checked_runs(read_fields(file).get("training_runs"))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # an earlier run's checkpoint in this place is whole no longer once its first file is written over
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
@@ -158,7 +170,7 @@ class TopologyTrainerMixin(Trainer):
         """The trainer's own, which says nothing of how a topology is loaded, and that."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            active_configs(self.model)[0].write_card(Path(self.args.output_dir))
+            write_adapter_card(active_configs(self.model)[0], Path(self.args.output_dir))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **topology_metrics(self.model)}, *args, **kwargs)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TopologyConfig
-from ..core.dial import points, reachable
 from ..errors import MissingExtraError, TopologyConfigError
 from ..layer import active_layers
 from ..measuring.routes import measure_density
+from ..picture import draw_curve
 from .look import Look, check_head, check_text, looking
 from .shown import Picture, one_line, token_ids, words_of
 
@@ -73,33 +73,11 @@ def dial_curve(source: TopologyConfig | nn.Module) -> Picture:
         MissingExtraError: no matplotlib.
     """
     config = source if isinstance(source, TopologyConfig) else active_layers(source)[0][1]
-    table = config.calibration
-    if table is None:
+    if config.calibration is None:
         raise TopologyConfigError("calibration must be there for a dial to draw, got None; call calibrate")
-    least = reachable(table, 0.0)
-    curve = points(table, [*(least ** (1 - step / 60) for step in range(1, 60)), 1.0])
     figure = new_figure(6.4, 4)
     axes = figure.subplots()
-    axes.plot(*zip(*curve, strict=True), color=BLUE, linewidth=2)
-    if config.target_density is not None:
-        ((own, loss),) = points(table, [config.target_density])
-        axes.plot([own], [loss], "o", color=ORANGE)
-        axes.annotate(
-            f"the adapter's own: {own:g}",
-            (own, loss),
-            xytext=(10, 10),
-            textcoords="offset points",
-            color=ORANGE,
-        )
-    axes.set_xscale("log")
-    ticks = [tick for tick in (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0) if tick >= least]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set(
-        xlabel=f"density: visible pairs / causal pairs, at {table['length']:,} tokens",
-        ylabel="estimated loss, nats per token",
-        ylim=(0, None),
-    )
+    draw_curve(axes, config)
     axes.grid(alpha=0.3)
     return Picture(figure, "Estimated KL to the dense model over the density that the dial is turned to.")
 
