@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -97,7 +98,9 @@ def sft(context: typer.Context) -> None:
     )
     names, given = split(context.args)
     given = [*_model_and_data(names, several=False), *given]
-    arguments, training, model, topology = options.parse(given, {"output_dir": "runs/sft"})
+    # TRL's default is bfloat16, which the Trainer refuses where there is no GPU
+    defaults = {"output_dir": "runs/sft", "bf16": None if torch.cuda.is_available() else False}
+    arguments, training, model, topology = options.parse(given, defaults)
     _check_model(model, "sft")
     train, test = task(arguments)
     base, lora = load_base(model, training.device), get_peft_config(model)

@@ -96,7 +96,7 @@ def bench(settings: BenchSettings) -> list[Row]:
         adapter, tokenizer = load(settings.evaluation())
     else:
         base, tokenizer = load_base(settings.model, settings.dtype, settings.device)
-        adapter = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM", homotopy=1.0)).eval()
+        adapter = get_peft_model(base, TopologyConfig(task_type="CAUSAL_LM")).eval()
     base = adapter.get_base_model()
     where = origin(base.config._name_or_path, base.device)
     common = asdict(settings) | {"dtype": str(base.dtype)}
@@ -109,7 +109,9 @@ def bench(settings: BenchSettings) -> list[Row]:
                 f"{settings.text!r}: lower batch or lengths, or name a longer text"
             )
         if not trained:
+            config_of(adapter).homotopy = 0.0  # what initialises them reads the dense model
             initialize_routers(adapter, texts[:1].to(base.device))
+            config_of(adapter).homotopy = 1.0
         for method, target, in_force in methods(adapter, settings.densities, length, trained):
             _log.info(f"Timing {method}{'' if target is None else f' at density {target:g}'}, {length:,} tokens.")
             chosen = {"length": length, "method": method, "target": target}

@@ -30,16 +30,29 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from topo_adapter import DistillConfig, TopologyConfig, TopologyConfigError, distill, measure_density, record_routes
-from topo_adapter.core.dial import check_density
+from topo_adapter import (
+    DistillConfig,
+    TopologyConfig,
+    TopologyConfigError,
+    choose_depths,
+    distill,
+    measure_density,
+    record_routes,
+    set_density,
+)
+from topo_adapter.core.dial import check_density, expected_loss
+from topo_adapter.density import calibration_of
 
 from .baselines import LongerWindow
 from .embedded import source, standard_library, windows
 from .measures import Needle, Scores, config_of, needle_prompts, next_token_losses, speed
 from .results import Row, flat, make_row, origin, write
-from .tasks import continuation
+from .tasks import continuation, in_reach
 
 _log = logging.get_logger(__name__)
+
+#: What the dial is tried at, from sparse to dense.
+DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 
 
 @dataclass
@@ -52,19 +65,27 @@ class DemoSettings:
 
     model: str = field(default="embedded", metadata={"help": "'embedded' (SmolLM2-135M), a hub id or a local path."})
     output_dir: str = field(default="runs/demo", metadata={"help": "Where everything is written."})
-    train_length: int = field(default=512, metadata={"help": "Tokens of a training window; a step has one window."})
-    local_steps: int = field(default=40, metadata={"help": "Steps of the first stage, layer by layer."})
-    kl_steps: int = field(default=60, metadata={"help": "Steps of the second stage, end to end."})
-    eval_length: int = field(default=1024, metadata={"help": "Tokens of a held-out window."})
-    eval_windows: int = field(default=3, metadata={"help": "Held-out windows that the loss is a mean of."})
-    density: float = field(default=0.25, metadata={"help": "Visible over causal pairs of the held-out windows."})
-    local_window: int = field(default=32, metadata={"help": "A query always sees its last W tokens."})
+    train_length: int = field(default=256, metadata={"help": "Tokens of a training window; a step has one window."})
+    local_steps: int = field(default=80, metadata={"help": "Steps of the first stage, layer by layer."})
+    kl_steps: int = field(default=30, metadata={"help": "Steps of the second stage, end to end."})
+    eval_length: int = field(default=768, metadata={"help": "Tokens of a held-out window."})
+    eval_windows: int = field(default=2, metadata={"help": "Held-out windows that the loss is a mean of."})
+    density: float | None = field(
+        default=None,
+        metadata={
+            "help": "Visible over causal pairs of the held-out windows; None: the sparsest at which the dial expects "
+            "to lose at most `max_loss`."
+        },
+    )
+    max_loss: float = field(default=0.1, metadata={"help": "Nats per token that the dial may expect to lose."})
+    local_window: int = field(default=16, metadata={"help": "A query always sees its last W tokens."})
     depth: int = field(default=4, metadata={"help": "Digits per address."})
     router_dim: int = field(default=32, metadata={"help": "Width of the routers' hidden layer."})
     seed: int = field(default=0, metadata={"help": "Of training, calibration and hidden facts."})
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        if self.density is not None:
+            check_density(self.density)
         for name, least in (("local_steps", 0), ("kl_steps", 0), ("eval_windows", 1)):
             if getattr(self, name) < least:
                 raise TopologyConfigError(f"{name} must be an integer >= {least}, got {getattr(self, name)}")
@@ -118,8 +139,8 @@ def _base(name: str) -> PreTrainedModel:
 
 
 def train(settings: DemoSettings, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """`distill` as everybody calls it, with fewer steps of shorter windows; turned to `settings.density`."""
-    calibration_rows = 4
+    """`distill` as everybody calls it, with fewer steps of shorter windows; the dial is turned."""
+    calibration_rows = 2
     count = max(settings.local_steps, settings.kl_steps) + calibration_rows
     rows = windows(standard_library()[0], tokenizer, settings.train_length, count)
     config = TopologyConfig(
@@ -133,8 +154,8 @@ def train(settings: DemoSettings, base: PreTrainedModel, tokenizer: PreTrainedTo
         local_steps=settings.local_steps,
         kl_steps=settings.kl_steps,
         num_queries=64,
-        lowest_density=0.15,
-        highest_density=0.4,
+        lowest_density=0.2,
+        highest_density=0.5,
         calibration_rows=calibration_rows,
         use_cpu=base.device.type == "cpu",
         save_strategy="no",
@@ -142,9 +163,22 @@ def train(settings: DemoSettings, base: PreTrainedModel, tokenizer: PreTrainedTo
         seed=settings.seed,
     )
     adapter = distill(base, rows, config, arguments, processing_class=tokenizer)
-    adapter.merge_adapter(target_density=settings.density, length=settings.eval_length)
-    adapter.unmerge_adapter()
+    density = chosen_density(config_of(adapter), settings) if settings.density is None else settings.density
+    set_density(adapter, density, settings.eval_length)
     return adapter
+
+
+def chosen_density(config: TopologyConfig, settings: DemoSettings) -> float:
+    """The sparsest of `DENSITIES`, at `eval_length`, at which the dial expects to lose at most `max_loss`; the last
+    where it expects more at all of them, or they are out of reach."""
+    table = calibration_of(config)
+    for density, target in in_reach(config, list(DENSITIES), settings.eval_length).items():
+        loss = expected_loss(table, choose_depths(table, target))
+        if loss <= settings.max_loss:
+            _log.info(f"The dial expects to lose {loss:.3f} nats per token at density {density:g}: turned to that.")
+            return density
+    _log.info(f"The dial expects to lose over {settings.max_loss:g} nats per token: turned to {DENSITIES[-1]:g}.")
+    return DENSITIES[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------
