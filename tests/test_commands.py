@@ -151,6 +151,7 @@ def test_help_shows_ours_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["sft", "base", "--dataset-name", "base", "--dataset-streaming"], "dataset_streaming must be false"),
         (["evaluate"], "adapter"),
         (["evaluate", "adapter", "--densities", "2"], "densities must be"),
+        (["bench", "base", "--base", "base"], "base must be left out where base is no adapter"),
         (["bench", "base", "--batch", "0"], "batch must be an integer >= 1"),
         (["bench", "base", "--text", "a.txt", "--lengths", "100000"], "text must hold batch = 1 windows of 100000"),
         (["demo", "--density", "0"], "target_density must be a number in (0, 1]"),

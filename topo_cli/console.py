@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,7 +18,9 @@ _SPEAKERS = ("topo_adapter", "topo_evaluation", "topo_cli")
 
 
 def show_stages() -> None:
-    """From now on a sentence for each stage stands on standard error, with the time; once, whoever asks again."""
+    """From now on a sentence for each stage stands on standard error, with the time; of the first process alone."""
+    if os.environ.get("RANK", "0") != "0":  # accelerate's and torchrun's
+        return
     for name in _SPEAKERS:
         logger = transformers_logging.get_logger(name)
         logger.setLevel(logging.INFO)

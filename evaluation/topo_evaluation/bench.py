@@ -89,9 +89,12 @@ def bench(settings: BenchSettings) -> list[Row]:
         `settings.output`, where that is given.
 
     Raises:
-        TopologyConfigError: the text has too few tokens, or the adapter is not calibrated.
+        TopologyConfigError: the text has too few tokens, the adapter is not calibrated, or a model that is no adapter
+            has a `base`.
     """
     trained = find(settings.model, CONFIG_NAME) is not None
+    if not trained and settings.base is not None:
+        raise TopologyConfigError(f"base must be left out where {settings.model} is no adapter, got {settings.base!r}")
     if trained:
         adapter, tokenizer = load(settings.evaluation())
     else:
