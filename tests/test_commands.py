@@ -155,7 +155,7 @@ def test_help_shows_ours_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["bench", "base", "--batch", "0"], "batch must be an integer >= 1"),
         (["bench", "base", "--text", "a.txt", "--lengths", "100000"], "text must hold batch = 1 windows of 100000"),
         (["demo", "--density", "0"], "target_density must be a number in (0, 1]"),
-        (["demo", "--eval-length", "32"], "eval_length must be at least twice local_window"),
+        (["demo", "--eval-length", "31"], "eval_length must be at least twice local_window"),
     ],
 )
 def test_errors_are_one_line_and_end_with_2(

@@ -35,25 +35,32 @@ class Options(HfArgumentParser):
     Args:
         kinds: dataclasses.
         usage: what follows `topo`, without the options. about: a sentence or two of help.
-        shown: heading -> names of fields.
+        shown: heading -> names of fields. defaults: of fields, where they are not the dataclasses'.
     """
 
-    def __init__(self, kinds: Sequence[Any], usage: str, about: str, shown: Mapping[str, Iterable[str]]) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[Any],
+        usage: str,
+        about: str,
+        shown: Mapping[str, Iterable[str]],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(kinds, add_help=False, allow_abbrev=False)
         self.usage_line, self.about, self.shown = f"topo {usage} [OPTIONS]", about, shown
+        self.defaults = defaults or {}
         self.fields = {each.name: (each, hint) for kind in kinds for each, hint in _fields(kind)}
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of a page of usage."""
         raise TopologyConfigError(f"{message}; topo {self.usage_line.split()[1]} --help shows the options")
 
-    def parse(self, given: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+    def parse(self, given: Sequence[str]) -> tuple[Any, ...]:
         """One object of each dataclass.
 
         Args:
             given: from the command line, without positional arguments; with a `--help` in it the help is printed and
                 the command ends.
-            defaults: of the command, where they are not the dataclasses'.
 
         Raises:
             TopologyConfigError: an option or key is unknown, or a value is of the wrong type; and as the dataclasses.
@@ -70,7 +77,7 @@ class Options(HfArgumentParser):
             config = self._read(Path(rest[place + 1]))
             del rest[place : place + 2]
         *found, unknown = self.parse_args_into_dataclasses(
-            [*_as_options(defaults or {}), *_as_options(config), *rest],
+            [*_as_options(self.defaults), *_as_options(config), *rest],
             return_remaining_strings=True,
             look_for_args_file=False,
         )
@@ -103,7 +110,9 @@ class Options(HfArgumentParser):
             grid.add_column(ratio=3)
             for name in names:
                 each, hint = self.fields[name]
-                grid.add_row(plain(f"--{name.replace('_', '-')} {_kind(hint)}"), plain(_help(each)))
+                grid.add_row(
+                    plain(f"--{name.replace('_', '-')} {_kind(hint)}"), plain(_help(each, self.defaults.get(name)))
+                )
             out.print(grid)
             out.print()
         out.print("--config FILE takes YAML of the same keys; an option given here comes first.", markup=False)
@@ -147,11 +156,11 @@ def _kind(hint: Any) -> str:
     return {int: "N", float: "X", bool: "BOOL", dict: "JSON"}.get(hint, "TEXT")
 
 
-def _help(each: dataclasses.Field) -> str:
-    text = " ".join(str(each.metadata.get("help", "")).split())
-    default = each.default
-    if each.default_factory is not dataclasses.MISSING:
-        default = each.default_factory()
+def _help(each: dataclasses.Field, default: Any) -> str:
+    """What a field is, and its default, which may be the command's own."""
+    text = " ".join(str(each.metadata.get("help", "")).replace("%%", "%").split())  # argparse wants them doubled
+    if default is None:
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
     if default is dataclasses.MISSING or default is None:
         return text
     if isinstance(default, enum.Enum):

@@ -46,10 +46,10 @@ def distill(context: typer.Context) -> None:
             "The text": ["dataset_config", "dataset_train_split", "dataset_streaming", "texts_folder"],
             "The base": _MODEL,
         },
+        {"output_dir": "runs/distill"},
     )
     names, given = split(context.args)
-    given = [*_model_and_data(names, several=True), *given]
-    text, training, model, topology = options.parse(given, {"output_dir": "runs/distill"})
+    text, training, model, topology = options.parse([*_model_and_data(names, several=True), *given])
     _check_model(model, "distill")
     output, history = Path(training.output_dir), History()
     adapter = distill_(
@@ -95,12 +95,11 @@ def sft(context: typer.Context) -> None:
             "The task, and the table at the end": [*TaskArguments.__annotations__, "dataset_config"],
             "The base": _MODEL,
         },
+        # TRL's default is bfloat16, which the Trainer refuses where there is no GPU
+        {"output_dir": "runs/sft", "bf16": None if torch.cuda.is_available() else False},
     )
     names, given = split(context.args)
-    given = [*_model_and_data(names, several=False), *given]
-    # TRL's default is bfloat16, which the Trainer refuses where there is no GPU
-    defaults = {"output_dir": "runs/sft", "bf16": None if torch.cuda.is_available() else False}
-    arguments, training, model, topology = options.parse(given, defaults)
+    arguments, training, model, topology = options.parse([*_model_and_data(names, several=False), *given])
     _check_model(model, "sft")
     train, test = task(arguments)
     base, lora = load_base(model, training.device), get_peft_config(model)
