@@ -41,6 +41,7 @@ from topo_adapter import (
     set_density,
 )
 from topo_adapter.core.dial import check_density, expected_loss
+from topo_adapter.core.visibility import always_density
 from topo_adapter.density import calibration_of
 
 from .baselines import LongerWindow
@@ -51,6 +52,8 @@ from .tasks import continuation, in_reach
 
 _log = logging.get_logger(__name__)
 
+#: Shares of the pairs beyond window and sinks that training draws from.
+FAR = (0.06, 0.4)
 #: What the dial is tried at, from sparse to dense.
 DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 
@@ -153,13 +156,15 @@ def train(settings: DemoSettings, base: PreTrainedModel, tokenizer: PreTrainedTo
         router_dim=settings.router_dim,
         task_type="CAUSAL_LM",
     )
+    near = always_density(settings.train_length, settings.local_window, config.num_sink_tokens)
+    lowest, highest = (near + (1 - near) * share for share in FAR)
     arguments = DistillConfig(
         output_dir=str(Path(settings.output_dir) / "trainer"),
         local_steps=settings.local_steps,
         kl_steps=settings.kl_steps,
         num_queries=64,
-        lowest_density=0.2,
-        highest_density=0.5,
+        lowest_density=lowest,
+        highest_density=highest,
         calibration_rows=calibration_rows,
         use_cpu=base.device.type == "cpu",
         save_strategy="no",
