@@ -36,7 +36,7 @@ from topo_adapter.training.data import text_windows as cut
 from topo_adapter.training.recipe import DistillConfig
 from topo_adapter.training.routers import active_configs
 from topo_evaluation.depths import over_depths
-from topo_evaluation.embedded import smollm2
+from topo_evaluation.embedded import source
 from topo_evaluation.measures import Case, config_of, copy_windows
 from topo_evaluation.results import Row, append, flat, make_row, origin, read
 from topo_evaluation.texts import EVALUATION, FOLDER, text_windows, training_documents
@@ -242,7 +242,7 @@ def main(arguments: AblationArguments) -> None:
 
 def run(arguments: AblationArguments, output: Path) -> None:
     """Train and measure each variant; its rows are written as soon as they are there."""
-    name = smollm2() if arguments.model == "embedded" else arguments.model
+    name = source(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(arguments.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer, HfArgumentParser
 
-from topo_evaluation.embedded import smollm2
+from topo_evaluation.embedded import source
 from topo_evaluation.texts import FOLDER, SPLITS, documents, fetch
 
 
@@ -26,8 +26,7 @@ def main(arguments: TextsArguments) -> None:
     fetch(folder=arguments.folder)
     tokenizer = None
     if arguments.tokenizer is not None:
-        source = smollm2() if arguments.tokenizer == "embedded" else arguments.tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source(arguments.tokenizer))
     print(f"{'text':16}{'split':12}{'kind':15}{'documents':>10}{'MB':>8}{'tokens':>12}  terms")
     for split, texts in SPLITS.items():
         for name, text in texts.items():

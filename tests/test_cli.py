@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import topo_adapter
-from topo_adapter import calibrate, choose_depths, cli
+from topo_adapter import calibrate, choose_depths
 from topo_adapter.core.dial import expected_loss
+from topo_cli import app, saved
 
 PROMPT = "w2 w3 w4 w5 w6 w7 w8 w9"
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def topo(*arguments: Any) -> Any:
-    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+    return CliRunner().invoke(app.app, list(map(str, arguments)))
 
 
 def test_inspect_shows_the_dial(folder: Path) -> None:
@@ -116,10 +117,10 @@ def test_errors_are_one_line_and_end_with_2(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["topo", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err and not (folder / "out").exists()
 
 
 def test_layers_are_told_in_ranges() -> None:
-    assert cli._ranges([5, 0, 1, 2, 7, 8]) == "0 to 2, 5, 7 to 8"
+    assert saved._ranges([5, 0, 1, 2, 7, 8]) == "0 to 2, 5, 7 to 8"

@@ -1,4 +1,4 @@
-"""Imports go one way, read from the sources: recipes and benchmarks, topo_evaluation, topo_adapter, topo_kernels."""
+"""Imports go one way, read from the sources: recipes, topo_cli, benchmarks; topo_evaluation; topo_adapter; kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ FLOORS = {  # package -> its folder, and the packages of this repository that it
     "topo_kernels": (REPOSITORY / "kernels" / "topo_kernels", set()),
     "topo_adapter": (REPOSITORY / "topo_adapter", {"topo_kernels"}),
     "topo_evaluation": (REPOSITORY / "evaluation" / "topo_evaluation", {"topo_adapter"}),
+    "topo_cli": (REPOSITORY / "topo_cli", {"topo_evaluation", "topo_adapter"}),
     "benchmarks": (REPOSITORY / "benchmarks", {"topo_evaluation", "topo_adapter", "topo_kernels"}),
     "recipes": (REPOSITORY / "recipes", {"topo_evaluation", "topo_adapter"}),
 }
@@ -127,6 +128,6 @@ def test_a_recipe_stands_alone() -> None:
         assert not roots & ({"recipes"} | RECIPES), f"{module} imports another recipe"
 
 
-@pytest.mark.parametrize("package", ["topo_evaluation", "benchmarks"])
+@pytest.mark.parametrize("package", ["topo_evaluation", "topo_cli", "benchmarks"])
 def test_no_circles(package: str) -> None:
     assert circle(modules(package)) is None

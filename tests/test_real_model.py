@@ -20,7 +20,7 @@ from peft_helpers import Stranger, logits_of, routed, twin
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from topo_adapter import RecordedRoutes, load_merged, measure_density, record_routes, save_merged
+from topo_adapter import MissingPackageError, RecordedRoutes, load_merged, measure_density, record_routes, save_merged
 from topo_evaluation.embedded import smollm2, standard_library
 
 pytestmark = pytest.mark.real
@@ -100,7 +100,7 @@ def real() -> tuple[PreTrainedModel, Tensor]:
     folder = os.environ.get("TOPO_SMOLLM2", str(REPOSITORY / ".models" / "smollm2-135m"))
     try:
         folder = smollm2(folder)
-    except FileNotFoundError as missing:
+    except MissingPackageError as missing:
         pytest.skip(f"no real weights: {missing}")
     text = standard_library()[1][0].read_text(encoding="utf-8")
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids[:LONG])[None]

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.peft_helpers import HEADS, VOCAB, logits_of, routed, tiny, tokens
 from topo_adapter import (
-    MissingExtraError,
+    MissingPackageError,
     TopologyConfig,
     TopologyConfigError,
     UnsupportedModelError,
@@ -486,6 +486,6 @@ def test_pictures_need_matplotlib_and_pages_do_not(
     model: PeftModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'topo-adapter\[viz\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'topo-adapter\[viz\]'"):
         viz.density_map(model, tokens(1, 8))
     assert viz.balls_html(model, tokenizer, tokens(1, 8)).html

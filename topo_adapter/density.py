@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable
 
 from torch import nn
+from transformers.utils import logging
 
 from .config import Calibration, TopologyConfig
 from .core.dial import at_length, check_density
@@ -14,7 +14,7 @@ from .core.visibility import always_density
 from .errors import TopologyConfigError
 from .layer import active_layers
 
-_log = logging.getLogger("topo_adapter")
+_log = logging.get_logger(__name__)
 
 
 def set_density(model: nn.Module, target_density: float, length: int | None = None) -> None:

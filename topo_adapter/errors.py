@@ -21,9 +21,9 @@ class MergeError(TopologyError, ValueError):
     """The adapter cannot be merged in its present state."""
 
 
+class MissingPackageError(TopologyError, ImportError):
+    """A package that an extra of this one brings is not installed."""
+
+
 class AdapterFileError(TopologyError, ValueError):
     """An adapter file does not hold exactly the tensors the adapter needs."""
-
-
-class MissingExtraError(TopologyError, ImportError):
-    """A library that only some of this package needs is not installed; the message names the extra that brings it."""

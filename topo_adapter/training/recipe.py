@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from ..config import TopologyConfig
 from ..core.dial import DEFAULT_DENSITY, check_density
@@ -37,6 +38,8 @@ from .kl import KLTrainer
 from .local import DistillationTrainer
 from .routers import active_configs, initialize_routers, round_routers
 from .trainer import last_whole_checkpoint
+
+_log = logging.get_logger(__name__)
 
 #: Arguments of `transformers.TrainingArguments` that each stage has for itself.
 _OF_STAGES = {
@@ -230,7 +233,16 @@ def distill(
         round_routers(adapter, torch.float32)
 
     checkpoint = args.last_checkpoint("kl")
+
+    def say(sentence: str) -> None:
+        if args.process_index == 0:
+            _log.info(sentence)
+
     if args.local_steps and checkpoint is None:  # what the second stage began with is in its checkpoint
+        say(
+            f"Stage 1 of 2: every layer learns on its own to keep its dense attention, {args.local_steps:,} steps of "
+            f"{per_step} window(s) of {calibration_rows.shape[1]:,} tokens; checkpoints go to {args.folder('local')}."
+        )
         local = DistillationTrainer(
             model=adapter,
             args=args.of_stage("local", args.local_steps, args.local_learning_rate, known),
@@ -242,6 +254,10 @@ def distill(
         _train(local, rows, args.last_checkpoint("local"), fresh)
         fresh = False
     if args.kl_steps:
+        say(
+            f"Stage 2 of 2: all layers learn end to end to predict what the dense model does, {args.kl_steps:,} steps, "
+            f"calibrated anew every fifth of them; checkpoints go to {args.folder('kl')}."
+        )
         end_to_end = KLTrainer(
             model=adapter,
             args=args.of_stage("kl", args.kl_steps, args.kl_learning_rate, known),

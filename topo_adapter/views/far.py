@@ -127,7 +127,7 @@ def far_link(
     Raises:
         UnsupportedModelError: no layer has an active topology; no causal language model.
         TopologyConfigError: the adapter is not in force; the text is empty, too long, or no longer than window and
-            sinks; most_shown is out of range; no head keeps such a link. MissingExtraError: no matplotlib.
+            sinks; most_shown is out of range; no head keeps such a link. MissingPackageError: no matplotlib.
     """
     figure = new_figure(9, 5.4)
     if not 0 < most_shown <= 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TopologyConfig
-from ..errors import MissingExtraError, TopologyConfigError
+from ..errors import MissingPackageError, TopologyConfigError
 from ..layer import active_layers
 from ..measuring.routes import measure_density
 from ..picture import draw_curve
@@ -26,12 +26,12 @@ def new_figure(width: float, height: float) -> Any:
     """A `matplotlib.figure.Figure` of so many inches.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError(
+        raise MissingPackageError(
             "matplotlib must be installed to draw pictures, got none: pip install 'topo-adapter[viz]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
@@ -44,7 +44,7 @@ def density_map(model: nn.Module, input_ids: Tensor) -> Picture:
         model: a PeftModel with an active topology adapter, or a merged model. input_ids: int64 `[B, T]`, unpadded.
 
     Raises:
-        UnsupportedModelError: no layer has an active topology. MissingExtraError: no matplotlib.
+        UnsupportedModelError: no layer has an active topology. MissingPackageError: no matplotlib.
     """
     figure = new_figure(5.2, 6)
     device = next(model.parameters()).device
@@ -70,7 +70,7 @@ def dial_curve(source: TopologyConfig | nn.Module) -> Picture:
 
     Raises:
         TopologyConfigError: not calibrated. UnsupportedModelError: a model without an active topology.
-        MissingExtraError: no matplotlib.
+        MissingPackageError: no matplotlib.
     """
     config = source if isinstance(source, TopologyConfig) else active_layers(source)[0][1]
     if config.calibration is None:
@@ -98,7 +98,7 @@ def tree(
         depth: levels to draw, from 1 to the tree's own; None: the head's visible depth, or the deepest of 64 balls.
 
     Raises:
-        UnsupportedModelError: no layer has an active topology. MissingExtraError: no matplotlib.
+        UnsupportedModelError: no layer has an active topology. MissingPackageError: no matplotlib.
         TopologyConfigError: the text is empty or too long; layer, head or depth are out of range; more than 64 leaves.
     """
     check_head(model, layer, head)
@@ -178,7 +178,7 @@ def head_mask(model: nn.Module, input_ids: Tensor, layer: int, head: int) -> Pic
         layer, head: a routed layer and one of its query heads.
 
     Raises:
-        UnsupportedModelError: no layer has an active topology. MissingExtraError: no matplotlib.
+        UnsupportedModelError: no layer has an active topology. MissingPackageError: no matplotlib.
         TopologyConfigError: not one text of at most 2,048 tokens; layer or head are out of range.
     """
     check_text(input_ids, MAX_PICTURED)

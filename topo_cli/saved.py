@@ -1,42 +1,31 @@
-"""The `topo` command: what an adapter's file says, whether a model runs on kernels, merged models, text.
-
-Training and evaluation from a shell are the files of `recipes/`.
-"""
+"""Commands for a trained adapter or a merged model: what its file says, whether it runs on kernels, one model, text."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from .checkpoint import MODEL_TYPE
-from .config import TopologyConfig
-from .core.dial import at_length, listed_densities, reachable
-from .core.visibility import always_density
-from .density import set_density
-from .errors import AdapterFileError, TopologyConfigError, TopologyError
-from .files import find
-from .kernel_report import why_not as reasons_of
-from .loading import load
+from topo_adapter.checkpoint import MODEL_TYPE
+from topo_adapter.config import TopologyConfig
+from topo_adapter.core.dial import at_length, listed_densities, reachable
+from topo_adapter.core.visibility import always_density
+from topo_adapter.density import set_density
+from topo_adapter.errors import AdapterFileError, TopologyConfigError
+from topo_adapter.files import find
+from topo_adapter.kernel_report import why_not as reasons_of
+from topo_adapter.loading import load
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Learned sparse attention for frozen LLMs.",
-)
+from .console import plain
+
 _BAR = 18  # characters of the longest
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of an adapter.")]
@@ -47,21 +36,20 @@ Density = Annotated[float | None, typer.Option(help="Visible over causal pairs, 
 Length = Annotated[int | None, typer.Option(help="Tokens of the texts that --density is meant for.")]
 
 
-@app.command()
 def inspect(adapter: Adapter) -> None:
     """Base, tree, size and density dial of a saved adapter; loads no weights."""
     config, out = _config_of(adapter), Console()
     weights = find(adapter, SAFETENSORS_WEIGHTS_NAME)
     shown = Table.grid(padding=(0, 2))
-    shown.add_row("base", _plain(config.base_model_name_or_path or "not named"))
+    shown.add_row("base", plain(config.base_model_name_or_path or "not named"))
     for name, value in (config.base_facts or {}).items():
-        shown.add_row(_plain(f"  {name}"), _plain(value))
+        shown.add_row(plain(f"  {name}"), plain(value))
     leaves = config.arity**config.depth
     shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
     shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
     shown.add_row("a route for each", config.route_per.replace("_", " "))
     shown.add_row("file", "no weights found" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
-    shown.add_row("digest of its tensors", _plain(config.weights_digest or "none"))
+    shown.add_row("digest of its tensors", plain(config.weights_digest or "none"))
     if config.calibration is None:
         shown.add_row("density dial", "none: not calibrated")
         out.print(shown)
@@ -88,7 +76,6 @@ def inspect(adapter: Adapter) -> None:
     out.print(dial)
 
 
-@app.command("why-not")
 def why_not(
     model: Annotated[str, typer.Argument(help="Directory or hub id of a model, an adapter, or a merged model.")],
     base: Base = None,
@@ -113,7 +100,6 @@ def why_not(
     print("Every layer runs on the kernels.")
 
 
-@app.command()
 def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="Directory to write the merged model to.")],
@@ -133,7 +119,6 @@ def merge(
     print(f"{output}: {named} with the topology of {adapter}, as one model")
 
 
-@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Directory or hub id of an adapter or a merged model.")],
     prompt: Annotated[str, typer.Option(help="Text; '-' reads it from standard input.")],
@@ -163,16 +148,6 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(opened.device)
     ids = opened.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
-
-
-def main() -> None:
-    """The command: exit code 2 where something cannot be done, 1 where the answer is no."""
-    try:
-        app()
-    except (TopologyError, HFValidationError, SafetensorError, OSError, ValueError) as error:
-        # the others: transformers', of what is not there, not whole, or of no kind that it knows
-        Console(stderr=True, soft_wrap=True).print(f"topo: {error}", style="red", markup=False)
-        sys.exit(2)
 
 
 def _config_of(adapter: str) -> TopologyConfig:
@@ -216,11 +191,6 @@ def _sparse(model: str, base: str | None, device: str, dtype: str) -> Any:
         _refuse_base(model, base)
         return _load(model, device, dtype)
     return load(_load(_base_of(model, base), device, dtype), model)
-
-
-def _plain(value: object) -> Text:
-    """What a file says, without what a terminal or rich would take for a command."""
-    return Text("".join(each if each.isprintable() else "?" for each in str(value)))
 
 
 def _ranges(layers: list[int]) -> str:
