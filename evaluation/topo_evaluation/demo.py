@@ -70,7 +70,7 @@ class DemoSettings:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where everything is written."})
     train_length: int = field(default=256, metadata={"help": "Tokens of a training window; a step has one window."})
     local_steps: int = field(default=80, metadata={"help": "Steps of the first stage, layer by layer."})
-    kl_steps: int = field(default=30, metadata={"help": "Steps of the second stage, end to end."})
+    kl_steps: int = field(default=20, metadata={"help": "Steps of the second stage, end to end."})
     eval_length: int = field(default=768, metadata={"help": "Tokens of a held-out window."})
     eval_windows: int = field(default=2, metadata={"help": "Held-out windows that the loss is a mean of."})
     density: float | None = field(
@@ -80,8 +80,8 @@ class DemoSettings:
             "to lose at most `max_loss`."
         },
     )
-    max_loss: float = field(default=0.1, metadata={"help": "Nats per token that the dial may expect to lose."})
-    local_window: int = field(default=16, metadata={"help": "A query always sees its last W tokens."})
+    max_loss: float = field(default=0.05, metadata={"help": "Nats per token that the dial may expect to lose."})
+    local_window: int = field(default=64, metadata={"help": "A query always sees its last W tokens."})
     depth: int = field(default=4, metadata={"help": "Digits per address."})
     router_dim: int = field(default=32, metadata={"help": "Width of the routers' hidden layer."})
     seed: int = field(default=0, metadata={"help": "Of training, calibration and hidden facts."})
