@@ -121,6 +121,22 @@ def test_the_readmes_lines_use_it(hub: Path, tmp_path: Path) -> None:
     assert len(hosts(again)) == 30 and 0.17 < config.target_density < 0.3  # at 8,192 tokens
 
 
+def test_the_readmes_question_is_answered(adapter: PeftModel) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"```sh\n(\(echo .*?\)) \| topo generate \S+ --prompt - --max-new-tokens (\d)\n```", readme, re.DOTALL
+    )
+    assert found is not None
+    text = subprocess.run(["bash", "-c", found[1]], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    prompt = tokenizer(text, return_tensors="pt")
+    assert prompt.input_ids.shape[1] > 2200
+    adapter.merge_adapter()
+    ids = adapter.generate(**prompt, max_new_tokens=int(found[2]), do_sample=False)
+    adapter.unmerge_adapter()
+    assert f"`{tokenizer.decode(ids[0, prompt.input_ids.shape[1] :])}`" in readme
+
+
 def test_the_cards_lines_use_it(hub: Path, tmp_path: Path) -> None:
     lines = snippet((EXAMPLE / "README.md").read_text(encoding="utf-8"), "\n# Learned sparse")
     more = f"""
