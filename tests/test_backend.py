@@ -93,6 +93,13 @@ def test_why_not_of_a_model_that_fits_is_empty() -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_why_not_of_several_visits() -> None:
+    model = routed(tiny(hidden_size=64), visits=4)
+    reason = ["queries must visit one ball, got 4"]
+    assert why_not(model) == {layer: dict.fromkeys(LIMITS, reason) for layer in range(4)}
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_why_not_looks_at_each_layer() -> None:
     settings: dict[str, Any] = {"depth": 9, "router_dim": 130, "route_per": "kv_head"}
     model = routed(tiny(), visible_depth={1: 9, 2: [0] * KV_HEADS}, **settings)
