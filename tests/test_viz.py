@@ -118,6 +118,20 @@ def test_the_page_carries_the_reference_mask(model: PeftModel, tokenizer: Any, i
     assert not torch.equal(seen_by_data(data, 2, 0), expected[2][0])
 
 
+def test_the_page_shows_the_balls_of_all_visits(tokenizer: Any, ids: Tensor) -> None:
+    model = routed(tiny(), visible_depth=DEPTHS, visits=3)
+    data, expected = data_of(viz.balls_html(model, tokenizer, ids, layers=range(4))), masks(model, ids)
+    for layer, mask in expected.items():
+        for head in range(HEADS):
+            assert len(data["layers"][layer]["heads"][head]["query"]) == 3
+            assert torch.equal(seen_by_data(data, layer, head), mask[head]), (layer, head)
+    shown = [link for link in strongest_links(model, ids, 0.0) if link.kept]
+    assert shown and all(expected[link.layer][link.head, link.query, link.key] for link in shown)
+    for each in data["layers"][1]["heads"]:
+        each["query"] = each["query"][:1]  # a control: one visit is another mask
+    assert not torch.equal(seen_by_data(data, 1, 2), expected[1][2])
+
+
 def test_the_page_of_a_text_shows_a_typical_layer(model: PeftModel, tokenizer: Any) -> None:
     data = data_of(viz.balls_html(model, tokenizer, " the"))
     assert data["tokens"] == [" the"] and len(data["layers"]) == 1
