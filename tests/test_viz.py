@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft_helpers import HEADS, VOCAB, logits_of, routed, tiny, tokens
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.peft_helpers import HEADS, VOCAB, logits_of, routed, tiny, tokens
 from topo_adapter import (
     MissingExtraError,
     TopologyConfig,
