@@ -16,6 +16,7 @@ from topo_adapter.core.layout import (
 from topo_adapter.core.records import Keys
 from topo_adapter.core.rule import Rule
 from topo_adapter.core.scoring import Scoring
+from topo_adapter.core.tree import address_to_digits
 from topo_adapter.core.visibility import Visibility, per_head
 from topo_adapter.ops.attention import hard_attention
 from topo_adapter.ops.plan import Plan, build_plan
@@ -244,8 +245,22 @@ def weighted_attention(problem: Problem, weight: Tensor, softcap: float | None =
 
 
 def tree_probability(problem: Problem) -> Tensor:
-    """`S_ij` `[B, H, T, S]` as the product over levels of inner products: section 4's definition."""
+    """`S_ij` `[B, H, T, S]` as the product over levels of inner products: section 4's definition.
+
+    With several visits as the sum over balls, one by one, of the probability that a visit and the key are in it.
+    """
     query, key = (role.probs for role in problem.routes)
+    if problem.more_visits is not None:
+        visits, shared = 1 + problem.more_visits.shape[2], []
+        for h, depth in enumerate(problem.depths):
+            inside = depth <= query.shape[-2]
+            total = query.new_zeros(*query.shape[:1], query.shape[2], key.shape[2])
+            for digits in address_to_digits(torch.arange(problem.arity**depth), problem.arity, depth) if inside else ():
+                levels = torch.arange(depth)
+                in_query, in_key = (x[:, h, :, levels, digits].prod(-1) for x in (query, key))
+                total = total + (1 - (1 - in_query) ** visits)[:, :, None] * in_key[:, None]
+            shared.append(total)
+        return torch.stack(shared, 1)
     same = torch.einsum("bhtlc,bhslc->bhtsl", query, key)
     levels = same.shape[-1]
     shared = [same[:, h, ..., :depth].prod(-1) * (depth <= levels) for h, depth in enumerate(problem.depths)]

@@ -178,13 +178,13 @@ class Stranger:
 
     Args:
         base: plain transformers model; the stranger gets a copy that shares its weights.
-        window, sinks: the two settings the mask needs beside the routes.
+        window, sinks: the two settings the mask needs beside the routes. arity: for visits after the first.
     """
 
-    def __init__(self, base: PreTrainedModel, window: int, sinks: int) -> None:
+    def __init__(self, base: PreTrainedModel, window: int, sinks: int, arity: int = 2) -> None:
         self.model = twin(base).eval()
         self.model.config._attn_implementation = _STRANGER
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks, self.arity = window, sinks, arity
 
     @contextlib.contextmanager
     def attending(
@@ -210,7 +210,7 @@ class Stranger:
         window, sinks = change.get("window", self.window), change.get("sinks", self.sinks)
         causal, gap, sink = _real_pairs(real, documents, sinks)
         masks = {
-            layer: _visible(record, causal, gap < window, sink, change.get("depth", 0))
+            layer: _visible(record, causal, gap < window, sink, change.get("depth", 0), self.arity)
             for layer, record in records.items()
         }
         _in_use.update(masks=masks, causal=causal, gap=gap)
@@ -251,15 +251,20 @@ def _real_pairs(real: Tensor, documents: Tensor, sinks: int) -> tuple[Tensor, Te
     return causal, gap, (position < sinks)[:, None, :].expand_as(causal)
 
 
-def _visible(record: Any, causal: Tensor, near: Tensor, sink: Tensor, deeper: int) -> Tensor:
-    """`[B, H, T, T]`: causal and (same first D digits, or near, or a sink)."""
+def _visible(record: Any, causal: Tensor, near: Tensor, sink: Tensor, deeper: int, arity: int) -> Tensor:
+    """`[B, H, T, T]`: causal and (same first D digits as one of the visits, or near, or a sink)."""
     heads = []
     for h, depth in enumerate(record.visible_depth.tolist()):
         levels = record.query_digits.shape[-1]
-        same = torch.full_like(causal, depth + deeper <= levels)  # nothing is below the leaves
-        for level in range(max(0, min(depth + deeper, levels))):
-            same &= record.query_digits[:, h, :, None, level] == record.key_digits[:, h, None, :, level]
-        heads.append(causal & (same | near | sink))
+        seen = near | sink
+        for number, leaf in enumerate(record.visits[:, h].unbind(1)):
+            same = torch.full_like(causal, depth + deeper <= levels)  # nothing is below the leaves
+            same &= (leaf >= 0)[:, :, None]
+            for level in range(max(0, min(depth + deeper, levels))):
+                digit = leaf // arity**level % arity if number else record.query_digits[:, h, :, level]
+                same &= digit[:, :, None] == record.key_digits[:, h, None, :, level]
+            seen = seen | same
+        heads.append(causal & seen)
     return torch.stack(heads, 1)
 
 

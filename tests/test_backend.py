@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from peft_helpers import KV_HEADS, ROUTED, routed, tiny
+from peft_helpers import KV_HEADS, ROUTED, logits_of, loss_of, routed, router_gradients, tiny, tokens
+from torch import Tensor
 
 from topo_adapter import UnsupportedModelError, kernel_report, why_not
+from topo_adapter.core.passes import during
 from topo_adapter.ops import backend
 from topo_adapter.ops.backend import LIMITS, device_misfits, forced, kernels_serve, misfits
+from topo_adapter.training.distil import Distil
 
 CPU = "the device must be a CUDA GPU, got cpu"
 LEAVES = "arity ** depth must be at most 256, got 512"
@@ -90,6 +94,39 @@ def test_why_not_of_a_model_that_fits_is_empty() -> None:
     assert why_not(model) == {}
     model.peft_config["default"].homotopy = 0.5
     assert why_not(model) == {layer: {"bridge": ["homotopy must be 1, got 0.5"]} for layer in range(4)}
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_why_not_of_several_visits() -> None:
+    model = routed(tiny(hidden_size=64), visits=4)
+    reason = ["queries must visit one ball, got 4"]
+    assert why_not(model) == {layer: dict.fromkeys(LIMITS, reason) for layer in range(4)}
+
+
+def test_several_visits_run_in_torch_where_kernels_would_serve_one() -> None:
+    """Merged, in force and in distillation: what kernels would have made of the first visits is not what comes out."""
+    pytest.importorskip("topo_kernels")
+    model, ids = routed(tiny(hidden_size=64, num_hidden_layers=1), visits=2, density_weight=1.0), tokens(1, 24)
+
+    def outcomes(kernels: bool) -> list[Tensor]:
+        with forced(kernels):
+            found = [logits_of(model, ids)]
+            model.zero_grad()
+            loss_of(model.train(), ids).backward()
+            found += router_gradients(model).values()
+            with during(model, Distil(num_queries=99)) as distilled:
+                model(input_ids=ids)
+            found.append(distilled.losses[0].detach())
+            merged = copy.deepcopy(model.eval()).merge_and_unload()
+            return [*found, logits_of(merged, ids)]
+
+    torch.manual_seed(0)
+    served = outcomes(True)
+    torch.manual_seed(0)
+    for with_kernels, without in zip(served, outcomes(False), strict=True):
+        assert torch.equal(with_kernels, without)
+    model.peft_config["default"].visits = 1
+    assert not torch.equal(logits_of(model, ids), served[0])
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -76,6 +76,18 @@ def visible_share(query: Tensor, key: Tensor, depth: int, window: int = WINDOW, 
     return count / (batch * length * (length + 1) / 2)
 
 
+def visited_share(record: Any, head: int, depth: int) -> float:
+    """The same for all visits of one head's queries."""
+    keys = (record.key_digits[:, head] * 2 ** torch.arange(DEPTH)).sum(-1)
+    count, (batch, length) = 0, keys.shape
+    for b in range(batch):
+        for i in range(length):
+            balls = {leaf % 2**depth for leaf in record.visits[b, head, :, i].tolist()} if depth <= DEPTH else set()
+            for j in range(i + 1):
+                count += int(keys[b, j]) % 2**depth in balls or i - j < WINDOW or j < SINKS
+    return count / (batch * length * (length + 1) / 2)
+
+
 def digits_at(model: PeftModel, homotopy: float, ids: Tensor) -> dict[int, Any]:
     """Routes of the unmerged model; at homotopy 0 those of the dense model."""
     config = model.peft_config["default"]
@@ -103,6 +115,17 @@ def test_density_of_the_table_is_section_2_counted_pair_by_pair() -> None:
             ]
             assert values == pytest.approx(expected, rel=1e-3), (layer, head)
             assert len(set(values)) == DEPTH + 2  # depths that all look alike would prove little
+
+
+def test_density_of_the_table_counts_the_keys_of_all_visits() -> None:
+    model, ids = adapted(visits=3), tokens(2, LENGTH)
+    table = beside_dense(model, ids)
+    for layer, record in digits_at(model, 0.0, ids).items():
+        for head, values in enumerate(table["density"][layer]):
+            expected = [visited_share(record, head, depth) for depth in range(DEPTH + 2)]
+            assert values == pytest.approx(expected, rel=1e-3), (layer, head)
+            one = visible_share(record.query_digits[:, head], record.key_digits[:, head], DEPTH)
+            assert values[DEPTH] > 1.05 * one, "further visits cost"
 
 
 def test_table_is_well_formed_and_stored_in_the_config() -> None:
@@ -1031,6 +1054,21 @@ def test_report_on_the_calibration_text(route_per: str) -> None:
         assert report[layer]["ratio"] == pytest.approx(report[layer]["density"] / report[layer]["calibrated"])
     assert report[0]["ratio"] == pytest.approx(1.0, rel=1e-3)
     assert report[1]["ratio"] == pytest.approx(1.0, rel=0.1)  # its input has changed
+
+
+@pytest.mark.filterwarnings("error:density is")
+def test_report_of_several_visits() -> None:
+    ids = tokens(2, LENGTH)
+    model = dialled(ids, target=0.5, visits=3)
+    with recording_density(model):
+        logits_of(model, ids)
+    report = density_report(model)
+    depths = model.peft_config["default"].visible_depth
+    for layer, record in record_routes(model, ids).items():
+        seen = [visited_share(record, head, depth) for head, depth in enumerate(depths[layer])]
+        assert report[layer]["density"] == pytest.approx(sum(seen) / HEADS, abs=1e-9)
+        assert measure_density(model, ids)[layer].tolist() == pytest.approx(seen, abs=1e-9)
+    assert report[0]["ratio"] == pytest.approx(1.0, rel=1e-3)
 
 
 def test_report_of_heads_without_a_tree() -> None:

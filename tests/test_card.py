@@ -134,7 +134,7 @@ def test_text_of_a_calibrated_adapter(merged: bool, tmp_path: Path) -> None:
     facts = dict(table_of(text, "## The topology"))  # type: ignore[arg-type]
     assert facts["Tree"] == "2 children a vertex, depth 8: 256 leaves"
     assert facts["Always visible"] == "the last 128 tokens, and the first 4"
-    assert facts["Sparse heads"] == "8 in 2 layers"
+    assert facts["Sparse heads"] == "8 in 2 layers" and "Visits" not in facts
     head, *rows = table_of(text, "## The density dial")
     assert head == ["density at 8,192 tokens", "at 2,048 tokens", "expected loss, nats per token"]
     assert [row[0] for row in rows] == ["0.05", "0.1", "0.17 (its own)", "0.3", "0.5", "1"]
@@ -145,6 +145,13 @@ def test_text_of_a_calibrated_adapter(merged: bool, tmp_path: Path) -> None:
     assert head == ["stage", "data", "steps", "tokens read", "minutes", "device", "software"]
     assert rows[0] == ["", "books", "1,400", "11,468,800", "12.5", "NVIDIA H100", ""]
     assert rows[1] == ["kl", "", "200", "", "", "", "torch 2.13"]
+
+
+def test_several_visits_are_said(tmp_path: Path) -> None:
+    text = written(tmp_path, TopologyConfig(visits=4, visible_depth=3)).text
+    facts = dict(table_of(text, "## The topology"))  # type: ignore[arg-type]
+    assert facts["Visits"] == "each query visits the balls of its 4 likeliest addresses"
+    assert facts["Visible"] == "keys that share the first 3 digits of such an address"
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

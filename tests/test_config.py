@@ -43,6 +43,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {None: 3},
         {(0, 1): 3},
     ),
+    "visits": (0, -1, 9, None, *INTEGERS),
     "router_dim": (0, -1, 10**9, *INTEGERS),
     "tie_query_key": (0, 1, None, "yes"),
     "route_per": ("head", "", None, True, ["query_head"]),
@@ -93,6 +94,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "arity": (2, 3, 10),
     "depth": (5, 12),
     "visible_depth": (0, 5, 8, 9, {}, {3: 9}, {0: 0, 7: [1, 2, 3, 9]}),
+    "visits": (1, 8),
     "router_dim": (1, None),
     "tie_query_key": (True, False),
     "route_per": ("query_head", "kv_head"),
@@ -148,7 +150,7 @@ def test_defaults() -> None:
     assert config.peft_type == PeftType.TOPOLOGY
     assert (config.arity, config.depth, config.visible_depth) == (2, 8, 5)
     assert config.homotopy == 0, "a fresh adapter is the base model"
-    assert not config.tie_query_key
+    assert not config.tie_query_key and config.visits == 1
     assert config == TopologyConfig() != TopologyConfig(visible_depth=4)
 
 
@@ -221,7 +223,7 @@ def test_the_error_is_a_value_error_of_this_library() -> None:
 SAVED: list[dict[str, Any]] = [
     {},
     {"visible_depth": 3, "arity": 3, "depth": 4, "homotopy": 1, "layers_to_transform": [0, 2]},
-    {"visible_depth": {}},
+    {"visible_depth": {}, "visits": 4},
     {"visible_depth": {0: 3, 11: [1, 2, 3, 4], 2: 0}, "route_per": "kv_head", "router_dim": None},
     {"homotopy": 0.375, "temperature": 0.1, "target_modules": {"self_attn"}, "gradient_bridge": "masked"},
 ]
@@ -239,6 +241,15 @@ def test_survives_a_file(settings: dict[str, Any], tmp_path: Path) -> None:
         assert getattr(loaded, name) == value
     if isinstance(loaded.visible_depth, dict):
         assert all(type(layer) is int for layer in loaded.visible_depth)
+
+
+def test_a_file_from_before_visits_has_one(tmp_path: Path) -> None:
+    TopologyConfig(visits=3).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    fields_of_file = json.loads(file.read_text())
+    assert fields_of_file.pop("visits") == 3
+    file.write_text(json.dumps(fields_of_file))
+    assert PeftConfig.from_pretrained(str(tmp_path)) == TopologyConfig()
 
 
 def test_a_bad_file_is_refused(tmp_path: Path) -> None:

@@ -662,6 +662,23 @@ class TestTraining:
         assert changed == set(router_parameters(model))
         assert model.peft_config["default"].homotopy == 1.0
 
+    def test_several_visits(self, tmp_path: Path) -> None:
+        """What falls is the KL of the masks with all visits, of texts not seen; and drawn densities train too."""
+        model = adapter(visible_depth=3, visits=3)
+        held_out = tokens(8, LENGTH, seed=77)
+        before = brute_force(model, held_out).mean()
+        model.peft_config["default"].visits = 1
+        assert abs(brute_force(model, held_out).mean() - before) > 0.05 * before
+        model.peft_config["default"].visits = 3
+        settings = {"per_device_train_batch_size": 4, "learning_rate": 0.02, "train_dataset": rows(80, seed=1)}
+        trainer_of(tmp_path, model, max_steps=20, **settings).train()
+        after = brute_force(model, held_out).mean()
+        assert after < 0.9 * before
+        drawn = {"densities": (0.4, 0.8), "calibration_rows": tokens(2, LENGTH, seed=9)}
+        trainer = trainer_of(tmp_path, model, max_steps=1, **settings, **drawn)
+        trainer.train()
+        assert 0 < logged(trainer, "kl")[0] < math.inf and brute_force(model, held_out).mean() != after
+
     def test_logs_kl_and_language_model_loss(self, tmp_path: Path) -> None:
         settings = {"kl_weight": 2.0, "lm_weight": 0.5, "logging_steps": 2, "max_steps": 4}
         trainer = trainer_of(tmp_path, gradient_accumulation_steps=2, **settings)

@@ -70,6 +70,11 @@ CASES = {
     for per in ("query_head", "kv_head")
     for arity in (2, 3)
 }
+#: With more visits; 8 of 9 leaves at depth 2, where the map is deeper than most.
+VISITING = {
+    "visits-3": {**CASES["untied-query_head-p2"], "visits": 3},
+    "visits-8": {**CASES["tied-kv_head-p3"], "visits": 8, "visible_depth": {0: 3, 1: [4, 4, 3, 3], 2: [5, 5, 4, 4]}},
+}
 FORMS = ["adapter", "merged", "unloaded"]
 SOFT_AND_HARD = ["adapter", "unloaded"]  # "merged" runs the same code as "unloaded" once it runs
 
@@ -97,9 +102,9 @@ _scenes: dict[str, Scene] = {}
 def scene(case: str) -> Scene:
     """Made once per case; tests get copies or leave it as it was."""
     if case not in _scenes:
-        settings = CASES.get(case, {})
+        settings: dict[str, Any] = {**CASES, **VISITING}.get(case, {})
         base = tiny(case if case in FAMILIES else "llama", torch.float64)
-        stranger = Stranger(base, WINDOW, SINKS)
+        stranger = Stranger(base, WINDOW, SINKS, settings.get("arity", 2))
         model = routed(copy.deepcopy(base), **settings)
         records = record_routes(model, IDS)
         _scenes[case] = Scene(base, model, stranger, records, stranger.logits(IDS, records))
@@ -389,6 +394,60 @@ def test_density_is_that_of_the_strangers_mask(case: Scene) -> None:
                 wanted = visible.sum((0, 2, 3)).double() / causal
                 torch.testing.assert_close(ours[index], wanted, rtol=1e-12, atol=0)
         assert any(float(d.min()) < 0.9 for d in ours.values())
+
+
+# ---------------------------------------------------------------- several visits
+
+
+@pytest.fixture(params=VISITING)
+def visiting(request: pytest.FixtureRequest) -> Scene:
+    return scene(request.param)
+
+
+def test_visits_are_the_likeliest_leaves(visiting: Scene) -> None:
+    """Of the recorded digits the first, and all of them as many as were asked for."""
+    config = visiting.model.peft_config["default"]
+    for index, record in visiting.records.items():
+        assert record.visits.shape == (2, HEADS, config.visits, LENGTH) and record.visits.dtype == torch.int64
+        places = config.arity ** torch.arange(config.depth)
+        assert torch.equal(record.visits[:, :, 0], (record.query_digits * places).sum(-1))
+        assert all(len(set(leaves)) == config.visits for leaves in record.visits.transpose(2, 3).flatten(0, 2).tolist())
+        merged = record_routes(visiting.form("unloaded"), IDS)[index]
+        assert torch.equal(merged.visits, record.visits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_visits_are_the_strangers(visiting: Scene, form: str) -> None:
+    """Whole, token by token, in chunks, in a static cache, padded, packed; and with gradients asked for."""
+    model = visiting.form(form)
+    same(logits_of(model, IDS), visiting.logits)
+    alone = {index: replace(record, visits=record.visits[:, :, :1]) for index, record in visiting.records.items()}
+    differ(visiting.stranger.logits(IDS, alone), visiting.logits)  # control: the other visits show something
+    with torch.enable_grad():
+        same(model(input_ids=IDS).logits.detach(), visiting.logits)
+    for chunks in ([12, *[1] * (LENGTH - 12)], [4, 17]):
+        same(feed(model, IDS, DynamicCache(), chunks), visiting.logits)
+        static = StaticCache(config=visiting.base.config, max_cache_len=LENGTH + 2)
+        same(feed(model, IDS, static, chunks), visiting.logits)
+    ids, mask = padded()
+    theirs = visiting.stranger.logits(ids, record_routes(visiting.model, ids, mask), padding=mask)[mask.bool()]
+    same(logits_of(model, ids, attention_mask=mask)[mask.bool()], theirs)
+    same(feed(model, ids, DynamicCache(), [14, *[1] * (LENGTH - 14)], mask)[mask.bool()], theirs)
+    position_ids = torch.cat([torch.arange(n) for n in SIZES])[None].expand(2, -1)
+    pieces = [visiting.stranger.logits(part, record_routes(visiting.model, part)) for part in IDS.split(SIZES, dim=1)]
+    same(logits_of(model, IDS, position_ids=position_ids), torch.cat(pieces, 1))
+
+
+def test_visits_are_saved_with_adapters_and_merged_models(visiting: Scene, tmp_path: Path) -> None:
+    visiting.model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(visiting.base), tmp_path / "adapter").eval()
+    same(logits_of(reloaded, IDS), visiting.logits)
+    save_merged(visiting.form("unloaded"), tmp_path / "merged")
+    same(logits_of(load_merged(tmp_path / "merged"), IDS), visiting.logits)
+
+
+def test_density_of_several_visits_is_that_of_the_strangers_mask(visiting: Scene) -> None:
+    test_density_is_that_of_the_strangers_mask(visiting)
 
 
 # ---------------------------------------------------------------- decode

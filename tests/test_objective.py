@@ -117,7 +117,7 @@ def kept_and_means(
     problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key = (role.probs.float()[..., :depth, :] for role in problem.routes)
-    return kept_mass(
+    kept, query_means, key_mean = kept_mass(
         problem.q,
         problem.k,
         query[:, :, rows],
@@ -126,6 +126,8 @@ def kept_and_means(
         rows,
         problem.scoring(softcap),
     )
+    assert [mean.shape[-1] for mean in query_means] == [problem.arity**d for d in range(1, depth + 1)]
+    return kept, query_means[-1], key_mean
 
 
 def kept(problem: Problem, rows: Tensor, depth: int = 4, softcap: float | None = None) -> Tensor:
@@ -244,6 +246,39 @@ def test_distillation_price(layout: str) -> None:
             terms.append(3**depth * (query[:, head][real].mean(0) * key[:, head][real].mean(0)).sum())
     price = distil(problem, density_weight=1.0) - distil(problem)
     assert largest_error(price, torch.stack(terms).mean()) < 1e-5
+
+
+@pytest.mark.parametrize("visits", [2, 8])
+@pytest.mark.parametrize("layout", ["middle_padding", "packed"])
+def test_distillation_with_several_visits(layout: str, visits: int) -> None:
+    """Loss and gradient against section 5 in float64: kept mass, and a price in shares `m / p**d`."""
+    problem = make_problem(layout, arity=3, depth=2, depths=(1, 2, 1, 2), visits=visits)
+
+    def routed(logits: list[Tensor]) -> Problem:
+        roles = zip(problem.routes, logits, strict=True)
+        return replace(problem, routes=Routes(*(role._replace(probs=x.softmax(-1)) for role, x in roles)))
+
+    logits = [role.probs.log().requires_grad_() for role in problem.routes]
+    again = routed(logits)
+    probs = [role.probs for role in again.routes]
+    real, terms = problem.key.real, []
+    for depth in (1, 2):
+        query, key = (leaf_distribution(p, depth) for p in probs)
+        query = 1 - (1 - query) ** visits
+        for head in range(4):
+            density = (query[:, head][real].mean(0) * key[:, head][real].mean(0)).sum()
+            terms.append(3**depth / visits * density)
+    minus_log = torch.stack([-kept_by_definition(again, depth).log() for depth in (1, 2)]).mean()
+    exact = minus_log + 0.3 * torch.stack(terms).mean()
+    right = torch.autograd.grad(exact, logits)
+
+    narrow = [x.detach().float().requires_grad_() for x in logits]
+    loss = distil(routed(narrow), density_weight=0.3)
+    assert largest_error(loss, exact) < 1e-5
+    for found, expected in zip(torch.autograd.grad(loss, narrow), right, strict=True):
+        assert largest_error(found, expected) < 1e-5 * float(expected.abs().max())
+    with torch.no_grad():
+        assert abs(distil(replace(routed(narrow), more_visits=None), density_weight=0.3) - exact) > 1e-2
 
 
 def test_the_price_prefers_spread_tokens_to_one_ball() -> None:

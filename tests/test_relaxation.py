@@ -1,6 +1,7 @@
 """Leaf distributions, the bridge from soft to hard, and the paper's three fp16 traps."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from topo_adapter.ops.relaxation import (
     levels_at_depths,
     scaled_scores,
     shared_prefix_probability,
+    visit_probability,
 )
 from topo_adapter.ops.router import RoleDigits, Routes, relax
 
@@ -107,6 +109,34 @@ def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
     assert torch.equal(shared, shared.round())
 
 
+@pytest.mark.parametrize("visits", [2, 8])
+@pytest.mark.parametrize("depths", [(0, 2, 1, 4), (5, 2, 0, 5)])
+def test_shared_prefix_probability_of_several_visits(depths: tuple[int, ...], visits: int) -> None:
+    problem = make_problem(arity=3, depths=depths, visits=visits)
+    probs = [role.probs for role in problem.routes]
+    shared = shared_prefix_probability(*probs, depths, visits)
+    assert largest_error(shared, tree_probability(problem)) <= TIGHT
+    assert torch.equal(shared_prefix_probability(*probs, depths, 1), shared_prefix_probability(*probs, depths))
+    more = shared - shared_prefix_probability(*probs, depths, visits - 1)
+    for head, depth in enumerate(depths):
+        assert (more[:, head].min() > 0) == (0 < depth <= 4), "each visit shows more, where there is a tree"
+
+
+@pytest.mark.parametrize("visits", [1, 2, 3, 8])
+def test_visit_probability_is_accurate_everywhere(visits: int) -> None:
+    """Against exact fractions: at 1e-30, where `1 - P` is 1, as at `1 - 6e-8`; and at 1 and a rounding beyond."""
+    probs = torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 0.3, 0.5, 0.97, 1 - 2**-24, 1.0, 1 + 2**-23], requires_grad=True)
+    found = visit_probability(probs, visits)
+    (grad,) = torch.autograd.grad(found.sum(), probs)
+    assert (found is probs) == (visits == 1)
+    for p, v, slope in zip(probs.tolist(), found.tolist(), grad.tolist(), strict=True):
+        exact = Fraction(min(p, 1.0)) if visits > 1 else Fraction(p)
+        assert v == pytest.approx(float(1 - (1 - exact) ** visits), rel=1e-6, abs=0)
+        assert slope == pytest.approx(float(visits * (1 - exact) ** (visits - 1)), rel=1e-6, abs=1e-30)
+    inside = (0.98 * torch.rand(20, dtype=torch.float64) + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: visit_probability(x, visits), inside)
+
+
 def test_below_the_leaves_a_query_is_in_no_ball_and_costs_one_level() -> None:
     probs = make_problem().routes.query.probs
     found, depths = above_the_leaves(probs, (5, 2, 0, 5))
@@ -179,8 +209,23 @@ def expected_gradients(problem: Problem, homotopy: float, bridge: str, upstream:
 @pytest.mark.parametrize("layout", ["plain", "middle_padding", "packed"])
 @pytest.mark.parametrize("depths", [(0, 2, 1, 4), (5, 2, 1, 0)])
 def test_gradients_of_the_bridge(depths: tuple[int, ...], layout: str, homotopy: float, bridge: str) -> None:
-    problem = make_problem(layout, depths=depths)
-    upstream = torch.randn(problem.q.shape, dtype=torch.float64)
+    check_gradients(make_problem(layout, depths=depths), homotopy, bridge)
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_gradients_of_the_bridge_with_several_visits(layout: str, bridge: str) -> None:
+    problem = make_problem(layout, length=16, depths=(5, 2, 1, 4), visits=3)
+    router = check_gradients(problem, 1.0, bridge)
+    fewer = replace(problem, more_visits=problem.more_visits[:, :, :1])  # type: ignore[index]
+    alike = replace(fewer, more_visits=fewer.more_visits.expand(-1, -1, 2, -1))  # type: ignore[union-attr]
+    for wrong in (fewer, alike):  # another number of draws, and other hard visits
+        assert max(map(largest_error, router, check_gradients(wrong, 1.0, bridge))) > 1e-3
+
+
+def check_gradients(problem: Problem, homotopy: float, bridge: str) -> list[Tensor]:
+    """Those of the bridge against `expected_gradients`; returns the router's."""
+    upstream = torch.randn(problem.q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     differentiable, inputs = leaves_of(problem)
     got = torch.autograd.grad((bridged(differentiable, homotopy, bridge, block=10) * upstream).sum(), inputs)
     exact = expected_gradients(problem, homotopy, bridge, upstream)
@@ -193,6 +238,7 @@ def test_gradients_of_the_bridge(depths: tuple[int, ...], layout: str, homotopy:
             differ = max(largest_error(mine, theirs) for mine, theirs in router) > 1e-3
             # with the base model's weights in force the two differ in nothing
             assert differ or (homotopy == 0 and "masked" not in (bridge, other))
+    return list(got[3:])
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
@@ -202,7 +248,15 @@ def test_gradients_of_the_bridge(depths: tuple[int, ...], layout: str, homotopy:
 def test_far_pairs_are_counted_hard_and_differentiated_soft(
     depths: tuple[int, ...], layout: str, homotopy: float, bridge: str
 ) -> None:
-    problem = make_problem(layout, depths=depths)
+    check_far_pairs(make_problem(layout, depths=depths), homotopy, bridge)
+
+
+@pytest.mark.parametrize("layout", ["middle_padding", "packed"])
+def test_far_pairs_of_several_visits(layout: str) -> None:
+    check_far_pairs(make_problem(layout, length=16, depths=(5, 2, 1, 0), visits=3), 1.0, "full")
+
+
+def check_far_pairs(problem: Problem, homotopy: float, bridge: str) -> None:
     differentiable, inputs = leaves_of(problem)
     upstream = torch.randn(len(problem.depths), dtype=torch.float64)
     _, counted = bridged_and_far_pairs(differentiable, homotopy, bridge, block=10)

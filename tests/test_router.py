@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from helpers import largest_error
 from torch import Tensor
 
-from topo_adapter.core.tree import digits_to_address
+from topo_adapter.core.tree import address_to_digits, digits_to_address
 from topo_adapter.errors import TopologyConfigError
-from topo_adapter.ops.router import TopologyRouter, relax
+from topo_adapter.ops.router import TopologyRouter, relax, top_leaves
 
 HIDDEN, HEADS, DEPTH = 12, 3, 4
 
@@ -120,6 +120,85 @@ def test_temperature_sharpens_probabilities_and_leaves_digits(temperature: float
     assert largest_error(role.probs, torch.softmax(logits.double() / temperature, -1)) < 1e-6
     assert torch.equal(role.digits, logits.argmax(-1))
     assert len(role.digits.unique()) == 3
+
+
+# ---------------------------------------------------------------- visits
+
+
+def all_leaves(logits: Tensor) -> Tensor:
+    """Brute force: the leaves of logits `[..., L, p]`, likeliest first, equally likely ones by their number."""
+    levels, arity = logits.shape[-2:]
+    digits = address_to_digits(torch.arange(arity**levels), arity, levels)
+    total = sum(logits.double().log_softmax(-1)[..., level, digits[:, level]] for level in range(levels))
+    assert isinstance(total, Tensor)
+    return total.sort(dim=-1, descending=True, stable=True).indices
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("arity", "levels"), [(2, 8), (2, 2), (3, 4), (3, 1), (5, 3), (7, 2)])
+def test_top_leaves_are_those_of_all_leaves(arity: int, levels: int, count: int) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(2, 30, levels, arity)
+    found, exact = top_leaves(logits, count), all_leaves(logits)
+    leaves = min(count, arity**levels)
+    assert found.shape == (2, 30, count) and found.dtype == torch.int64
+    assert torch.equal(found[..., :leaves], exact[..., :leaves])
+    assert (found[..., leaves:] == -1).all()
+    assert not torch.equal(found[..., :leaves], exact.sort(-1).values[..., :leaves]), "numbers alone would not do"
+
+
+@pytest.mark.parametrize("arity", [2, 3, 5])
+def test_equally_likely_leaves_come_by_their_number(arity: int) -> None:
+    """Logits of a few whole numbers: sums are exact, and many are equal."""
+    torch.manual_seed(0)
+    logits = torch.randint(3, (200, 3, arity)).float()
+    levels = address_to_digits(torch.arange(arity**3), arity, 3)
+    total = sum(logits[:, level, levels[:, level]] for level in range(3))
+    assert isinstance(total, Tensor)
+    exact = total.sort(dim=-1, descending=True, stable=True).indices[:, :8]
+    assert torch.equal(top_leaves(logits, 8), exact)
+    assert torch.equal(top_leaves(torch.zeros(1, 3, arity), 8), torch.arange(8)[None])
+
+
+def test_more_visits_begin_with_the_fewer_whatever_is_rounded() -> None:
+    """Large gaps at the root drown small ones: whole families of leaves have one sum in float32."""
+    torch.manual_seed(0)
+    logits = torch.randn(500, 8, 2) * torch.tensor([1e-7, 1e-7, 1e-7, 1, 1, 1, 1e7, 1e7])[:, None]
+    most = top_leaves(logits, 8)
+    assert torch.equal(most[:, 0], digits_to_address(logits.argmax(-1), 2))
+    assert all(len(set(row)) == 8 for row in most.tolist())
+    for count in range(1, 8):
+        assert torch.equal(top_leaves(logits, count), most[:, :count])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arity", [2, 3])
+def test_visits_of_a_router(arity: int, tied: bool) -> None:
+    """In training and without gradients the same, and the first is the address that one visit has."""
+    router, x = make_router(arity, tie_query_key=tied), hidden_states()
+    one, key = router.addresses(x)
+    expected = all_leaves(router(x)[0])[..., :4].transpose(2, 3)
+    found, same_key = router.visits(x, 4)
+    assert found.dtype == same_key.dtype == torch.int32 and found.shape == (2, HEADS, 4, 10)
+    assert torch.equal(found.long(), expected)
+    assert torch.equal(found[:, :, 0], one) and torch.equal(key, same_key)
+    routes, in_training = router.route_visiting(x, 4)
+    assert torch.equal(in_training, found.long())
+    assert torch.equal(routes.query.address(arity), one.long()) and torch.equal(routes.key.address(arity), key.long())
+    for visits in (router.visits(x, 1)[0], router.route_visiting(x, 1)[1]):
+        assert torch.equal(visits.long(), one[:, :, None].long())
+
+
+def test_sampled_visits_are_of_the_drawn_logits() -> None:
+    router, x = make_router(), hidden_states()
+    torch.manual_seed(3)
+    plain = router.route(x, 0.7, sample=True)
+    torch.manual_seed(3)
+    routes, visits = router.route_visiting(x, 3, 0.7, sample=True)
+    assert torch.equal(routes.query.probs, plain.query.probs) and torch.equal(routes.key.probs, plain.key.probs)
+    assert torch.equal(visits[:, :, 0], routes.query.address(2))
+    drawn = all_leaves(routes.query.probs.log())[..., :3].transpose(2, 3)  # a temperature moves no order
+    assert torch.equal(visits, drawn) and not torch.equal(visits, router.route_visiting(x, 3)[1])
 
 
 def test_router_gets_a_gradient_through_the_probabilities() -> None:

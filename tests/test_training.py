@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -435,6 +436,42 @@ class TestDensityCallback:
         with model.disable_adapter():
             assert torch.equal(model(**{k: v[None] for k, v in rows(1)[0].items()}).logits, dense)
 
+    @pytest.mark.parametrize("use_reentrant", [None, True])
+    def test_trains_several_visits(self, tmp_path: Path, use_reentrant: bool | None) -> None:
+        """Both halves of it; the dial is of masks with all visits, and the adapter that is saved has as many."""
+        model = tiny_peft(visits=3)
+        settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+        if use_reentrant is not None:
+            settings |= {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+            }
+        states: list[dict[str, torch.Tensor]] = []
+
+        class Watched(LMTrainer):
+            def training_step(self, *args: Any, **kwargs: Any) -> Any:
+                states.append(router_state(model))
+                return super().training_step(*args, **kwargs)
+
+        trainer = Watched(
+            model,
+            arguments(tmp_path, **settings),
+            train_dataset=rows(8),
+            callbacks=[DensityCallback(**self.CALLBACK)],
+        )
+        trainer.train()
+        states.append(router_state(model))
+        for before, after in itertools.pairwise(states):
+            assert all(torch.isfinite(weight).all() for weight in after.values())
+            assert any(not torch.equal(before[name], weight) for name, weight in after.items())
+        assert json.loads((tmp_path / "checkpoint-4" / "adapter_config.json").read_text())["visits"] == 3
+        table = model.peft_config["default"].calibration
+        assert table is not None
+        model.peft_config["default"].visits = 1
+        alone = calibrate(model, trainer.train_dataset[0]["input_ids"][None], around=())
+        deepest = [[head[3] for heads in t["density"].values() for head in heads] for t in (table, alone)]
+        assert sum(deepest[0]) > 1.1 * sum(deepest[1])
+
     def test_the_first_steps_reach_the_routers_by_their_own_loss(self, tmp_path: Path) -> None:
         model = tiny_peft()
         args = arguments(tmp_path, max_steps=4)
@@ -574,6 +611,17 @@ class TestDistillation:
             if "topo_routers" not in name:
                 assert parameter.grad is None and torch.equal(parameter, before[name])
         model.merge_adapter()  # only a finished adapter can be merged
+
+    def test_learns_to_place_several_visits(self, tmp_path: Path) -> None:
+        model = tiny_peft(visits=4, depth=4, visible_depth=4)
+        args = arguments(tmp_path, max_steps=40, learning_rate=1e-2)
+        trainer = DistillationTrainer(model=model, args=args, train_dataset=rows(40), num_queries=32)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert sum(losses[-5:]) < sum(losses[:5])
+        model.merge_adapter()
+        record = record_routes(model, rows(1)[0]["input_ids"][None])[0]
+        assert record.visits.shape == (1, 4, 4, LENGTH) and (record.visits >= 0).all()
 
     def test_trains_on_from_8_bits(self, tmp_path: Path) -> None:
         model = tiny_peft()

@@ -9,8 +9,10 @@ from helpers import LAYOUTS, Problem, make_problem
 from torch import Tensor
 
 from topo_adapter.core.layout import SequenceLayout
-from topo_adapter.core.visibility import always_visible, visible_pairs
-from topo_adapter.ops.router import Routes
+from topo_adapter.core.records import Keys
+from topo_adapter.core.rule import Rule
+from topo_adapter.core.visibility import Visibility, always_visible, visible_pairs
+from topo_adapter.ops.router import Routes, top_leaves
 
 
 def digits(address: int, arity: int, levels: int) -> list[int]:
@@ -102,6 +104,30 @@ def test_depth_zero_is_dense_and_deeper_is_sparser(layout: str) -> None:
     for depth in range(4):
         assert not (mask[:, depth + 1] & ~mask[:, depth]).any(), "a deeper ball holds no new key"
         assert mask[:, depth + 1].sum() < mask[:, depth].sum()
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize(("arity", "levels"), [(2, 4), (3, 2)])
+def test_more_visits_and_less_depth_hide_no_pair(arity: int, levels: int, layout: str) -> None:
+    """Of one router's outputs."""
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 1, 40, levels, arity), LAYOUTS[layout](2, 40)
+    keys = Keys(torch.randint(arity**levels, (2, 1, 40)), tokens)
+    masks: dict[tuple[int, int], Tensor] = {}
+    for count in range(1, 9):
+        visits = top_leaves(logits, count).transpose(2, 3)
+        for depth in range(levels + 2):
+            rule = Rule(arity, levels, (depth,), 1, 2, 1)
+            masks[count, depth] = Visibility(visits, tokens, keys, rule).mask()
+    for (count, depth), mask in masks.items():
+        for more in ((count + 1, depth), (count, depth - 1)):
+            assert more not in masks or not (mask & ~masks[more]).any(), (count, depth, more)
+    assert masks[8, levels].sum() > masks[2, levels].sum() > masks[1, levels].sum() > masks[8, levels + 1].sum()
+    # so do the likeliest balls of each depth, chosen there: the parents of the likeliest ones below
+    for depth in range(1, levels):
+        below, here = (top_leaves(logits[..., :d, :], 4) for d in (depth + 1, depth))
+        parents = below.masked_fill(below < 0, 0) % arity**depth
+        assert (parents[..., None] == here[..., None, :]).any(-1).all()
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

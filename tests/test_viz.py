@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft_helpers import HEADS, VOCAB, logits_of, routed, tiny, tokens
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.peft_helpers import HEADS, VOCAB, logits_of, routed, tiny, tokens
 from topo_adapter import (
     MissingPackageError,
     TopologyConfig,
@@ -116,6 +116,20 @@ def test_the_page_carries_the_reference_mask(model: PeftModel, tokenizer: Any, i
             assert of["density"] == pytest.approx(float(densities[layer][head]), abs=1e-4)
     data["layers"][2]["heads"][0]["key"][5] += 1  # a control: another ball is another mask
     assert not torch.equal(seen_by_data(data, 2, 0), expected[2][0])
+
+
+def test_the_page_shows_the_balls_of_all_visits(tokenizer: Any, ids: Tensor) -> None:
+    model = routed(tiny(), visible_depth=DEPTHS, visits=3)
+    data, expected = data_of(viz.balls_html(model, tokenizer, ids, layers=range(4))), masks(model, ids)
+    for layer, mask in expected.items():
+        for head in range(HEADS):
+            assert len(data["layers"][layer]["heads"][head]["query"]) == 3
+            assert torch.equal(seen_by_data(data, layer, head), mask[head]), (layer, head)
+    shown = [link for link in strongest_links(model, ids, 0.0) if link.kept]
+    assert shown and all(expected[link.layer][link.head, link.query, link.key] for link in shown)
+    for each in data["layers"][1]["heads"]:
+        each["query"] = each["query"][:1]  # a control: one visit is another mask
+    assert not torch.equal(seen_by_data(data, 1, 2), expected[1][2])
 
 
 def test_the_page_of_a_text_shows_a_typical_layer(model: PeftModel, tokenizer: Any) -> None:

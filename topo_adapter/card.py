@@ -234,11 +234,14 @@ def _facts(config: TopologyConfig) -> str:
         ["Routers", f"one per attention layer, {width}"],
         ["Always visible", f"the last {config.local_window:,} tokens, and the first {config.num_sink_tokens:,}"],
     ]
+    if config.visits > 1:
+        rows.append(["Visits", f"each query visits the balls of its {config.visits} likeliest addresses"])
     if config.calibration is not None:
         heads = config.calibration["density"]
         rows.append(["Sparse heads", f"{sum(map(len, heads.values())):,} in {len(heads):,} layers"])
     elif isinstance(config.visible_depth, int):
-        rows.append(["Visible", f"keys that share the first {config.visible_depth} digits of the query's address"])
+        whose = "the query's" if config.visits == 1 else "such an"
+        rows.append(["Visible", f"keys that share the first {config.visible_depth} digits of {whose} address"])
     return _table(["", ""], rows)
 
 

@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
 #: head, and ride through attention as values during training, so it is a head dimension: keep it small.
 MAX_LEAVES = 4096
+#: Largest number of visits of a query.
+MAX_VISITS = 8
 #: Bounds that no model comes near, so that a file cannot ask for more memory, time or bits than there are.
 _MAX_DEPTH, _MAX_WIDTH, _MAX_LAYERS, _MAX_NAMES, _MAX_INT = (
     MAX_LEAVES.bit_length() - 1,
@@ -76,6 +78,13 @@ class TopologyConfig(PeftConfig):
             "None is 5, or depth if that is less. One integer, or a dict from layer index to one integer or to a list "
             "with one per query head (with route_per='kv_head' also one per KV head). Layers that a dict leaves out "
             "stay dense."
+        },
+    )
+    visits: int = field(
+        default=1,
+        metadata={
+            "help": f"m: leaves whose balls a query visits, 1..{MAX_VISITS}, the likeliest of its router. Routers have "
+            "to be trained for it. More than 1 runs in torch alone, without kernels."
         },
     )
     router_dim: int | None = field(
@@ -240,6 +249,7 @@ class TopologyConfig(PeftConfig):
                 f"arity ** depth must be at most {MAX_LEAVES} (leaf distributions have that many entries per token "
                 f"and head), got {self.arity} ** {self.depth}; lower depth or arity."
             )
+        self._check_int("visits", self.visits, 1, MAX_VISITS)
         if self.router_dim is not None:
             self._check_int("router_dim", self.router_dim, 1, _MAX_WIDTH)
         self._check_int("local_window", self.local_window, 1)

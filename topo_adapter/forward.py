@@ -147,15 +147,17 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     if not (differentiable or training or purpose.needs_addresses or choosing):
         routed = False  # every head is dense or has no tree: nobody asks for addresses
         batch, length = hidden_states.shape[:2]
-        nowhere = torch.zeros(1, 1, 1, dtype=torch.int32, device=hidden_states.device)
-        query_address = key_address = nowhere.expand(batch, router.num_heads, length)
+        nowhere = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=hidden_states.device)
+        visits = nowhere.expand(batch, router.num_heads, 1, length)
+        key_address = visits[:, :, 0]
     elif differentiable or training:
         with torch.set_grad_enabled(differentiable):
             states = hidden_states.detach() if purpose.needs_probabilities else hidden_states
-            chosen = router.route(states, config.temperature, training and config.gumbel_noise)
-        query_address, key_address = chosen.query.address(config.arity), chosen.key.address(config.arity)
+            sample = training and config.gumbel_noise
+            chosen, visits = router.route_visiting(states, config.visits, config.temperature, sample)
+        key_address = chosen.key.address(config.arity)
     else:
-        query_address, key_address = router.addresses(hidden_states, merged)
+        visits, key_address = router.visits(hidden_states, config.visits, merged)
 
     if training and cache is not None and cache.get_seq_length(layer) > 0:
         raise UnsupportedModelError(
@@ -171,7 +173,7 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     # cached keys have addresses only: no bridge to them
     routes = chosen if differentiable and (records is None or records.empty) else None
     keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-    visibility = Visibility(query_address[:, :, None], query, keys, rule)
+    visibility = Visibility(visits, query, keys, rule)
     return TopologyCall(host, purpose, config, visibility, routes, merged, training, mask)
 
 

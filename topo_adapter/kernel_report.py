@@ -48,6 +48,7 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
                 widths=_widths(module, host),
                 leaves=leaves.get(operation, 1),
                 router_dim=in_force.router.down.out_features,
+                visits=config.visits,
                 homotopy=config.homotopy,
             )
             if reasons:

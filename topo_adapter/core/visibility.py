@@ -71,8 +71,8 @@ class Visibility:
     """Who sees whom in one attention: the queries' visits, the keys' addresses, their layouts and the rule.
 
     Attributes:
-        visits: integer `[B, R, m, T]`, the leaves whose balls a query sees, -1 for none. `R` routes are the query
-            heads' or, each shared by as many query heads, the KV heads'.
+        visits: integer `[B, R, m, T]`, the leaves whose balls a query sees, -1 for none, but for the first. `R` routes
+            are the query heads' or, each shared by as many query heads, the KV heads'.
         query: layout of the `T` queries. keys: addresses `[B, R, S]` and layout of the `S` keys.
         rule: tree, depths, window and sinks; for `R` routes.
     """

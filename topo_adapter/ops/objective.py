@@ -11,7 +11,7 @@ from ..core.scoring import Scoring
 from ..core.visibility import Visibility
 from .backend import kernels_serve
 from .plan import local_plan
-from .relaxation import leaf_distribution, leaf_distributions, scaled_scores
+from .relaxation import leaf_distribution, leaf_distributions, scaled_scores, visit_probability
 from .router import RoleDigits, Routes
 
 
@@ -95,32 +95,38 @@ def kept_mass(
     visibility: Visibility,
     rows: Tensor,
     scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """Share of each sampled query's dense attention that the soft mask keeps at every depth, and mean distributions.
 
-    `kept_i(d) = local_i + <P_q^d(i), sum_{j far} A_ij P_k^d(j)>` with `A` the dense attention, `local` its
-    mass on window and sinks and `far` the other causal keys. The leaf distributions ride through attention
+    `kept_i(d) = local_i + <v_q^d(i), sum_{j far} A_ij P_k^d(j)>` with `A` the dense attention, `local` its
+    mass on window and sinks, `far` the other causal keys, and `v_q` the probability that a query visits a ball
+    (`visit_probability`), `P_q` itself with one visit. The leaf distributions ride through attention
     as values, so all depths come from one product; `-log kept` is KL(masked || dense) for a 0/1 mask.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
         query_probs: `[B, H, M, L, p]`, level probabilities of the sampled queries; key_probs: `[B, H, N, L, p]`.
-        visibility: of the `N` tokens; its layouts and rule, not its addresses.
+        visibility: of the `N` tokens; its layouts, rule and number of visits, not its addresses.
         rows: int64 `[M]`, ascending: the sampled queries' indices.
 
     Returns:
         kept: float32 `[L, B, H, M]` in `(0, 1]`, for the depths `1..L`; 1 in padding.
-        query_mean, key_mean: `[H, p**L]`, leaf distributions averaged over real sampled queries and real keys.
+        query_means: `[H, p**d]` for the depths `1..L`, `v_q` averaged over real sampled queries.
+        key_mean: `[H, p**L]`, leaf distributions averaged over real keys.
         Memory is `O(N)` on a GPU and `O(M * N)` elsewhere, with `M` fixed by the caller.
     """
     sampled = q if rows.numel() == q.shape[2] else q[:, :, rows]
     layout, real = visibility.query, visibility.query.real[:, rows]
     query_weight, key_weight = (some.float() / some.sum().clamp(min=1) for some in (real, layout.real))
     depth, arity = key_probs.shape[-2:]
-    sizes = {"widths": (q.shape[-1], k.shape[-1]), "leaves": arity**depth}
+    sizes = {
+        "widths": (q.shape[-1], k.shape[-1]),
+        "leaves": arity**depth,
+        "visits": visibility.visits.shape[2],
+    }
     served = kernels_serve("distil", q, k, query_probs, key_probs, **sizes)
     far_mass = _triton_far_mass if served else _torch_far_mass
-    kept, query_mean, key_mean = far_mass(
+    kept, query_means, key_mean = far_mass(
         sampled,
         k,
         query_probs,
@@ -132,7 +138,7 @@ def kept_mass(
         scoring,
     )
     # rows of padding have no attention; they count as kept, that is as no loss
-    return torch.where(real[:, None], kept, 1.0).clamp(1e-6, 1.0), query_mean, key_mean
+    return torch.where(real[:, None], kept, 1.0).clamp(1e-6, 1.0), query_means, key_mean
 
 
 def _triton_far_mass(
@@ -145,14 +151,14 @@ def _triton_far_mass(
     query_weight: Tensor,
     key_weight: Tensor,
     scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """As `_torch_far_mass`."""
     from topo_kernels import LocalTensors, far_mass
 
     rule = visibility.rule.window_and_sinks
     plan = local_plan(visibility.query, visibility.query, *rule)
     sampled = plan.document_start[:, rows], plan.start[:, rows], plan.end[:, rows]
-    return far_mass(
+    kept, query_mean, key_mean = far_mass(
         q,
         k,
         query_probs,
@@ -162,6 +168,12 @@ def _triton_far_mass(
         key_weight,
         scoring,
     )
+    return kept, _at_every_depth(query_mean, *key_probs.shape[-2:]), key_mean
+
+
+def _at_every_depth(leaves: Tensor, depth: int, arity: int) -> list[Tensor]:
+    """A distribution over leaves `[..., p**L]` as those over the balls of depths `1..L`."""
+    return [_coarsen_to(leaves, arity**d) for d in range(1, depth + 1)]
 
 
 def _torch_far_mass(
@@ -174,8 +186,9 @@ def _torch_far_mass(
     query_weight: Tensor,
     key_weight: Tensor,
     scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept mass `[L, B, H, M]` of real sampled queries and weighted sums `[H, p**L]` of leaf distributions.
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Kept mass `[L, B, H, M]` of real sampled queries, and weighted sums of `v_q` at every depth, `[H, p**d]`, and of
+    the keys' leaf distributions, `[H, p**L]`.
 
     Args:
         q: `[B, H, M, D]`, of the sampled queries. query_weight, key_weight: `[B, M]`, `[B, N]`, 0 in padding.
@@ -188,13 +201,17 @@ def _torch_far_mass(
         attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1).float()
         far = attention.masked_fill(always | ~causal, 0.0)
         local = attention.masked_fill(~always, 0.0).sum(-1)
-    depth = key_probs.shape[-2]
-    query_leaves = leaf_distributions(query_probs, depth)[1:]
+    depth, arity = key_probs.shape[-2:]
+    visits = visibility.visits.shape[2]
+    visited = [visit_probability(leaves, visits) for leaves in leaf_distributions(query_probs, depth)[1:]]
     key_leaves = leaf_distribution(key_probs, depth)
     values = far @ key_leaves
-    kept = [local + (leaves * _coarsen_to(values, leaves.shape[-1])).sum(-1) for leaves in query_leaves]
-    query_mean = torch.einsum("bhnl,bn->hl", query_leaves[-1], query_weight)
-    return torch.stack(kept), query_mean, torch.einsum("bhnl,bn->hl", key_leaves, key_weight)
+    kept = [local + (balls * _coarsen_to(values, balls.shape[-1])).sum(-1) for balls in visited]
+    if visits == 1:  # the distributions of all depths are sums over leaves
+        query_means = _at_every_depth(torch.einsum("bhnl,bn->hl", visited[-1], query_weight), depth, arity)
+    else:
+        query_means = [torch.einsum("bhnl,bn->hl", balls, query_weight) for balls in visited]
+    return torch.stack(kept), query_means, torch.einsum("bhnl,bn->hl", key_leaves, key_weight)
 
 
 def distillation_loss(
@@ -209,24 +226,23 @@ def distillation_loss(
 ) -> Tensor:
     """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
 
-    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * p**d * density(d)`, with the
-    leaf-level `density(d) = sum_b mean P_q(b) mean P_k(b)`. The price is linear in density and in units of the
-    balanced share `p**-d`: a head opens balls for as long as a unit of density keeps enough mass. A logarithmic
+    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * p**d / m * density(d)`, with the
+    leaf-level `density(d) = sum_b mean v_q(b) mean P_k(b)`, `m` visits. The price is linear in density and in units of
+    the balanced share `m / p**d`: a head opens balls for as long as a unit of density keeps enough mass. A logarithmic
     price makes heads all or nothing (docs/notebook/2026-11-23-price-linear-or-logarithmic.md).
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`. routes: `[B, R, N, L, p]` per role. visibility: of the `N` tokens; its
-            layouts and rule, not its addresses.
+            layouts, rule and number of visits, not its addresses.
 
     Returns:
         float32 scalar.
     """
     length = q.shape[2]
     routes = routes.per_head(q.shape[1])
-    depth, arity = routes.query.probs.shape[-2:]
     rows = torch.randperm(length, device=q.device)[: min(num_queries, length)].sort().values
-    kept, query_mean, key_mean = kept_mass(
+    kept, query_means, key_mean = kept_mass(
         q,
         k,
         routes.query.probs if num_queries >= length else routes.query.probs[:, :, rows],
@@ -236,9 +252,10 @@ def distillation_loss(
         scoring,
     )
     price = torch.zeros_like(kept[0, 0, 0, 0])
-    for balls in (arity**d for d in range(1, depth + 1)):
-        density = (_coarsen_to(query_mean, balls) * _coarsen_to(key_mean, balls)).sum(-1)
-        price = price + (density * balls).mean() / depth
+    for query_mean in query_means:
+        balls = query_mean.shape[-1]
+        density = (query_mean * _coarsen_to(key_mean, balls)).sum(-1)
+        price = price + (density * balls / visibility.visits.shape[2]).mean() / len(query_means)
     return -kept.log().mean() + density_weight * price
 
 

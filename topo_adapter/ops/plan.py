@@ -95,8 +95,7 @@ def make_plan(visibility: Visibility) -> Plan:
     query, key = visibility.query, visibility.keys.layout
     rule = visibility.rule
     local, sizes = local_plan(query, key, *rule.window_and_sinks), rule.ball_sizes
-    one = visibility.visits.shape[2] == 1  # which a router always makes
-    if max(sizes) == 1 and local.order is None and one:
+    if max(sizes) == 1 and local.order is None:
         return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
     if not kernels_serve("plan", visibility.visits, visits=visibility.visits.shape[2]):
         tree = _sorted_tree(*visibility.balls(), query, key, *rule.window_and_sinks)
@@ -128,7 +127,7 @@ def _joined(
 
 def _dense_plan(visits: Tensor, routes: int, local: LocalPlan, num_sink_tokens: int) -> Plan:
     """What sorting plain rows of one ball would give, without sorting."""
-    shape = visits.shape[0], routes, 1, visits.shape[3]
+    shape = visits.shape[0], routes, 1, visits.shape[3]  # further visits are to the same ball
     order = torch.arange(shape[3], dtype=torch.int32, device=visits.device)
     end = (local.start - num_sink_tokens).clamp(min=0)[:, None, None].expand(shape)
     key_order = torch.where(order + num_sink_tokens < order.numel(), order + num_sink_tokens, 0)
