@@ -401,6 +401,7 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
         "arity": 3,
         "depth": 5,
         "visible_depth": {2: [1, 2, 3, 4], 0: 5},
+        "visits": 3,
         "router_dim": None,
         "tie_query_key": True,
         "route_per": "kv_head",
