@@ -70,16 +70,10 @@ def write_adapter_card(config: TopologyConfig, folder: Path, repository: str = R
     lines += _turns(config, "model.merge_adapter(target_density=", "turns the dial, merged or not")
     part = _part(config, about, lines, _drawn(config, folder))
     if card is not None:
-        base = hub_id(config.base_model_name_or_path)
-        card.data["library_name"] = "peft"
-        named = card.data.get("base_model")
-        if base is not None:
-            card.data["base_model"] = base
-        elif isinstance(named, str) and hub_id(named) is None:
+        base, named = hub_id(config.base_model_name_or_path), card.data.get("base_model")
+        if base is None and isinstance(named, str) and hub_id(named) is None:
             card.data.pop("base_model")  # a path, which PEFT puts there
-        _set_tags(card, base)
-        if config.task_type == "CAUSAL_LM":
-            card.data["pipeline_tag"] = card.data.get("pipeline_tag", "text-generation")
+        _set_metadata(card, "peft", base, [f"{_ADAPTER_OF}{base}"] if base else [], config.task_type == "CAUSAL_LM")
     _save(folder, card, text, part, f"# Learned sparse attention for {_base_name(config)}", _PEFT)
 
 
@@ -104,13 +98,9 @@ def write_merged_card(
     part = _part(config, about, lines, _drawn(config, folder))
     if card is not None:
         base = hub_id(config.base_model_name_or_path)
-        card.data["library_name"] = "transformers"
+        _set_metadata(card, "transformers", base, [], causal)
         if base is not None:
-            card.data["base_model"] = base
             card.data["base_model_relation"] = card.data.get("base_model_relation", "finetune")
-        _set_tags(card, None)
-        if causal:
-            card.data["pipeline_tag"] = card.data.get("pipeline_tag", "text-generation")
     _save(folder, card, text, part, f"# Learned sparse attention in {_base_name(config)}")
 
 
@@ -179,12 +169,20 @@ def _template() -> frozenset[str]:
     return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
-def _set_tags(card: ModelCard, base: str | None) -> None:
-    """The card's own tags, and ours; PEFT's may name the path of a base that is no repository."""
+def _set_metadata(card: ModelCard, library: str, base: str | None, tags_of_base: list[str], causal: bool) -> None:
+    """What the hub asks of a card: library, base, task, and the card's own tags with ours.
+
+    Tags that PEFT set are set anew: they may name the path of a base that is no repository.
+    """
+    card.data["library_name"] = library
+    if base is not None:
+        card.data["base_model"] = base
     tags = card.data.get("tags") or []
     others = [str(tag) for tag in ([tags] if isinstance(tags, str) else tags)]
     others = [tag for tag in others if tag not in _TAGS and not tag.startswith(_ADAPTER_OF)]
-    card.data["tags"] = [*others, *([f"{_ADAPTER_OF}{base}"] if base else []), *_TAGS]
+    card.data["tags"] = [*others, *tags_of_base, *_TAGS]
+    if causal:
+        card.data["pipeline_tag"] = card.data.get("pipeline_tag", "text-generation")
 
 
 def _drawn(config: TopologyConfig, folder: Path) -> bool:
