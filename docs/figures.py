@@ -18,7 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from topo_adapter import TopologyConfig
-from topo_adapter.core.dial import choose_depths, expected_loss
+from topo_adapter.core.dial import choose, choose_depths, expected_loss
 from topo_adapter.core.layout import contiguous_layout
 from topo_adapter.core.records import Keys
 from topo_adapter.core.rule import Rule
@@ -111,7 +111,7 @@ def dial() -> Figure:
     table: Any = TopologyConfig.from_pretrained(ROOT / "examples" / "smollm2-135m-topology").calibration
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     densities = [0.06, 0.07, 0.08, 0.1, 0.13, 0.17, 0.3, 0.5, 1.0]
-    left.plot(densities, [expected_loss(table, choose_depths(table, d)) for d in densities], marker="o", color=_BLUE)
+    left.plot(densities, [expected_loss(table, choose(table, d)) for d in densities], marker="o", color=_BLUE)
     left.set(xlabel=f"density of {table['length']:,} tokens", ylabel="expected loss, nats per token", ylim=0)
     left.spines["right"].set_visible(False)
     depths = range(10)

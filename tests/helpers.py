@@ -94,7 +94,7 @@ class Problem:
     depths: tuple[int, ...]
     window: int
     sinks: int
-    more_visits: Tensor | None = None  # `[B, R, m - 1, T]`, beside the query's own address
+    more_visits: Tensor | None = None  # `[B, R, m - 1, T]`, beside the query's own address; one of each ball counts
 
     @property
     def scale(self) -> float:
@@ -107,8 +107,15 @@ class Problem:
         query, key = (role.address(self.arity) for role in self.routes)
         depths = [depth for depth in self.depths for _ in range(self.q.shape[1] // len(self.depths))]
         visits = query[:, :, None]
+        if self.more_visits is not None:
+            visits = torch.cat([visits, self.more_visits], 2)
+            for head, depth in enumerate(self.depths):
+                balls = torch.where(visits[:, head] < 0, -1, visits[:, head] % self.arity**depth)
+                for visit in range(1, visits.shape[2]):
+                    again = (balls[:, :visit] == balls[:, visit, None]).any(1)
+                    visits[:, head, visit] = torch.where(again, -1, visits[:, head, visit])
         return Visibility(
-            visits if self.more_visits is None else torch.cat([visits, self.more_visits], 2),
+            visits,
             self.query,
             Keys(key, self.key),
             Rule(
@@ -118,6 +125,7 @@ class Problem:
                 query.shape[1],
                 self.window,
                 self.sinks,
+                (visits.shape[2],) * len(depths),
             ),
         )
 
@@ -155,7 +163,8 @@ class Problem:
 def random_role(shape: tuple[int, ...], arity: int, dtype: torch.dtype, one_hot: bool) -> RoleDigits:
     probs = torch.softmax(2 * torch.randn(*shape, arity, dtype=dtype), -1)
     digits = probs.argmax(-1)
-    return RoleDigits(torch.nn.functional.one_hot(digits, arity).to(dtype) if one_hot else probs, digits)
+    hard = torch.nn.functional.one_hot(digits, arity).to(dtype)
+    return RoleDigits(hard if one_hot else probs, digits, probs.log())
 
 
 def make_problem(

@@ -173,10 +173,10 @@ def test_a_wrong_plan_is_noticed(what: str, way: str) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("depths", [(0, 2, 1, 4), (3, 5)], ids=str)
 def test_several_visits_are_exact(layout: str, depths: tuple[int, ...], way: str) -> None:
-    """Each key counts once, also where two visits lie in one ball, and a visit to nowhere sees nothing."""
+    """Each key counts once, and a visit to nowhere sees nothing."""
     problem = make_problem(layout, batch=3, length=40, depth=4, depths=depths, visits=3)
     balls = problem.balls()[0]
-    assert (balls[:, :, 0] == balls[:, :, 1]).any() and (balls < 0).any()
+    assert (balls < 0).any() and (balls[:, :, 1:] >= 0).any()
     exact = reference(problem)
     assert largest_error(hard(problem), exact) <= TIGHT
     if way == "sorted":  # softcaps are
@@ -411,7 +411,7 @@ def redrawn(problem: Problem, tokens: slice) -> Problem:
         mixed.append(mine.clone())
         mixed[-1][:, :, tokens] = new[:, :, tokens]
     q, k, v, *roles = mixed
-    return replace(problem, q=q, k=k, v=v, routes=Routes(RoleDigits(*roles[:2]), RoleDigits(*roles[2:])))
+    return replace(problem, q=q, k=k, v=v, routes=Routes(RoleDigits(*roles[:3]), RoleDigits(*roles[3:])))
 
 
 @paths

@@ -49,7 +49,7 @@ from topo_adapter import (
     save_merged,
     set_density,
 )
-from topo_adapter.core.dial import expected_loss
+from topo_adapter.core.dial import best_chain, choices_of, choose, covers, expected_loss
 from topo_adapter.core.passes import ORDINARY
 from topo_adapter.fingerprint import fingerprint, same_base
 from topo_adapter.layer import hosts
@@ -77,12 +77,13 @@ def visible_share(query: Tensor, key: Tensor, depth: int, window: int = WINDOW, 
 
 
 def visited_share(record: Any, head: int, depth: int) -> float:
-    """The same for all visits of one head's queries."""
+    """The same for all visits of one head's queries at a depth."""
     keys = (record.key_digits[:, head] * 2 ** torch.arange(DEPTH)).sum(-1)
     count, (batch, length) = 0, keys.shape
     for b in range(batch):
         for i in range(length):
-            balls = {leaf % 2**depth for leaf in record.visits[b, head, :, i].tolist()} if depth <= DEPTH else set()
+            visits = record.visits[b, head, :, i].tolist() if depth <= DEPTH else []
+            balls = {address % 2**depth for address in visits if address >= 0}
             for j in range(i + 1):
                 count += int(keys[b, j]) % 2**depth in balls or i - j < WINDOW or j < SINKS
     return count / (batch * length * (length + 1) / 2)
@@ -118,14 +119,18 @@ def test_density_of_the_table_is_section_2_counted_pair_by_pair() -> None:
 
 
 def test_density_of_the_table_counts_the_keys_of_all_visits() -> None:
+    """Of every depth with every number of visits."""
     model, ids = adapted(visits=3), tokens(2, LENGTH)
-    table = beside_dense(model, ids)
-    for layer, record in digits_at(model, 0.0, ids).items():
-        for head, values in enumerate(table["density"][layer]):
-            expected = [visited_share(record, head, depth) for depth in range(DEPTH + 2)]
-            assert values == pytest.approx(expected, rel=1e-3), (layer, head)
-            one = visible_share(record.query_digits[:, head], record.key_digits[:, head], DEPTH)
-            assert values[DEPTH] > 1.05 * one, "further visits cost"
+    table, config = beside_dense(model, ids), model.peft_config["default"]
+    assert table["choices"] == [[0, 1], [1, 1], *([d, m] for d in (2, 3, 4) for m in (3, 2, 1)), [DEPTH + 1, 1]]
+    for column, (depth, visits) in enumerate(table["choices"]):
+        config.setting = depth, {layer: [visits] * HEADS for layer in table["density"]}
+        for layer, record in digits_at(model, 0.0, ids).items():
+            assert record.visits.shape[2] == visits
+            for head in range(2):
+                value = table["density"][layer][head][column]
+                assert value == pytest.approx(visited_share(record, head, depth), rel=1e-3), (layer, head)
+                assert visits == 1 or value > 1.02 * table["density"][layer][head][column + 1], "visits cost"
 
 
 def test_table_is_well_formed_and_stored_in_the_config() -> None:
@@ -486,7 +491,7 @@ def test_heads_of_a_route_may_have_depths_of_their_own() -> None:
     tables = [beside_dense(model, tokens(2, LENGTH)) for model in (shared, own)]
     assert (tables[0]["density"], tables[0]["loss"]) == (tables[1]["density"], tables[1]["loss"])
     assert tables[1]["heads_per_route"] == 1
-    losses = [expected_loss(table, choose_depths(table, 0.6)) for table in tables]
+    losses = [expected_loss(table, choose(table, 0.6)) for table in tables]
     assert losses[1] < losses[0]  # more maps to choose from
     own.merge_adapter(target_density=0.6)
     depths = own.peft_config["default"].visible_depth
@@ -646,6 +651,79 @@ def test_maps_are_optimal_where_a_segment_ends(seed: int, heads: int, shared: in
             (end, gain) = beyond[0]
             chord = loss + (gain - loss) * (target - density) / (end - density)
             assert chord - 1e-9 <= best <= loss + 1e-12
+
+
+def visiting_table(layers: int, heads: int, depth: int, visits: int, seed: int) -> Calibration:
+    """Densities that a covering choice never lowers, losses at random."""
+    draw, choices = random.Random(seed), choices_of(2, depth, depth + 1, visits)
+    density: dict[int, list[list[float]]] = {}
+    loss: dict[int, list[list[float]]] = {}
+    for layer in range(layers):
+        density[layer], loss[layer] = [], []
+        for _ in range(heads):
+            row = [1.0 if d == 0 else min(0.9, m / 2**d) * draw.uniform(0.8, 1) + 0.01 for d, m in choices]
+            row = [max(row[b] for b in range(len(row)) if covers(a, choices[b])) for a in choices]
+            density[layer].append(row)
+            loss[layer].append([0.0, *(draw.uniform(0, 1) / math.sqrt(share) for share in row[1:])])
+    pairs = [list(pair) for pair in choices]
+    return Calibration(length=1000, heads_per_route=1, choices=pairs, density=density, loss=loss)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_maps_of_depths_and_visits_keep_the_budget_and_are_nested(seed: int) -> None:
+    table = visiting_table(2, 4, 5, 6, seed)
+    choices = table["choices"]
+    low, before, seen = sparsest(table) + 1e-6, None, set()
+    for step in range(41):
+        target = min(1.0, low + (1 - low) * step / 40)
+        depths, visits = choose(table, target)
+        assert visits is not None and depths == choose_depths(table, target)
+        chosen = [pair for layer in depths for pair in zip(depths[layer], visits[layer], strict=True)]
+        rows = [heads for layer in depths for heads in table["density"][layer]]
+        spent = sum(row[choices.index(list(pair))] for row, pair in zip(rows, chosen, strict=True))
+        assert spent / len(rows) <= target + 1e-8
+        assert before is None or all(map(covers, chosen, before))
+        before = chosen
+        seen.update(chosen)
+    assert before == [(0, 1)] * 8 and len({m for _, m in seen}) > 2 and len({d for d, _ in seen}) > 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_chain_of_a_head_is_the_best_of_all(seed: int) -> None:
+    """Against every chain from the sparsest to the densest, by the mean loss over log density."""
+    table = visiting_table(1, 1, 3, 4, seed)
+    pairs = [(d, m) for d, m in table["choices"]]
+    offered = list(zip(table["density"][0][0], table["loss"][0][0], range(len(pairs)), strict=True))
+
+    def area(chain: tuple[int, ...]) -> float:
+        points = [offered[column] for column in chain]
+        return sum(math.log(b[0] / a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+
+    inside = range(1, len(pairs) - 1)
+    chains = [
+        (len(pairs) - 1, *reversed(some), 0)
+        for count in range(len(inside) + 1)
+        for some in itertools.combinations(inside, count)
+        if all(covers(pairs[a], pairs[b]) for a, b in itertools.pairwise(some))
+    ]
+    assert len(chains) > 20
+    found = tuple(column for *_, column in best_chain(offered, table["choices"]))
+    assert found in chains and area(found) == pytest.approx(min(map(area, chains)))
+
+
+def test_depth_and_visits_of_a_calibrated_adapter_come_back(tmp_path: Path) -> None:
+    model, ids = adapted(visits=3), tokens(2, LENGTH)
+    calibrate(model, ids, target_density=0.6)
+    config = model.peft_config["default"]
+    assert config.head_visits is not None and {m for row in config.head_visits.values() for m in row} > {1}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["visible_depth"] is None and saved["head_visits"] is None
+    loaded = TopologyConfig.from_pretrained(tmp_path)
+    assert loaded.setting == config.setting and loaded.calibration == config.calibration
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"visits": 2}))
+    with pytest.raises(TopologyConfigError, match="with other visits call calibrate"):
+        TopologyConfig.from_pretrained(tmp_path)
 
 
 def test_a_depth_that_saves_nothing_is_not_paid_for() -> None:

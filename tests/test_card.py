@@ -19,9 +19,9 @@ from peft_helpers import logits_of, routed, tiny, tokens
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub
 
-from topo_adapter import TopologyConfig, card, choose_depths, load_merged
+from topo_adapter import TopologyConfig, card, load_merged
 from topo_adapter.card import NAME, PICTURE, as_text, hub_id, write_adapter_card, write_merged_card
-from topo_adapter.core.dial import LISTED, dial_curve, expected_loss, listed_densities
+from topo_adapter.core.dial import LISTED, choose, dial_curve, expected_loss, listed_densities
 from topo_adapter.files import replace_text
 from topo_adapter.history import MAX_RUNS, add_run
 
@@ -139,7 +139,7 @@ def test_text_of_a_calibrated_adapter(merged: bool, tmp_path: Path) -> None:
     assert head == ["density at 8,192 tokens", "at 2,048 tokens", "expected loss, nats per token"]
     assert [row[0] for row in rows] == ["0.05", "0.1", "0.17 (its own)", "0.3", "0.5", "1"]
     assert config.calibration is not None
-    loss = expected_loss(config.calibration, choose_depths(config.calibration, 0.1))
+    loss = expected_loss(config.calibration, choose(config.calibration, 0.1))
     assert float(rows[1][2]) == pytest.approx(loss, rel=0.05) and float(rows[-1][1]) == 1
     head, *rows = table_of(text, "## Training")
     assert head == ["stage", "data", "steps", "tokens read", "minutes", "device", "software"]
@@ -150,8 +150,8 @@ def test_text_of_a_calibrated_adapter(merged: bool, tmp_path: Path) -> None:
 def test_several_visits_are_said(tmp_path: Path) -> None:
     text = written(tmp_path, TopologyConfig(visits=4, visible_depth=3)).text
     facts = dict(table_of(text, "## The topology"))  # type: ignore[arg-type]
-    assert facts["Visits"] == "each query visits the balls of its 4 likeliest addresses"
-    assert facts["Visible"] == "keys that share the first 3 digits of such an address"
+    assert facts["Visits"] == "each query visits its 4 likeliest balls"
+    assert facts["Visible"] == "keys that share the first 3 digits of such a ball"
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_the_curve_is_that_of_the_maps() -> None:
     listed = listed_densities(table, config.local_window, config.num_sink_tokens, 0.13)
     assert [density for density, _ in listed] == sorted({*LISTED, 0.13})
     for density, loss in listed:
-        assert loss == pytest.approx(expected_loss(table, choose_depths(table, density)), rel=1e-9, abs=1e-12)
+        assert loss == pytest.approx(expected_loss(table, choose(table, density)), rel=1e-9, abs=1e-12)
 
 
 # ---------------------------------------------------------------- the picture

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import topo_adapter
-from topo_adapter import calibrate, choose_depths
-from topo_adapter.core.dial import expected_loss
+from topo_adapter import calibrate
+from topo_adapter.core.dial import choose, expected_loss
 from topo_cli import app, saved
 
 PROMPT = "w2 w3 w4 w5 w6 w7 w8 w9"
@@ -45,7 +45,7 @@ def test_inspect_shows_the_dial(folder: Path) -> None:
     assert found.exit_code == 0 and str(folder / "base") in found.output.replace("\n", "")
     assert "depth 3: 8 leaves" in found.output and "16 heads in 4 layers" in found.output
     for density in (0.5, 1.0):
-        loss = expected_loss(config.calibration, choose_depths(config.calibration, density))
+        loss = expected_loss(config.calibration, choose(config.calibration, density))
         (row,) = (line for line in found.output.splitlines() if f" {density:.3f} " in line and "│" in line)
         assert f" {loss:.4f} " in row
 

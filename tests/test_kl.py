@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from topo_adapter import TopologyCallback, TopologyConfig, TopologyConfigError, UnsupportedModelError
-from topo_adapter.core.dial import choose_depths, expected_loss
+from topo_adapter.core.dial import Setting, choose, choose_depths, expected_loss
 from topo_adapter.core.passes import ORDINARY
 from topo_adapter.core.visibility import always_density
 from topo_adapter.layer import hosts
@@ -489,7 +489,7 @@ class TestDraw:
         for step, renewed in enumerate([False, True, False, True, True, False, True], start=1):
             assert (tables[step] != tables[step - 1]) == renewed
         config = model.peft_config["default"]
-        assert config.visible_depth == config.depths_at(config.target_density) and config.gumbel_noise is True
+        assert config.visible_depth == config.setting_at(config.target_density).depths and config.gumbel_noise is True
         model.set_adapter("default")
         assert calibrate(model, calibration_rows)["loss"] != tables[-1]["loss"]  # trained on since
 
@@ -531,9 +531,9 @@ class TestDraw:
             "loss": {0: [[0.0, 0.04, 0.09]] * 2, 3: [[0.0, 0.04, 0.09]] * 2},
         }
         config = TopologyConfig(depth=1, visible_depth=1, density_weight=0.3, calibration=table)  # type: ignore[arg-type]
-        assert nearest_map(config, 0.1)[1] == 0.3  # 2 * 0.05 / 0.1
-        assert nearest_map(config, 0.2)[1] == pytest.approx(2 * 0.04 / 0.8)
-        assert nearest_map(config, 1.0)[:2] == ({0: [0, 0], 3: [0, 0]}, 0.0)
+        assert nearest_map(config, 0.1).price == 0.3  # 2 * 0.05 / 0.1
+        assert nearest_map(config, 0.2).price == pytest.approx(2 * 0.04 / 0.8)
+        assert nearest_map(config, 1.0)[:3] == ({0: [0, 0], 3: [0, 0]}, None, 0.0)
 
     def test_the_weight_makes_expected_losses_more_alike(self) -> None:
         density, loss = {0: [[1.0, 0.4, 0.1]]}, {0: [[0.0, 0.02, 0.3]]}
@@ -554,8 +554,8 @@ class TestDraw:
         trainer = watch(tmp_path, adapter(), **settings)
         weights = []
         for _, depths, calibration in trainer.seen:
-            middle = choose_depths(calibration, math.sqrt(0.5 * 0.9))
-            weight = expected_loss(calibration, middle) / expected_loss(calibration, depths)
+            middle = choose(calibration, math.sqrt(0.5 * 0.9))
+            weight = expected_loss(calibration, middle) / expected_loss(calibration, Setting(depths, None))
             weights.append(min(weight, 16.0))
         assert min(weights) < 0.99 and max(weights) > 1.01
         losses = [weight * value for weight, value in zip(weights, logged(trainer, "kl"), strict=True)]

@@ -404,14 +404,22 @@ def visiting(request: pytest.FixtureRequest) -> Scene:
     return scene(request.param)
 
 
-def test_visits_are_the_likeliest_leaves(visiting: Scene) -> None:
-    """Of the recorded digits the first, and all of them as many as were asked for."""
+def test_visits_are_distinct_balls(visiting: Scene) -> None:
+    """As many as were asked for, where a depth has as many, and the first is that of the recorded digits."""
     config = visiting.model.peft_config["default"]
     for index, record in visiting.records.items():
         assert record.visits.shape == (2, HEADS, config.visits, LENGTH) and record.visits.dtype == torch.int64
         places = config.arity ** torch.arange(config.depth)
-        assert torch.equal(record.visits[:, :, 0], (record.query_digits * places).sum(-1))
-        assert all(len(set(leaves)) == config.visits for leaves in record.visits.transpose(2, 3).flatten(0, 2).tolist())
+        own = (record.query_digits * places).sum(-1)
+        for head, depth in enumerate(record.visible_depth.tolist()):
+            if depth > config.depth:
+                assert (record.visits[:, head] == -1).all()
+                continue
+            size = config.arity**depth
+            count = min(config.visits, size)
+            balls = record.visits[:, head, :count] % size
+            assert torch.equal(balls[:, 0], own[:, head] % size) and (record.visits[:, head, count:] == -1).all()
+            assert all(len(set(row)) == count for row in balls.transpose(1, 2).flatten(0, 1).tolist())
         merged = record_routes(visiting.form("unloaded"), IDS)[index]
         assert torch.equal(merged.visits, record.visits)
 

@@ -267,7 +267,7 @@ def test_distillation_with_several_visits(layout: str, visits: int) -> None:
         query = 1 - (1 - query) ** visits
         for head in range(4):
             density = (query[:, head][real].mean(0) * key[:, head][real].mean(0)).sum()
-            terms.append(3**depth / visits * density)
+            terms.append(density / (1 - (1 - 3**-depth) ** visits))
     minus_log = torch.stack([-kept_by_definition(again, depth).log() for depth in (1, 2)]).mean()
     exact = minus_log + 0.3 * torch.stack(terms).mean()
     right = torch.autograd.grad(exact, logits)

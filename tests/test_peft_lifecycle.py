@@ -402,6 +402,7 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
         "depth": 5,
         "visible_depth": {2: [1, 2, 3, 4], 0: 5},
         "visits": 3,
+        "head_visits": {2: [1, 3, 2, 2]},
         "router_dim": None,
         "tie_query_key": True,
         "route_per": "kv_head",

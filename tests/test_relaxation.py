@@ -93,7 +93,7 @@ def test_heads_of_several_depths_share_a_tensor(depths: tuple[int, int]) -> None
 @pytest.mark.parametrize("depths", [(4, 4, 4, 4), (0, 2, 1, 4), (3, 0, 3, 1), (5, 2, 0, 5)])
 def test_shared_prefix_probability(depths: tuple[int, ...], arity: int) -> None:
     problem = make_problem(arity=arity, depths=depths)
-    shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, depths)
+    shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, depths, [1] * len(depths))
     exact = tree_probability(problem)
     assert shared.shape == (2, 4, 24, 24)
     assert largest_error(shared, exact) <= TIGHT
@@ -104,7 +104,9 @@ def test_shared_prefix_probability(depths: tuple[int, ...], arity: int) -> None:
 def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
     problem = make_problem(one_hot=True)
     query, key = problem.balls()
-    shared = shared_prefix_probability(problem.routes.query.probs, problem.routes.key.probs, problem.depths)
+    shared = shared_prefix_probability(
+        *(role.probs for role in problem.routes), problem.depths, [1] * len(problem.depths)
+    )
     assert torch.equal(shared.bool(), query[:, :, 0, :, None] == key[..., None, :])
     assert torch.equal(shared, shared.round())
 
@@ -114,10 +116,12 @@ def test_shared_prefix_probability_of_hard_digits_is_the_tree_mask() -> None:
 def test_shared_prefix_probability_of_several_visits(depths: tuple[int, ...], visits: int) -> None:
     problem = make_problem(arity=3, depths=depths, visits=visits)
     probs = [role.probs for role in problem.routes]
-    shared = shared_prefix_probability(*probs, depths, visits)
+    shared = shared_prefix_probability(*probs, depths, [visits] * 4)
     assert largest_error(shared, tree_probability(problem)) <= TIGHT
-    assert torch.equal(shared_prefix_probability(*probs, depths, 1), shared_prefix_probability(*probs, depths))
-    more = shared - shared_prefix_probability(*probs, depths, visits - 1)
+    mixed = shared_prefix_probability(*probs, depths, [visits, 1, visits, 1])  # each head has its own
+    one = shared_prefix_probability(*probs, depths, [1] * 4)
+    assert torch.equal(mixed[:, ::2], shared[:, ::2]) and torch.equal(mixed[:, 1::2], one[:, 1::2])
+    more = shared - shared_prefix_probability(*probs, depths, [visits - 1] * 4)
     for head, depth in enumerate(depths):
         assert (more[:, head].min() > 0) == (0 < depth <= 4), "each visit shows more, where there is a tree"
 
@@ -126,15 +130,16 @@ def test_shared_prefix_probability_of_several_visits(depths: tuple[int, ...], vi
 def test_visit_probability_is_accurate_everywhere(visits: int) -> None:
     """Against exact fractions: at 1e-30, where `1 - P` is 1, as at `1 - 6e-8`; and at 1 and a rounding beyond."""
     probs = torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 0.3, 0.5, 0.97, 1 - 2**-24, 1.0, 1 + 2**-23], requires_grad=True)
-    found = visit_probability(probs, visits)
+    found = visit_probability(probs.view(1, 1, -1), [visits])
     (grad,) = torch.autograd.grad(found.sum(), probs)
-    assert (found is probs) == (visits == 1)
+    found = found.flatten()
+    assert visits > 1 or torch.equal(found, probs)
     for p, v, slope in zip(probs.tolist(), found.tolist(), grad.tolist(), strict=True):
         exact = Fraction(min(p, 1.0)) if visits > 1 else Fraction(p)
         assert v == pytest.approx(float(1 - (1 - exact) ** visits), rel=1e-6, abs=0)
         assert slope == pytest.approx(float(visits * (1 - exact) ** (visits - 1)), rel=1e-6, abs=1e-30)
     inside = (0.98 * torch.rand(20, dtype=torch.float64) + 0.01).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: visit_probability(x, visits), inside)
+    assert torch.autograd.gradcheck(lambda x: visit_probability(x[None, None], [visits]), inside)
 
 
 def test_below_the_leaves_a_query_is_in_no_ball_and_costs_one_level() -> None:

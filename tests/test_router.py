@@ -9,8 +9,9 @@ from helpers import largest_error
 from torch import Tensor
 
 from topo_adapter.core.tree import address_to_digits, digits_to_address
+from topo_adapter.core.visits import likeliest_balls, likeliest_leaves
 from topo_adapter.errors import TopologyConfigError
-from topo_adapter.ops.router import TopologyRouter, relax, top_leaves
+from topo_adapter.ops.router import TopologyRouter, relax
 
 HIDDEN, HEADS, DEPTH = 12, 3, 4
 
@@ -136,10 +137,10 @@ def all_leaves(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(("arity", "levels"), [(2, 8), (2, 2), (3, 4), (3, 1), (5, 3), (7, 2)])
-def test_top_leaves_are_those_of_all_leaves(arity: int, levels: int, count: int) -> None:
+def test_likeliest_leaves_are_those_of_all_leaves(arity: int, levels: int, count: int) -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(2, 30, levels, arity)
-    found, exact = top_leaves(logits, count), all_leaves(logits)
+    found, exact = likeliest_leaves(logits, count), all_leaves(logits)
     leaves = min(count, arity**levels)
     assert found.shape == (2, 30, count) and found.dtype == torch.int64
     assert torch.equal(found[..., :leaves], exact[..., :leaves])
@@ -156,49 +157,55 @@ def test_equally_likely_leaves_come_by_their_number(arity: int) -> None:
     total = sum(logits[:, level, levels[:, level]] for level in range(3))
     assert isinstance(total, Tensor)
     exact = total.sort(dim=-1, descending=True, stable=True).indices[:, :8]
-    assert torch.equal(top_leaves(logits, 8), exact)
-    assert torch.equal(top_leaves(torch.zeros(1, 3, arity), 8), torch.arange(8)[None])
+    assert torch.equal(likeliest_leaves(logits, 8), exact)
+    assert torch.equal(likeliest_leaves(torch.zeros(1, 3, arity), 8), torch.arange(8)[None])
 
 
 def test_more_visits_begin_with_the_fewer_whatever_is_rounded() -> None:
     """Large gaps at the root drown small ones: whole families of leaves have one sum in float32."""
     torch.manual_seed(0)
     logits = torch.randn(500, 8, 2) * torch.tensor([1e-7, 1e-7, 1e-7, 1, 1, 1, 1e7, 1e7])[:, None]
-    most = top_leaves(logits, 8)
+    most = likeliest_leaves(logits, 8)
     assert torch.equal(most[:, 0], digits_to_address(logits.argmax(-1), 2))
     assert all(len(set(row)) == 8 for row in most.tolist())
     for count in range(1, 8):
-        assert torch.equal(top_leaves(logits, count), most[:, :count])
+        assert torch.equal(likeliest_leaves(logits, count), most[:, :count])
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+def test_likeliest_balls_are_those_of_all_balls(arity: int) -> None:
+    """Of every route at its own depth, as many as it has visits; nowhere below the leaves."""
+    logits = torch.randn(2, 6, 10, 3, arity)
+    depths, visits = (0, 1, 2, 3, 4, 3), (8, 2, 3, 8, 8, 1)
+    found = likeliest_balls(logits, depths, visits)
+    assert found.shape == (2, 6, 8, 10) and found.dtype == torch.int64
+    for route, (depth, count) in enumerate(zip(depths, visits, strict=True)):
+        there = min(count, arity**depth) if depth <= 3 else 0
+        exact = all_leaves(logits[:, route, :, :depth])[..., :there] if depth else torch.zeros(2, 10, 1)
+        if there:
+            assert torch.equal(found[:, route, :there], exact.long().transpose(1, 2))
+        assert (found[:, route, there:] == -1).all()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("arity", [2, 3])
-def test_visits_of_a_router(arity: int, tied: bool) -> None:
-    """In training and without gradients the same, and the first is the address that one visit has."""
-    router, x = make_router(arity, tie_query_key=tied), hidden_states()
-    one, key = router.addresses(x)
-    expected = all_leaves(router(x)[0])[..., :4].transpose(2, 3)
-    found, same_key = router.visits(x, 4)
-    assert found.dtype == same_key.dtype == torch.int32 and found.shape == (2, HEADS, 4, 10)
-    assert torch.equal(found.long(), expected)
-    assert torch.equal(found[:, :, 0], one) and torch.equal(key, same_key)
-    routes, in_training = router.route_visiting(x, 4)
-    assert torch.equal(in_training, found.long())
-    assert torch.equal(routes.query.address(arity), one.long()) and torch.equal(routes.key.address(arity), key.long())
-    for visits in (router.visits(x, 1)[0], router.route_visiting(x, 1)[1]):
-        assert torch.equal(visits.long(), one[:, :, None].long())
+def test_logits_of_a_router(tied: bool) -> None:
+    """In training and without gradients the same, with the keys' addresses."""
+    router, x = make_router(2, tie_query_key=tied), hidden_states()
+    (one, key), (logits, same_key) = router.addresses(x), router.logits(x)
+    assert key.dtype == same_key.dtype == torch.int32 and torch.equal(key, same_key)
+    assert torch.equal(digits_to_address(logits.argmax(-1), 2), one.long())
+    routes = router.route(x)
+    assert routes.query.logits is not None and torch.equal(routes.query.logits, logits)
+    assert not routes.query.logits.requires_grad and torch.equal(routes.query.address(2), one.long())
 
 
-def test_sampled_visits_are_of_the_drawn_logits() -> None:
+def test_drawn_logits_are_what_the_digits_are_of() -> None:
     router, x = make_router(), hidden_states()
-    torch.manual_seed(3)
-    plain = router.route(x, 0.7, sample=True)
-    torch.manual_seed(3)
-    routes, visits = router.route_visiting(x, 3, 0.7, sample=True)
-    assert torch.equal(routes.query.probs, plain.query.probs) and torch.equal(routes.key.probs, plain.key.probs)
-    assert torch.equal(visits[:, :, 0], routes.query.address(2))
-    drawn = all_leaves(routes.query.probs.log())[..., :3].transpose(2, 3)  # a temperature moves no order
-    assert torch.equal(visits, drawn) and not torch.equal(visits, router.route_visiting(x, 3)[1])
+    routes = router.route(x, 0.7, sample=True)
+    assert routes.query.logits is not None
+    assert torch.equal(routes.query.logits.argmax(-1), routes.query.digits)
+    torch.testing.assert_close(torch.softmax(routes.query.logits / 0.7, -1), routes.query.probs)
+    assert not torch.equal(routes.query.logits, router.logits(x)[0])
 
 
 def test_router_gets_a_gradient_through_the_probabilities() -> None:

@@ -493,7 +493,7 @@ class TestDensityCallback:
         config = model.peft_config["default"]
         config.homotopy = 1.0
         batch = {key: value[None] for key, value in rows(1)[0].items()}
-        (maps, first) = ([Map(1, 0.1)], hosts(model)[0])  # whose input no routing changes
+        (maps, first) = ([Map(1, None, 0.1)], hosts(model)[0])  # whose input no routing changes
 
         def gradients(new: Pass, loss_of: Any) -> list[torch.Tensor]:
             model.zero_grad()

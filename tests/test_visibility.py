@@ -1,5 +1,6 @@
 """`visible_pairs` against method.md section 2, written down as loops."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from topo_adapter.core.layout import SequenceLayout
 from topo_adapter.core.records import Keys
 from topo_adapter.core.rule import Rule
-from topo_adapter.core.visibility import Visibility, always_visible, visible_pairs
-from topo_adapter.ops.router import Routes, top_leaves
+from topo_adapter.core.visibility import Visibility, always_visible, per_head, visible_pairs
+from topo_adapter.ops.router import Routes
+from topo_adapter.ops.visits import at, visited
 
 
 def digits(address: int, arity: int, levels: int) -> list[int]:
@@ -115,19 +117,36 @@ def test_more_visits_and_less_depth_hide_no_pair(arity: int, levels: int, layout
     keys = Keys(torch.randint(arity**levels, (2, 1, 40)), tokens)
     masks: dict[tuple[int, int], Tensor] = {}
     for count in range(1, 9):
-        visits = top_leaves(logits, count).transpose(2, 3)
         for depth in range(levels + 2):
-            rule = Rule(arity, levels, (depth,), 1, 2, 1)
-            masks[count, depth] = Visibility(visits, tokens, keys, rule).mask()
+            rule = Rule(arity, levels, (depth,), 1, 2, 1, (count,))
+            masks[count, depth] = Visibility(visited(logits, rule), tokens, keys, rule).mask()
     for (count, depth), mask in masks.items():
         for more in ((count + 1, depth), (count, depth - 1)):
             assert more not in masks or not (mask & ~masks[more]).any(), (count, depth, more)
     assert masks[8, levels].sum() > masks[2, levels].sum() > masks[1, levels].sum() > masks[8, levels + 1].sum()
-    # so do the likeliest balls of each depth, chosen there: the parents of the likeliest ones below
-    for depth in range(1, levels):
-        below, here = (top_leaves(logits[..., :d, :], 4) for d in (depth + 1, depth))
-        parents = below.masked_fill(below < 0, 0) % arity**depth
-        assert (parents[..., None] == here[..., None, :]).any(-1).all()
+
+
+def test_the_same_tokens_at_other_depths_and_visits() -> None:
+    """As if they had been routed so; where heads of a route differ each has its own, and one visit needs no logits."""
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 2, 20, 4, 2), LAYOUTS["plain"](2, 20)
+    keys = Keys(torch.randint(16, (2, 2, 20)), tokens)
+
+    def routed(depths: tuple[int, ...], visits: tuple[int, ...], known: Tensor | None = logits) -> Visibility:
+        rule = Rule(2, 4, depths, 2, 2, 1, visits)
+        return Visibility(visited(logits, rule), tokens, keys, rule, known)
+
+    settings = [
+        ((2,) * 4, (1,) * 4),
+        ((3, 3, 2, 2), (4, 4, 2, 2)),
+        ((3, 3, 1, 2), (4, 2, 1, 8)),
+        ((5, 0, 4, 5), (1,) * 4),
+    ]
+    for (depths, visits), (others, their_visits) in itertools.product(settings, settings):
+        found, wanted = at(routed(depths, visits), others, their_visits), routed(others, their_visits)
+        assert torch.equal(per_head(found.mask(), 4), per_head(wanted.mask(), 4)), (depths, others)
+    one = at(routed((2,) * 4, (1,) * 4, None), (3,) * 4)
+    assert torch.equal(one.mask(), routed((3,) * 4, (1,) * 4).mask())
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -233,13 +233,16 @@ def _facts(config: TopologyConfig) -> str:
         ["Always visible", f"the last {config.local_window:,} tokens, and the first {config.num_sink_tokens:,}"],
     ]
     if config.visits > 1:
-        rows.append(["Visits", f"each query visits the balls of its {config.visits} likeliest addresses"])
+        most = f"each query visits its {config.visits} likeliest balls"
+        if config.calibration is not None:
+            most = f"each query visits up to {config.visits} balls, as many as the density dial gives its head"
+        rows.append(["Visits", most])
     if config.calibration is not None:
         heads = config.calibration["density"]
         rows.append(["Sparse heads", f"{sum(map(len, heads.values())):,} in {len(heads):,} layers"])
     elif isinstance(config.visible_depth, int):
-        whose = "the query's" if config.visits == 1 else "such an"
-        rows.append(["Visible", f"keys that share the first {config.visible_depth} digits of {whose} address"])
+        whose = "the query's address" if config.visits == 1 else "such a ball"
+        rows.append(["Visible", f"keys that share the first {config.visible_depth} digits of {whose}"])
     return _table(["", ""], rows)
 
 

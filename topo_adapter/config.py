@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .card import write_adapter_card
-from .core.dial import check_density, choose_depths, listed_densities
+from .core.dial import Setting, check_density, choices_of, choose, covers, listed_densities
 from .core.markup import table
 from .errors import AdapterFileError, TopologyConfigError
 from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, read_header, replace_text
@@ -40,15 +40,19 @@ _MAX_DEPTH, _MAX_WIDTH, _MAX_LAYERS, _MAX_NAMES, _MAX_INT = (
 VisibleDepth = int | dict[int, int | list[int]]
 
 
-class Calibration(TypedDict):
+class _Choices(TypedDict, total=False):
+    choices: list[list[int]]
+
+
+class Calibration(_Choices):
     """What `calibrate` measured: density and loss of each routed layer, query head and visible depth.
 
     length: tokens per calibration sequence.
     heads_per_route: query heads that share a route and, with `depth_per='route'`, a depth; else 1.
-    density: layer index -> `[H][depths]`, realised visible pairs / causal pairs at depths `0..L + 1`, in (0, 1].
-    loss: layer index -> `[H][depths]`, estimated KL(dense || this head alone at the depth), nats per token.
-
-    Tables of adapters with 4,096 leaves end at depth `L`.
+    choices: depth and visits, `[d, m]`, of each column; see `dial.choices_of`. Left out where queries visit one ball:
+        the columns are the depths `0..L + 1` then, or end at `L` for adapters with 4,096 leaves.
+    density: layer index -> `[H][choices]`, realised visible pairs / causal pairs, in (0, 1].
+    loss: layer index -> `[H][choices]`, estimated KL(dense || this head alone so), nats per token.
     """
 
     length: int
@@ -83,8 +87,17 @@ class TopologyConfig(PeftConfig):
     visits: int = field(
         default=1,
         metadata={
-            "help": f"m: leaves whose balls a query visits, 1..{MAX_VISITS}, the likeliest of its router. Routers have "
-            "to be trained for it. More than 1 runs in torch alone, without kernels."
+            "help": f"m: most balls that a query visits, 1..{MAX_VISITS}, the likeliest of its router. Routers are "
+            "trained for it, and the density dial chooses how many each head visits. More than 1 decodes without "
+            "kernels."
+        },
+    )
+    head_visits: dict[int, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Balls that a query visits, 1..visits, as a dict from layer index to a list with one for each "
+            "query head; layers that it leaves out, and all layers where it is None, take `visits`. Chosen with "
+            "`visible_depth` by the density dial."
         },
     )
     router_dim: int | None = field(
@@ -275,7 +288,7 @@ class TopologyConfig(PeftConfig):
         given = self.visible_depth
         if given is None:
             self.visible_depth = min(5, self.depth)
-        self.visible_depth = self._checked_visible_depth()
+        self.visible_depth, self.head_visits = self._checked_visible_depth(), self._checked_head_visits()
         self.calibration = self._checked_calibration()
         self.training_runs = checked_runs(self.training_runs)
         mark = self.base_fingerprint
@@ -288,13 +301,14 @@ class TopologyConfig(PeftConfig):
             raise TopologyConfigError(f"weights_digest must be 64 hexadecimal digits or None, got {_shown(mark)}")
         if self.target_density is not None:
             check_density(self.target_density)
-            chosen = self.depths_at(self.target_density)
-            if given is not None and self.visible_depth != chosen:
+            chosen = self.setting_at(self.target_density)
+            same = given in (None, chosen.depths) and self.head_visits in (None, chosen.visits)
+            if not same:
                 raise TopologyConfigError(
-                    "visible_depth must be None, or the map of target_density, where that is given, got both "
-                    f"target_density {self.target_density} and another map; set one of them to None"
+                    "visible_depth and head_visits must be None, or the maps of target_density, where that is given, "
+                    f"got both target_density {self.target_density} and another map; set one of them to None"
                 )
-            self.visible_depth = chosen
+            self.setting = chosen
 
     def _check_peft_fields(self) -> None:
         wanted = {"base_model_name_or_path": (str, os.PathLike), "revision": str, "auto_mapping": dict}
@@ -350,8 +364,8 @@ class TopologyConfig(PeftConfig):
             self.kept_weights = found if found != path else None
             self.names_of_weights = frozenset(read_header(found))
 
-    def depths_at(self, target_density: float) -> VisibleDepth:
-        """`choose_depths` from the adapter's own calibration.
+    def setting_at(self, target_density: float) -> Setting:
+        """Depths and visits that the dial has for a density, from the adapter's own calibration: `dial.choose`.
 
         Raises:
             TopologyConfigError: there is none, or `target_density` is out of range or reach.
@@ -361,7 +375,16 @@ class TopologyConfig(PeftConfig):
                 f"target_density must be None without a calibration, got {target_density!r}; call "
                 "topo_adapter.calibrate(model, sequences) first"
             )
-        return dict(choose_depths(self.calibration, target_density))
+        return choose(self.calibration, target_density)
+
+    @property
+    def setting(self) -> tuple[Any, dict[int, list[int]] | None]:
+        """`visible_depth` and `head_visits`, in force."""
+        return self.visible_depth, self.head_visits
+
+    @setting.setter
+    def setting(self, new: tuple[Any, dict[int, list[int]] | None]) -> None:
+        self.visible_depth, self.head_visits = new
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: a map that the table gives is not written out, one set by hand is.
@@ -377,7 +400,7 @@ class TopologyConfig(PeftConfig):
         if isinstance(self.target_modules, set):
             fields["target_modules"] = sorted(self.target_modules)
         if self.on_the_dial():
-            fields["visible_depth"] = None
+            fields["visible_depth"] = fields["head_visits"] = None
         else:
             fields["target_density"] = None
         return fields
@@ -386,7 +409,7 @@ class TopologyConfig(PeftConfig):
         """Whether the depths in force are those of `target_density`, and not set by hand since."""
         if self.calibration is None or self.target_density is None:
             return False
-        return self.visible_depth == self.depths_at(self.target_density)
+        return self.setting == self.setting_at(self.target_density)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json, and the model card beside it (`card.write_adapter_card`).
@@ -464,6 +487,19 @@ class TopologyConfig(PeftConfig):
             wanted += f" or {num_kv_heads} (KV heads)"
         raise TopologyConfigError(f"visible_depth[{layer}] must have {wanted}, got {len(depths)}: {depths}")
 
+    def visits_of_layer(self, layer: int, num_heads: int) -> list[int]:
+        """How many balls a query of each query head of one layer visits.
+
+        Raises:
+            TopologyConfigError: `head_visits` lists another number of heads than the layer has.
+        """
+        visits = (self.head_visits or {}).get(layer, [self.visits] * num_heads)
+        if len(visits) != num_heads:
+            raise TopologyConfigError(
+                f"head_visits[{layer}] must have {num_heads} entries (query heads), got {len(visits)}: {visits}"
+            )
+        return visits
+
     @property
     def sparsest_depth(self) -> int:
         """The largest visible depth: `L + 1`, window and sinks alone; `L` if the kernels have no room for it."""
@@ -473,8 +509,8 @@ class TopologyConfig(PeftConfig):
         table: Any = self.calibration
         if table is None:
             return None
-        wanted = set(Calibration.__annotations__)
-        if not isinstance(table, dict) or set(table) != wanted:
+        wanted = set(Calibration.__required_keys__)
+        if not isinstance(table, dict) or set(table) - set(Calibration.__optional_keys__) != wanted:
             got = sorted(map(str, table)) if isinstance(table, dict) else table
             raise TopologyConfigError(
                 f"calibration must be None or a table with the keys {sorted(wanted)}, got {_shown(got)}; call "
@@ -483,8 +519,16 @@ class TopologyConfig(PeftConfig):
         self._check_int("calibration['length']", table["length"], 1)
         self._check_calibrated_length()
         self._check_int("calibration['heads_per_route']", table["heads_per_route"], 1)
-        density = self._checked_layers("density", table["density"], table["heads_per_route"])
-        loss = self._checked_layers("loss", table["loss"], table["heads_per_route"])
+        choices = self.choices()
+        named = table.get("choices", self.choices(1))
+        if named != choices:
+            raise TopologyConfigError(
+                f"calibration['choices'] must be the {len(choices)} pairs of depth and visits that a head has with "
+                f"visits {self.visits}, got {_shown(named)}; with other visits call calibrate() again, or set "
+                "calibration and target_density to None."
+            )
+        density = self._checked_layers("density", table["density"], table["heads_per_route"], len(choices))
+        loss = self._checked_layers("loss", table["loss"], table["heads_per_route"], len(choices))
         shape = {layer: len(heads) for layer, heads in density.items()}
         if shape != {layer: len(heads) for layer, heads in loss.items()}:
             raise TopologyConfigError(
@@ -494,9 +538,23 @@ class TopologyConfig(PeftConfig):
         for layer, heads in density.items():
             for head, values in enumerate(heads):
                 name = f"calibration['density'][{layer}][{head}]"
-                if values[0] != 1 or values[-1] <= 0 or sorted(values, reverse=True) != values:
-                    raise TopologyConfigError(f"{name} must be 1 at depth 0, not rising with depth, > 0, got {values}")
-        return Calibration(length=table["length"], heads_per_route=table["heads_per_route"], density=density, loss=loss)
+                seen = {(depth, visits): value for (depth, visits), value in zip(choices, values, strict=True)}
+                falls = all(seen[a] >= seen[b] for a in seen for b in seen if covers(a, b))
+                if values[0] != 1 or values[-1] <= 0 or not falls:
+                    raise TopologyConfigError(
+                        f"{name} must be 1 at depth 0, not rising with depth nor falling with visits, > 0, got {values}"
+                    )
+        checked = Calibration(
+            length=table["length"], heads_per_route=table["heads_per_route"], density=density, loss=loss
+        )
+        if self.visits > 1:
+            checked["choices"] = choices
+        return checked
+
+    def choices(self, visits: int | None = None) -> list[list[int]]:
+        """Depth and visits of each column of a calibration; visits: None is the config's own."""
+        pairs = choices_of(self.arity, self.depth, self.sparsest_depth, self.visits if visits is None else visits)
+        return [list(pair) for pair in pairs]
 
     def _check_calibrated_length(self) -> None:
         """When a table is read, and before one is saved that no loader would take."""
@@ -508,8 +566,10 @@ class TopologyConfig(PeftConfig):
                 "calibrate() again, or set calibration and target_density to None."
             )
 
-    def _checked_layers(self, name: str, table: object, heads_per_route: int) -> dict[int, list[list[float]]]:
-        """Layer -> heads -> one finite number >= 0 for each depth; JSON's string keys become integers again."""
+    def _checked_layers(
+        self, name: str, table: object, heads_per_route: int, choices: int
+    ) -> dict[int, list[list[float]]]:
+        """Layer -> heads -> one finite number >= 0 for each choice; JSON's string keys become integers again."""
         if not isinstance(table, dict) or not table:
             raise TopologyConfigError(
                 f"calibration[{name!r}] must be a dict from layer index to heads, got {_shown(table)}"
@@ -527,11 +587,9 @@ class TopologyConfig(PeftConfig):
                     f"{entry} must be a list of heads, a multiple of heads_per_route, got {_shown(heads)}"
                 )
             for values in heads:
-                if not isinstance(values, (list, tuple)) or len(values) != self.sparsest_depth + 1:
-                    raise TopologyConfigError(
-                        f"{entry} must be lists of {self.sparsest_depth + 1} numbers, depths 0..{self.sparsest_depth}, "
-                        f"got {_shown(values)}"
-                    )
+                if not isinstance(values, (list, tuple)) or len(values) != choices:
+                    of = f"depths 0..{self.sparsest_depth}" if self.visits == 1 else "one for each choice"
+                    raise TopologyConfigError(f"{entry} must be lists of {choices} numbers, {of}, got {_shown(values)}")
                 for value in values:
                     self._check_float(entry, value, 0.0, float("inf"))
             checked[index] = [[float(value) for value in values] for values in heads]
@@ -551,6 +609,27 @@ class TopologyConfig(PeftConfig):
             for d in depths if isinstance(depths, (list, tuple)) else [depths]:
                 self._check_int(f"visible_depth[{layer}]", d, 0, self.sparsest_depth)
             checked[index] = list(depths) if isinstance(depths, (list, tuple)) else depths
+        return checked
+
+    def _checked_head_visits(self) -> dict[int, list[int]] | None:
+        value: Any = self.head_visits
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise TopologyConfigError(
+                f"head_visits must be a dict from layer index to lists or None, got {_shown(value)}"
+            )
+        checked: dict[int, list[int]] = {}
+        for layer, visits in value.items():
+            index = _layer_index(layer)
+            self._check_int("head_visits keys (layer indices)", index, 0, _MAX_LAYERS)
+            if index in checked or not isinstance(visits, (list, tuple)):
+                raise TopologyConfigError(
+                    f"head_visits must name each layer once, with a list, got {_shown(visits)} for layer {index}"
+                )
+            for each in visits:
+                self._check_int(f"head_visits[{index}]", each, 1, self.visits)
+            checked[index] = list(visits)
         return checked
 
     @staticmethod

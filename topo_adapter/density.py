@@ -41,9 +41,9 @@ def turn_dial(configs: Iterable[TopologyConfig], target_density: float, length: 
     turned = []
     for config in configs:
         density = calibrated_density(config, target_density, length)
-        turned.append((config, density, config.depths_at(density)))
-    for config, density, depths in turned:
-        config.target_density, config.visible_depth = density, depths
+        turned.append((config, density, config.setting_at(density)))
+    for config, density, setting in turned:
+        config.target_density, config.setting = density, setting
         say_density(config, length)
 
 

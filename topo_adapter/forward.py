@@ -42,6 +42,7 @@ from .ops.objective import attach_loss, balance_loss
 from .ops.plan import Plan, make_plan
 from .ops.relaxation import bridged_attention
 from .ops.router import Routes
+from .ops.visits import visited
 
 #: Name of the attention implementation. It must contain none of the substrings that transformers looks for ("flash",
 #: "sdpa", "paged", "flex_attention").
@@ -142,22 +143,29 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     differentiable = purpose.needs_probabilities or (
         not merged and not purpose.needs_addresses and torch.is_grad_enabled()
     )
-    chosen, routed = None, True
+    chosen, logits, address, routed = None, None, None, True
     choosing = any(0 < depth <= rule.levels for depth in rule.depths)
     if not (differentiable or training or purpose.needs_addresses or choosing):
         routed = False  # every head is dense or has no tree: nobody asks for addresses
         batch, length = hidden_states.shape[:2]
         nowhere = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=hidden_states.device)
-        visits = nowhere.expand(batch, router.num_heads, 1, length)
-        key_address = visits[:, :, 0]
+        address = key_address = nowhere[0].expand(batch, router.num_heads, length)
     elif differentiable or training:
         with torch.set_grad_enabled(differentiable):
             states = hidden_states.detach() if purpose.needs_probabilities else hidden_states
             sample = training and config.gumbel_noise
-            chosen, visits = router.route_visiting(states, config.visits, config.temperature, sample)
-        key_address = chosen.key.address(config.arity)
+            chosen = router.route(states, config.temperature, sample)
+        logits, key_address = chosen.query.logits, chosen.key.address(config.arity)
+        address = chosen.query.address(config.arity) if rule.most_visits == 1 else None
+    elif rule.most_visits > 1 or (config.visits > 1 and purpose.needs_addresses):
+        logits, key_address = router.logits(hidden_states)
     else:
-        visits, key_address = router.visits(hidden_states, config.visits, merged)
+        address, key_address = router.addresses(hidden_states, merged)
+    if address is None:
+        assert logits is not None
+        visits = visited(logits, rule)
+    else:
+        visits = address[:, :, None]
 
     if training and cache is not None and cache.get_seq_length(layer) > 0:
         raise UnsupportedModelError(
@@ -173,7 +181,7 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     # cached keys have addresses only: no bridge to them
     routes = chosen if differentiable and (records is None or records.empty) else None
     keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-    visibility = Visibility(visits, query, keys, rule)
+    visibility = Visibility(visits, query, keys, rule, logits)
     return TopologyCall(host, purpose, config, visibility, routes, merged, training, mask)
 
 

@@ -48,7 +48,7 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
                 widths=_widths(module, host),
                 leaves=leaves.get(operation, 1),
                 router_dim=in_force.router.down.out_features,
-                visits=config.visits,
+                visits=max(config.visits_of_layer(host.geometry.layer, host.geometry.num_heads)),
                 homotopy=config.homotopy,
             )
             if reasons:

@@ -93,7 +93,8 @@ class TopologyHost(nn.Module):
         routes: of the router. keep: for the forwards that follow, whose depths stay, as in training they do not.
         """
         window = config.local_window, config.num_sink_tokens
-        values = config.arity, config.depth, tuple(self.depths(config)), routes, *window
+        visits = tuple(config.visits_of_layer(self.geometry.layer, self.geometry.num_heads))
+        values = config.arity, config.depth, tuple(self.depths(config)), routes, *window, visits
         known = self._rules.get(values)
         if known is None:
             known = Rule(*values)

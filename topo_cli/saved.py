@@ -47,7 +47,7 @@ def inspect(adapter: Adapter) -> None:
     leaves = config.arity**config.depth
     shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
     shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
-    shown.add_row("balls a query visits", str(config.visits))
+    shown.add_row("balls a query visits", str(config.visits) if config.visits == 1 else f"up to {config.visits}")
     shown.add_row("a route for each", config.route_per.replace("_", " "))
     shown.add_row("file", "no weights found" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
     shown.add_row("digest of its tensors", plain(config.weights_digest or "none"))

@@ -34,13 +34,12 @@ from topo_adapter import (
     DistillConfig,
     TopologyConfig,
     TopologyConfigError,
-    choose_depths,
     distill,
     measure_density,
     record_routes,
     set_density,
 )
-from topo_adapter.core.dial import check_density, expected_loss
+from topo_adapter.core.dial import check_density, choose, expected_loss
 from topo_adapter.core.visibility import always_density
 from topo_adapter.density import calibration_of
 
@@ -182,7 +181,7 @@ def chosen_density(config: TopologyConfig, settings: DemoSettings) -> float:
     where it expects more at all of them, or they are out of reach."""
     table = calibration_of(config)
     for density, target in in_reach(config, list(DENSITIES), settings.eval_length).items():
-        loss = expected_loss(table, choose_depths(table, target))
+        loss = expected_loss(table, choose(table, target))
         if loss <= settings.max_loss:
             _log.info(f"The dial expects to lose {loss:.3f} nats per token at density {density:g}: turned to that.")
             return density

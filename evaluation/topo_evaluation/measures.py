@@ -269,26 +269,26 @@ def config_of(adapter: PeftModel) -> TopologyConfig:
 def merged_at(adapter: PeftModel, target: float) -> Iterator[Any]:
     """While active, the adapter is merged at a density of the calibrated length; yields depths per layer and head."""
     config = config_of(adapter)
-    before = config.visible_depth, config.target_density
+    before = config.setting, config.target_density
     adapter.merge_adapter(target_density=target)  # refuses before it changes anything
     try:
         yield config.visible_depth
     finally:
         adapter.unmerge_adapter()
-        config.visible_depth, config.target_density = before
+        config.setting, config.target_density = before
 
 
 @contextlib.contextmanager
 def uniform_at(adapter: PeftModel, depth: int) -> Iterator[None]:
-    """While active, merged with all heads at one depth."""
+    """While active, merged with all heads at one depth, with all of the adapter's visits."""
     config = config_of(adapter)
-    before, config.visible_depth = config.visible_depth, depth
+    before, config.setting = config.setting, (depth, None)
     adapter.merge_adapter()
     try:
         yield
     finally:
         adapter.unmerge_adapter()
-        config.visible_depth = before
+        config.setting = before
 
 
 def score_dense(adapter: PeftModel, case: Case) -> Scores:

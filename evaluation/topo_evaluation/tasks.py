@@ -156,7 +156,7 @@ def in_reach(config: TopologyConfig, densities: list[float], length: int) -> dic
     for density in densities:
         with contextlib.suppress(TopologyConfigError):
             target = calibrated_density(config, density, length)
-            config.depths_at(target)
+            config.setting_at(target)
             found[density] = target
     return found
 

@@ -6,7 +6,7 @@ import math
 import numbers
 from bisect import bisect
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import TopologyConfigError
 from .visibility import always_density
@@ -20,7 +20,33 @@ DEFAULT_DENSITY = 0.17
 #: Densities that a table of the dial lists, where the adapter reaches them.
 LISTED = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)
 
-_Choice = tuple[float, float, int]  # density, loss, depth
+_Choice = tuple[float, float, int]  # density, loss, column of the table
+
+
+class Setting(NamedTuple):
+    """What the dial chose: layer index -> depth of each query head, and their visits; None: one each."""
+
+    depths: dict[int, list[int]]
+    visits: dict[int, list[int]] | None
+
+
+def numbers_of_visits(most: int) -> list[int]:
+    """Those that the dial chooses from, falling: `most`, and the powers of two below."""
+    return [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
+
+
+def choices_of(arity: int, levels: int, sparsest_depth: int, visits: int) -> list[tuple[int, int]]:
+    """Depth and visits among which the dial chooses, the densest first and the sparsest last.
+
+    At each depth the `numbers_of_visits` that leave a ball out.
+    """
+    inside = [(d, m) for d in range(1, levels + 1) for m in numbers_of_visits(visits) if m < arity**d]
+    return [(0, 1), *inside, *([(sparsest_depth, 1)] if sparsest_depth > levels else [])]
+
+
+def covers(dense: tuple[int, int], sparse: tuple[int, int]) -> bool:
+    """Whether depth and visits of `dense` show all that those of `sparse` show, whatever the router says."""
+    return dense[0] == 0 or (dense[0] <= sparse[0] and dense[1] >= sparse[1])
 
 
 def choose_depths(calibration: Calibration, target_density: float) -> dict[int, list[int]]:
@@ -35,6 +61,9 @@ def choose_depths(calibration: Calibration, target_density: float) -> dict[int, 
     Heads that share a route (`heads_per_route` above 1) share a depth, so that the kernels can share the route, unless
     the config has `depth_per="query_head"`.
 
+    Where queries visit several balls a head offers pairs of depth and visits (`choose` returns both), along the chain,
+    of those on which neither depth rises nor visits fall as it grows denser, whose losses are least: nested as well.
+
     Args:
         calibration: of `calibrate`. target_density: in (0, 1], at the calibrated length.
 
@@ -44,11 +73,16 @@ def choose_depths(calibration: Calibration, target_density: float) -> dict[int, 
     Raises:
         TopologyConfigError: `target_density` is out of range or below what the sparsest map reaches.
     """
+    return choose(calibration, target_density).depths
+
+
+def choose(calibration: Calibration, target_density: float) -> Setting:
+    """`choose_depths`, with the visits."""
     return allot(calibration, target_density)[0]
 
 
-def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, list[int]], float]:
-    """`choose_depths`, and the loss that a little more density would save there: nats per token for each unit of the
+def allot(calibration: Calibration, target_density: float) -> tuple[Setting, float]:
+    """`choose`, and the loss that a little more density would save there: nats per token for each unit of the
     density of one head, 0 where nothing is left to save."""
     check_density(target_density)
     hulls, segments, shared = _segments(calibration)
@@ -61,17 +95,21 @@ def allot(calibration: Calibration, target_density: float) -> tuple[dict[int, li
             f"tokens, what this adapter's sparsest heads reach, got {target_density}; window and sinks are always "
             "visible: lower local_window."
         )
-    depths = [hull[0][2] for hull in hulls]
+    columns = [hull[0][2] for hull in hulls]
     rate = 0.0
     for loss, route, cheap, dear in segments:
         density += dear[0] - cheap[0]
         if density > budget:
             rate = -loss
             break
-        depths[route] = dear[2]
-    per_head = iter([depth for depth in depths for _ in range(shared)])
+        columns[route] = dear[2]
+    per_head = iter([column for column in columns for _ in range(shared)])
     found = {layer: [next(per_head) for _ in heads] for layer, heads in sorted(calibration["density"].items())}
-    return found, rate
+    choices = calibration.get("choices")
+    if choices is None:  # a column is a depth
+        return Setting(found, None), rate
+    depths, visits = ({layer: [choices[c][part] for c in row] for layer, row in found.items()} for part in (0, 1))
+    return Setting(depths, visits), rate
 
 
 def dial_curve(calibration: Calibration) -> list[tuple[float, float]]:
@@ -135,10 +173,16 @@ def at_length(density: float, length: int, other_length: int, local_window: int,
     return min(1.0, other_near + (1 - other_near) * share)
 
 
-def expected_loss(calibration: Calibration, depths: dict[int, list[int]]) -> float:
-    """The estimated loss of a depth map, nats per token: the sum over its heads."""
-    rows = ((calibration["loss"][layer][head], d) for layer, heads in depths.items() for head, d in enumerate(heads))
-    return math.fsum(losses[depth] for losses, depth in rows)
+def expected_loss(calibration: Calibration, setting: Setting) -> float:
+    """The estimated loss of a map of the dial, nats per token: the sum over its heads."""
+    choices = calibration.get("choices")
+    losses = []
+    for layer, depths in setting.depths.items():
+        visits = [1] * len(depths) if setting.visits is None else setting.visits[layer]
+        for head, chosen in enumerate(zip(depths, visits, strict=True)):
+            column = chosen[0] if choices is None else choices.index(list(chosen))
+            losses.append(calibration["loss"][layer][head][column])
+    return math.fsum(losses)
 
 
 _Segment = tuple[float, int, _Choice, _Choice]  # minus the loss saved per density, route, from, to
@@ -154,10 +198,28 @@ def _segments(calibration: Calibration) -> tuple[list[list[_Choice]], list[_Segm
             members = slice(first, first + shared)
             densities = [sum(values) for values in zip(*heads[members], strict=True)]
             losses = [sum(values) for values in zip(*calibration["loss"][layer][members], strict=True)]
-            hulls.append(_lower_hull(list(zip(densities, losses, range(len(losses)), strict=True))))
+            offered = list(zip(densities, losses, range(len(losses)), strict=True))
+            hulls.append(_lower_hull(best_chain(offered, calibration.get("choices"))))
     # a hull's slopes fall strictly, so a route's own segments keep their order
     segments = [(-_gain(a, b), route, a, b) for route, hull in enumerate(hulls) for a, b in pairwise(hull)]
     return hulls, sorted(segments), shared
+
+
+def best_chain(offered: list[_Choice], choices: list[list[int]] | None) -> list[_Choice]:
+    """Of the chains from the sparsest choice to the densest, each step of which covers the last, the one of least loss:
+    its mean over the logarithm of the density, as the densities that training draws are spread."""
+    if choices is None:  # depths alone are one chain
+        return offered
+    pairs = [(depth, visits) for depth, visits in choices]
+    best: dict[int, tuple[float, list[_Choice]]] = {len(pairs) - 1: (0.0, [offered[-1]])}
+    for to in reversed(range(len(pairs) - 1)):  # what a choice covers comes after it
+        ways = []
+        for at, (area, chain) in best.items():
+            if covers(pairs[to], pairs[at]):
+                step = math.log(offered[to][0] / offered[at][0])
+                ways.append((area + step * (offered[to][1] + offered[at][1]) / 2, [*chain, offered[to]]))
+        best[to] = min(ways, key=lambda way: way[0])
+    return best[0][1]
 
 
 def _gain(cheap: _Choice, dear: _Choice) -> float:

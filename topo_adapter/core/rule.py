@@ -14,14 +14,16 @@ from .tree import num_balls
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """Tree, depths, window and sinks of one layer, and what follows from them alone.
+    """Tree, depths, visits, window and sinks of one layer, and what follows from them alone.
 
     Attributes:
         arity, levels: `p`, `L`. depths: visible depth of each query head, in `0..L + 1`; 0 is one ball that holds all,
             at `L + 1` a query is in no key's ball.
         routes: `R`, as many as query heads, or each shared by as many query heads.
         local_window: >= 1. num_sink_tokens: >= 0.
-        route_depths: visible depth of each route, or of each query head where depths differ within a route.
+        visits: `m >= 1`, the balls that a query of each query head visits; empty: one each.
+        route_depths: visible depth of each route, or of each query head where depths or visits differ within a route.
+        route_visits: visits of the same. most_visits: the most of them.
         ball_sizes: addresses modulo these, one for each of `route_depths`, are balls.
         below_the_leaves: whether any route sees nothing by the tree.
         window_and_sinks: `local_window, num_sink_tokens`.
@@ -33,25 +35,33 @@ class Rule:
     routes: int
     local_window: int
     num_sink_tokens: int
+    visits: tuple[int, ...] = ()
     route_depths: tuple[int, ...] = field(init=False)
+    route_visits: tuple[int, ...] = field(init=False)
+    most_visits: int = field(init=False)
     ball_sizes: tuple[int, ...] = field(init=False)
     below_the_leaves: bool = field(init=False)
     window_and_sinks: tuple[int, int] = field(init=False)
-    _sent: dict[tuple[torch.device, bool], Tensor] = field(init=False, default_factory=dict, repr=False)
+    _sent: dict[tuple[torch.device, str], Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         shared = len(self.depths) // self.routes
-        depths = self.depths[::shared]
-        if shared > 1 and any(depth != depths[head // shared] for head, depth in enumerate(self.depths)):
-            depths = self.depths
+        of_heads = list(zip(self.depths, self.visits or [1] * len(self.depths), strict=True))
+        of_routes = of_heads[::shared]
+        if shared > 1 and any(each != of_routes[head // shared] for head, each in enumerate(of_heads)):
+            of_routes = of_heads
+        depths, visits = zip(*of_routes, strict=True)
+        object.__setattr__(self, "visits", tuple([each for _, each in of_heads]))
         object.__setattr__(self, "route_depths", depths)
+        object.__setattr__(self, "route_visits", visits)
+        object.__setattr__(self, "most_visits", max(visits))
         object.__setattr__(self, "ball_sizes", tuple([num_balls(self.arity, self.levels, depth) for depth in depths]))
         object.__setattr__(self, "below_the_leaves", max(depths) > self.levels)
         object.__setattr__(self, "window_and_sinks", (self.local_window, self.num_sink_tokens))
 
-    def at(self, depths: Sequence[int]) -> Rule:
-        """The same at other depths."""
-        return replace(self, depths=tuple(depths))
+    def at(self, depths: Sequence[int], visits: Sequence[int] = ()) -> Rule:
+        """The same at other depths, with other visits; none: one each."""
+        return replace(self, depths=tuple(depths), visits=tuple(visits))
 
     def by_head(self) -> Rule:
         """With one route for each query head."""
@@ -59,14 +69,19 @@ class Rule:
 
     def sizes_on(self, device: torch.device) -> Tensor:
         """`ball_sizes`, int32; the rule keeps it: a copy from the host may not be recorded in a graph."""
-        return self._on(device, False, self.ball_sizes)
+        return self._on(device, "sizes", self.ball_sizes)
+
+    def visits_on(self, device: torch.device) -> Tensor:
+        """`visits` of the query heads, int32."""
+        return self._on(device, "visits", self.visits)
 
     def nowhere_on(self, device: torch.device) -> Tensor:
         """int32, for each of `route_depths`: below the leaves an address that no key has, else -1."""
         leaves = self.arity**self.levels
-        return self._on(device, True, tuple([leaves if depth > self.levels else -1 for depth in self.route_depths]))
+        values = [leaves if depth > self.levels else -1 for depth in self.route_depths]
+        return self._on(device, "nowhere", tuple(values))
 
-    def _on(self, device: torch.device, which: bool, values: tuple[int, ...]) -> Tensor:
+    def _on(self, device: torch.device, which: str, values: tuple[int, ...]) -> Tensor:
         known = self._sent.get((device, which))
         if known is None:
             known = self._sent[device, which] = sent(values, device)

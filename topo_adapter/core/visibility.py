@@ -8,7 +8,6 @@ kernels - is tested against this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,25 +70,25 @@ class Visibility:
     """Who sees whom in one attention: the queries' visits, the keys' addresses, their layouts and the rule.
 
     Attributes:
-        visits: integer `[B, R, m, T]`, the leaves whose balls a query sees, -1 for none, but for the first. `R` routes
-            are the query heads' or, each shared by as many query heads, the KV heads'.
+        visits: integer `[B, R, m, T]`, addresses that lie in the balls which a query visits, -1 for none. `R` routes
+            are the query heads' or, each shared by as many query heads, the KV heads'. With one visit it is the
+            query's own address; of several, each for one of the rule's `route_depths`, no two are of one ball.
         query: layout of the `T` queries. keys: addresses `[B, R, S]` and layout of the `S` keys.
-        rule: tree, depths, window and sinks; for `R` routes.
+        rule: tree, depths, visits, window and sinks; for `R` routes.
+        logits: float `[B, R, T, L, p]` of the queries' digits, where the balls at other depths may be asked for.
     """
 
     visits: Tensor
     query: SequenceLayout
     keys: Keys
     rule: Rule
-
-    def at(self, depths: Sequence[int]) -> Visibility:
-        """The same at other depths."""
-        return replace(self, rule=self.rule.at(depths))
+    logits: Tensor | None = None
 
     def of_rows(self, rows: slice | Tensor) -> Visibility:
         """Some queries, all keys."""
         layout = SequenceLayout(self.query.document[:, rows], self.query.position[:, rows])
-        return replace(self, visits=self.visits[..., rows], query=layout)
+        logits = None if self.logits is None else self.logits[:, :, rows]
+        return replace(self, visits=self.visits[..., rows], query=layout, logits=logits)
 
     def by_head(self) -> Visibility:
         """With one route for each query head."""
@@ -97,10 +96,11 @@ class Visibility:
         if self.rule.routes == heads:
             return self
         keys = Keys(per_head(self.keys.address, heads), self.keys.layout)
-        return replace(self, visits=per_head(self.visits, heads), keys=keys, rule=self.rule.by_head())
+        logits = None if self.logits is None else per_head(self.logits, heads)
+        return replace(self, visits=per_head(self.visits, heads), keys=keys, rule=self.rule.by_head(), logits=logits)
 
     def route_visits(self) -> Tensor:
-        """Visits `[B, r, m, T]` for each of the rule's `route_depths`; below the leaves one that no key has."""
+        """Visits `[B, r, m, T]` for each of the rule's `route_depths`; below the leaves an address that no key has."""
         visits = per_head(self.visits, len(self.rule.route_depths))
         if not self.rule.below_the_leaves:
             return visits

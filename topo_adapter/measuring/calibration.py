@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import Calibration, TopologyConfig, VisibleDepth
-from ..core.dial import DEFAULT_DENSITY, check_density, choose_depths, reachable
+from ..core.dial import DEFAULT_DENSITY, Setting, check_density, choose, reachable
 from ..core.passes import Pass, changed, during
 from ..core.scoring import Scoring
 from ..core.visibility import always_density
@@ -54,6 +54,7 @@ from ..hf.gates import text_decoder
 from ..layer import TopologyHost, active_layers, evaluating
 from ..ops.attention import hard_attention
 from ..ops.plan import make_plan
+from ..ops.visits import at
 
 _log = logging.get_logger(__name__)
 
@@ -141,12 +142,12 @@ def calibrate(
     # tensors made in inference mode cannot be saved for backward
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         rows = sequences.clone().split(1)
-        tables = [_measured(model, base, layers, config, rows, draws, draw, {})]
+        tables = [_measured(model, base, layers, config, rows, draws, draw, None)]
         for share in around:
             known = _mean(tables)
             near = always_density(known["length"], config.local_window, config.num_sink_tokens)
-            depths = choose_depths(known, reachable(known, near + (1 - near) * share))
-            tables.append(_measured(model, base, layers, config, rows, draws, draw, depths))
+            setting = choose(known, reachable(known, near + (1 - near) * share))
+            tables.append(_measured(model, base, layers, config, rows, draws, draw, setting))
     config.calibration = _mean(tables)
     config.base_fingerprint = fingerprint(base)
     wanted = target_density or config.target_density or DEFAULT_DENSITY
@@ -158,7 +159,7 @@ def calibrate(
                 *(wanted, config.calibration["length"], least),
             )
         wanted = max(wanted, least)
-    config.visible_depth, config.target_density = config.depths_at(wanted), wanted
+    config.setting, config.target_density = config.setting_at(wanted), wanted
     return config.calibration
 
 
@@ -225,29 +226,31 @@ def _not_finite(what: str) -> UnsupportedModelError:
 
 
 class Calibrate(Pass):
-    """Attends at the depths of a map, and adds up what each layer's other depths would cost: `_density_and_loss`.
+    """Attends under a map, and adds up what the other choices of each layer would cost: `_density_and_loss`.
 
     Layers whose heads all have depth 0 run the base.
 
     Args:
-        deepest: depths `0..deepest` are measured. draws, backwards: backward passes per sequence over drawn labels, and
-            all of them; the last may be KL's own.
+        choices: depth and visits, each is measured. draws, backwards: backward passes per sequence over drawn labels,
+            and all of them; the last may be KL's own.
 
     Attributes:
-        depths: of the next forward. sums: float64 `[2, deepest + 1, H]` by layer.
+        setting: of the next forward, None is dense. sums: float64 `[2, choices, H]` by layer.
     """
 
     needs_addresses = True
     trains = True
 
-    def __init__(self, deepest: int, draws: int, backwards: int) -> None:
-        self.deepest, self.draws, self.backwards = deepest, draws, backwards
-        self.depths: VisibleDepth = 0
+    def __init__(self, choices: list[list[int]], draws: int, backwards: int) -> None:
+        self.choices, self.draws, self.backwards = choices, draws, backwards
+        self.setting: Setting | None = None
         self.sums: dict[int, Tensor] = {}
         self._gradients: dict[int, list[Tensor]] = {}  # of a layer, until all passes have been
 
     def in_force(self, config: TopologyConfig) -> TopologyConfig:
-        return changed(config, visible_depth=self.depths, homotopy=1.0)
+        depths: VisibleDepth = 0 if self.setting is None else dict(self.setting.depths)
+        visits = None if self.setting is None else self.setting.visits
+        return changed(config, visible_depth=depths, head_visits=visits, homotopy=1.0)
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         out, weights = (
@@ -267,7 +270,7 @@ class Calibrate(Pass):
             gradients = self._gradients.setdefault(layer, [])
             gradients.append(gradient)
             if len(gradients) == self.backwards:  # the changes are the same in all of them, and cost the most
-                rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.deepest, scoring)
+                rows = _density_and_loss(call, q, k, v, own, gradients, self.draws, self.choices, scoring)
                 self.sums[layer] = self.sums[layer] + rows if layer in self.sums else rows
                 gradients.clear()
 
@@ -282,18 +285,20 @@ def _measured(
     rows: Sequence[Tensor],
     draws: int,
     draw: Draw,
-    depths: dict[int, list[int]],
+    setting: Setting | None,
 ) -> Calibration:
-    """The table around one depth map; an empty one is the dense model."""
-    with during(model, Calibrate(config.sparsest_depth, draws, draws + 1 if depths else draws)) as found:
+    """The table around one map; None is the dense model."""
+    with during(model, Calibrate(config.choices(), draws, draws if setting is None else draws + 1)) as found:
         for row in rows:
-            found.depths = 0
-            reference = _final_states(base, row) if depths else None
-            found.depths = dict(depths)
+            found.setting = None
+            reference = None if setting is None else _final_states(base, row)
+            found.setting = setting
             _backward(base, row, draws, draw, reference)
 
     shared = 1 if config.depth_per == "query_head" else math.gcd(*(_heads_per_route(layer) for layer in layers))
     table = Calibration(length=rows[0].shape[1], heads_per_route=shared, density={}, loss={})
+    if config.visits > 1:
+        table["choices"] = config.choices()
     for layer in layers:
         index = layer.geometry.layer
         density, loss = found.sums[index] / len(rows)
@@ -316,12 +321,7 @@ def _mean(tables: Sequence[Calibration]) -> Calibration:
             for layer in tables[0][name]
         }
 
-    return Calibration(
-        length=tables[0]["length"],
-        heads_per_route=tables[0]["heads_per_route"],
-        density=mean("density"),
-        loss=mean("loss"),
-    )
+    return {**tables[0], "density": mean("density"), "loss": mean("loss")}
 
 
 @torch.no_grad()
@@ -413,24 +413,24 @@ def _density_and_loss(
     own: Tensor,
     gradients: list[Tensor],
     draws: int,
-    depth: int,
+    choices: list[list[int]],
     scoring: Scoring,
 ) -> Tensor:
-    """Density and loss, float64 `[2, depth + 1, H]`; one depth's change is alive at a time.
+    """Density and loss, float64 `[2, choices, H]`; one choice's change is alive at a time.
 
     Args:
-        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output at the depths of `call`, `[B, T, H, D]`.
+        query: `[B, H, T, D]`; key, value: `[B, H_kv, T, D]`; own: output under the rule of `call`, `[B, T, H, D]`.
         gradients: in `own`, for `draws` draws of the labels and, unless `call` is dense, of the KL.
     """
     heads = query.shape[1]
     exact = torch.promote_types(own.dtype, torch.float32)
     rows = []
-    for d in range(depth + 1):
-        plan = make_plan(call.visibility.at([d] * heads))
+    for depth, visits in choices:
+        plan = make_plan(at(call.visibility, [depth] * heads, [visits] * heads))
         density = (plan.visible_count() / plan.causal_count()).double()
         density = density.repeat_interleave(heads // density.numel())
         loss = torch.zeros_like(density)
-        if d or any(call.visibility.rule.depths):
+        if depth or any(call.visibility.rule.depths):
             change = hard_attention(query, key, value, plan, scoring).transpose(1, 2).to(exact) - own.to(exact)
             for number, gradient in enumerate(gradients):
                 moved = (change * gradient.to(exact)).sum(-1).double()  # [B, T, H]

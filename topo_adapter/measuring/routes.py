@@ -23,8 +23,9 @@ from ..ops.plan import make_plan
 class RecordedRoutes:
     """Digits of one layer, for anyone who wants to rebuild the mask of docs/method.md section 2.
 
-    visits: int64 `[B, H, m, T]`, `H` query heads: the leaves whose balls a query sees, -1 for none. query_digits,
-    key_digits: int64 `[B, H, T, L]`, those of the first visit and of the keys. visible_depth: int64 `[H]`.
+    visits: int64 `[B, H, m, T]`, `H` query heads: addresses that lie in the balls which a query sees, no two in one,
+    -1 for none. query_digits, key_digits: int64 `[B, H, T, L]`, the likeliest of the queries and those of the keys.
+    visible_depth: int64 `[H]`.
     """
 
     query_digits: Tensor
@@ -36,7 +37,8 @@ class RecordedRoutes:
         """Who sees whom of these tokens."""
         keys = Keys(digits_to_address(self.key_digits, arity), layout)
         depths = tuple(self.visible_depth.tolist())
-        rule = Rule(arity, self.key_digits.shape[-1], depths, len(depths), local_window, num_sink_tokens)
+        visits = (self.visits.shape[2],) * len(depths)  # at most: those that a head has not are -1
+        rule = Rule(arity, self.key_digits.shape[-1], depths, len(depths), local_window, num_sink_tokens, visits)
         return Visibility(self.visits, layout, keys, rule)
 
     def balls(self, arity: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,9 @@ class Record(Pass):
         rule, depths = seen.rule, torch.tensor(seen.rule.depths, device=seen.visits.device)
         visits = per_head(seen.visits.long(), len(depths))
         key = per_head(address_to_digits(seen.keys.address, rule.arity, rule.levels), len(depths))
-        query = address_to_digits(visits[:, :, 0], rule.arity, rule.levels)
+        logits = seen.logits
+        own = visits[:, :, 0] if logits is None else digits_to_address(logits.argmax(-1), rule.arity)
+        query = per_head(address_to_digits(own, rule.arity, rule.levels), len(depths))
         self.routes[attention.call.host.geometry.layer] = RecordedRoutes(query, key, depths, visits)
         return attention.topology()
 
@@ -76,7 +80,7 @@ def record_routes(
 
     Returns:
         Layer index -> `RecordedRoutes`: `visits` int64 `[B, H, m, T]` with `H` query heads (routes per KV head are
-        repeated), `query_digits` (of the first visit) and `key_digits` int64 `[B, H, T, L]`, `visible_depth` int64
+        repeated), `query_digits` and `key_digits` int64 `[B, H, T, L]`, `visible_depth` int64
         `[H]`. Those of padding tokens are arbitrary. With docs/method.md section 2 this determines what every query
         sees.
 

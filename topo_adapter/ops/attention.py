@@ -75,7 +75,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
     """
     records, query = visibility.keys.records, visibility.query
     assert records is not None  # serves_decode has looked
-    if not _kernels_attend("decode", q, k, v, visibility.visits.shape[2]):
+    if not _kernels_attend("decode", q, k, v, visibility.rule.most_visits):
         # laid out by keys: in the records' order, by routes, each step below is slower
         address = records.address.transpose(1, 2).to(torch.int32, memory_format=torch.contiguous_format)
         seen = replace(visibility, keys=Keys(address, records.layout))

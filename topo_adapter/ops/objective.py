@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..core.rule import Rule
 from ..core.scoring import Scoring
 from ..core.visibility import Visibility
 from .backend import kernels_serve
@@ -106,7 +108,7 @@ def kept_mass(
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`; no gradient flows to them.
         query_probs: `[B, H, M, L, p]`, level probabilities of the sampled queries; key_probs: `[B, H, N, L, p]`.
-        visibility: of the `N` tokens; its layouts, rule and number of visits, not its addresses.
+        visibility: of the `N` tokens; its layouts and rule, not its addresses.
         rows: int64 `[M]`, ascending: the sampled queries' indices.
 
     Returns:
@@ -122,7 +124,7 @@ def kept_mass(
     sizes = {
         "widths": (q.shape[-1], k.shape[-1]),
         "leaves": arity**depth,
-        "visits": visibility.visits.shape[2],
+        "visits": visibility.rule.most_visits,
     }
     served = kernels_serve("distil", q, k, query_probs, key_probs, **sizes)
     far_mass = _triton_far_mass if served else _torch_far_mass
@@ -202,12 +204,12 @@ def _torch_far_mass(
         far = attention.masked_fill(always | ~causal, 0.0)
         local = attention.masked_fill(~always, 0.0).sum(-1)
     depth, arity = key_probs.shape[-2:]
-    visits = visibility.visits.shape[2]
-    visited = [visit_probability(leaves, visits) for leaves in leaf_distributions(query_probs, depth)[1:]]
+    visits, distributions = visibility.rule.visits, leaf_distributions(query_probs, depth)[1:]
+    visited = [visit_probability(leaves, visits) for leaves in distributions]
     key_leaves = leaf_distribution(key_probs, depth)
     values = far @ key_leaves
     kept = [local + (balls * _coarsen_to(values, balls.shape[-1])).sum(-1) for balls in visited]
-    if visits == 1:  # the distributions of all depths are sums over leaves
+    if max(visits) == 1:  # the distributions of all depths are sums over leaves
         query_means = _at_every_depth(torch.einsum("bhnl,bn->hl", visited[-1], query_weight), depth, arity)
     else:
         query_means = [torch.einsum("bhnl,bn->hl", balls, query_weight) for balls in visited]
@@ -226,15 +228,16 @@ def distillation_loss(
 ) -> Tensor:
     """Layer-local distillation: keep the dense attention's mass at every depth, at a price on density.
 
-    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * p**d / m * density(d)`, with the
-    leaf-level `density(d) = sum_b mean v_q(b) mean P_k(b)`, `m` visits. The price is linear in density and in units of
-    the balanced share `m / p**d`: a head opens balls for as long as a unit of density keeps enough mass. A logarithmic
+    Mean over depths `d` in `1..L` and heads of `-log kept(d) + density_weight * density(d) / even(d)`, with the
+    leaf-level `density(d) = sum_b mean v_q(b) mean P_k(b)`, and `even(d) = 1 - (1 - p**-d)**m` what it is where queries
+    of `m` visits and keys fill all balls evenly. The price is linear in density and in units of that share: a head
+    opens balls for as long as a unit of density keeps enough mass. A logarithmic
     price makes heads all or nothing (docs/notebook/2026-11-23-price-linear-or-logarithmic.md).
     `num_queries` queries are sampled per call, which leaves the gradient unbiased.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, H_kv, N, D]`. routes: `[B, R, N, L, p]` per role. visibility: of the `N` tokens; its
-            layouts, rule and number of visits, not its addresses.
+            layouts and rule, not its addresses.
 
     Returns:
         float32 scalar.
@@ -252,11 +255,19 @@ def distillation_loss(
         scoring,
     )
     price = torch.zeros_like(kept[0, 0, 0, 0])
-    for query_mean in query_means:
+    units = _units_of_density(visibility.rule, q.device)
+    for d, query_mean in enumerate(query_means):
         balls = query_mean.shape[-1]
         density = (query_mean * _coarsen_to(key_mean, balls)).sum(-1)
-        price = price + (density * balls / visibility.visits.shape[2]).mean() / len(query_means)
+        price = price + (density * units[d]).mean() / len(query_means)
     return -kept.log().mean() + density_weight * price
+
+
+def _units_of_density(rule: Rule, device: torch.device) -> Tensor:
+    """float32 `[L, H]`: one over the density of evenly filled balls, for the depths `1..L`."""
+    sizes = [rule.arity**d for d in range(1, rule.levels + 1)]
+    of_heads = {m: [n if m == 1 else 1 / -math.expm1(m * math.log1p(-1 / n)) for n in sizes] for m in set(rule.visits)}
+    return torch.tensor([of_heads[m] for m in rule.visits], dtype=torch.float32, device=device).T
 
 
 def _coarsen_to(leaves: Tensor, balls: int) -> Tensor:

@@ -47,7 +47,7 @@ class LocalPlan:
 class Plan:
     """What the hard attention executes. All tensors are int32; `R` is the number of route heads, `m` of visits.
 
-    Tree pass, in sorted query order of each visit; the balls of a query's visits are disjoint:
+    Tree pass, in sorted query order of each visit; no two visits of a query are to one ball:
         query_order: `[B, R, m, T]`; sorted rank -> query index. Padding queries come last, as their index or -1.
         range_start, range_end: `[B, R, m, T]`; the sorted query's keys are `key_order[start:end]`.
         key_order: `[B, R, S]`; sorted rank -> key index. What follows the keys of the tree is in no range.
@@ -160,7 +160,7 @@ def _sorted_tree(
     """`query_order`, `range_start`, `range_end` and `key_order` of a `Plan`."""
     span = key.position.shape[1] + 1  # larger than any position
     balls = torch.maximum(query_balls.amax(), key_ball.amax()).long() + 1  # a tensor: no host synchronisation
-    visiting = query.real[:, None, None] & _first_visits(query_balls)
+    visiting = query.real[:, None, None] & (query_balls >= 0)
 
     def rank(position: Tensor, ball: Tensor, layout: SequenceLayout) -> Tensor:
         """(document, ball, position) as one integer, ordered lexicographically; `position` `[B, N]`."""
@@ -179,14 +179,6 @@ def _sorted_tree(
     start = torch.searchsorted(keys, first)
     end = torch.where(visiting, torch.searchsorted(keys, rank(reach, query_balls, query)), start)
     return query_order.int(), start.gather(-1, query_order).int(), end.gather(-1, query_order).int(), key_order.int()
-
-
-def _first_visits(query_balls: Tensor) -> Tensor:
-    """bool `[B, R, m, T]`: the visit is to a ball that no earlier visit of its query went to, and to one at all."""
-    first = query_balls >= 0
-    for visit in range(1, query_balls.shape[2]):
-        first[:, :, visit] &= (query_balls[:, :, :visit] != query_balls[:, :, visit, None]).all(2)
-    return first
 
 
 _LOCAL_PLANS: WeakKeyDictionary[SequenceLayout, dict[tuple[int, int], LocalPlan]] = WeakKeyDictionary()

@@ -47,28 +47,30 @@ def leaf_distribution(probs: Tensor, depth: int) -> Tensor:
 
 class _AtLeastOne(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, draws: int) -> Tensor:
-        ctx.draws = draws
-        ctx.save_for_backward(probs)
+    def forward(ctx: Any, probs: Tensor, draws: Tensor) -> Tensor:
+        ctx.save_for_backward(probs, draws)
         # small probabilities drown in a 1, and those that sum to a rounding more than 1 have no logarithm
-        return -torch.expm1(draws * torch.log1p(-probs.clamp(max=1.0)))
+        several = -torch.expm1(draws * torch.log1p(-probs.clamp(max=1.0)))
+        return torch.where(draws == 1, probs, several)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (probs,) = ctx.saved_tensors
-        return grad * ctx.draws * (1 - probs).clamp(min=0.0) ** (ctx.draws - 1), None
+        probs, draws = ctx.saved_tensors
+        return grad * draws * (1 - probs).clamp(min=0.0) ** (draws - 1), None
 
 
-def visit_probability(probs: Tensor, visits: int) -> Tensor:
+def visit_probability(probs: Tensor, visits: Sequence[int]) -> Tensor:
     """`v = 1 - (1 - P)**m`: that at least one of `m` independent draws is a ball of probability `P` in `[0, 1]`.
 
     Args:
-        probs: `P`, any shape. visits: `m >= 1`; with one `P` itself is returned.
+        probs: `P`, `[B, H, ...]`. visits: `m >= 1` of each head; with one `P` itself is returned.
 
     Returns:
         `v` in `[0, 1]`, relative error a few roundings; its gradient `m (1 - P)**(m - 1)` is finite everywhere.
     """
-    return probs if visits == 1 else _AtLeastOne.apply(probs, visits)
+    if max(visits) == 1:
+        return probs
+    return _AtLeastOne.apply(probs, sent(visits, probs.device).view(-1, *[1] * (probs.ndim - 2)))
 
 
 def levels_at_depths(probs: Tensor, depths: Sequence[int]) -> Tensor:
@@ -113,23 +115,26 @@ def _depths_in_the_tree(depths: Sequence[int], levels: int) -> list[int]:
     return [depth if depth <= levels else 1 for depth in depths]
 
 
-def shared_prefix_probability(query_probs: Tensor, key_probs: Tensor, depths: Sequence[int], visits: int = 1) -> Tensor:
+def shared_prefix_probability(
+    query_probs: Tensor, key_probs: Tensor, depths: Sequence[int], visits: Sequence[int]
+) -> Tensor:
     """`S_ij(D_h) = <v_q(i), P_k(j)>`: the probability that one of the query's visits and the key share their first
     `D_h` digits. `v_q` is `P_q` with one visit, see `visit_probability`.
 
     Args:
         query_probs: `[B, H, T, L, p]`; key_probs: `[B, H, S, L, p]`; depths: `D_h` for each of the `H` heads, in
-            `0..L + 1`. visits: of a query, >= 1.
+            `0..L + 1`. visits: of a query of each head, >= 1.
 
     Returns:
-        `[B, H, T, S]`, differentiable. One matrix product per distinct depth; no `T x S x L` tensor.
+        `[B, H, T, S]`, differentiable. One matrix product per distinct depth and visits; no `T x S x L` tensor.
     """
     query_probs, depths = above_the_leaves(query_probs, depths)
     rows: list[Tensor | None] = [None] * len(depths)
-    for depth in set(depths):
-        heads = [h for h, d in enumerate(depths) if d == depth]
+    of_heads = list(zip(depths, visits, strict=True))
+    for depth, count in sorted(set(of_heads)):
+        heads = [h for h, each in enumerate(of_heads) if each == (depth, count)]
         query, key = leaf_distribution(query_probs[:, heads], depth), leaf_distribution(key_probs[:, heads], depth)
-        query = visit_probability(query, visits)
+        query = visit_probability(query, [count] * len(heads))
         for h, shared in zip(heads, (query @ key.transpose(-1, -2)).unbind(1), strict=True):
             rows[h] = shared
     return torch.stack([row for row in rows if row is not None], dim=1)
@@ -195,8 +200,7 @@ def bridged_attention(
         far_pairs = (hard & ~always).sum((0, 2, 3)).to(scores.dtype)
         soft = None
         if probs is not None and key_probs is not None:
-            visits = visibility.visits.shape[2]
-            soft = shared_prefix_probability(probs, key_probs, depths, visits).to(scores.dtype)
+            soft = shared_prefix_probability(probs, key_probs, depths, visibility.rule.visits).to(scores.dtype)
             soft = torch.where(always, 1.0, soft)
             far_pairs = far_pairs + torch.where(causal & ~always, soft - soft.detach(), 0.0).sum((0, 2, 3))
         # weights in the exponent, and shifted by the largest term: neither a hidden maximum nor a tiny weight can
@@ -245,7 +249,7 @@ def _no_kernel(
         "bridge",
         widths=(q.shape[-1], v.shape[-1]),
         leaves=visibility.rule.arity**deepest if learns else 1,
-        visits=visibility.visits.shape[2],
+        visits=visibility.rule.most_visits,
         homotopy=homotopy,
     )
     if not q.dtype == k.dtype == v.dtype:

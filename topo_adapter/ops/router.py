@@ -24,10 +24,13 @@ class RoleDigits(NamedTuple):
 
     probs: float32 `[B, H, T, L, p]`, level probabilities (relaxed in training, softmax at evaluation).
     digits: int64 `[B, H, T, L]`, the hard choice: argmax, ties towards the lower digit.
+    logits: float32 `[B, H, T, L, p]`, what both are of, with the noise that was drawn; no gradient. Other balls than
+        the likeliest are chosen by them.
     """
 
     probs: Tensor
     digits: Tensor
+    logits: Tensor | None = None
 
     def address(self, arity: int) -> Tensor:
         """int64 `[B, H, T]`."""
@@ -44,8 +47,13 @@ class Routes(NamedTuple):
         """With the routes of KV heads repeated for the `heads` query heads that share them."""
         if self.query.probs.shape[1] == heads:
             return self
-        query = RoleDigits(*(per_head(x, heads) for x in self.query))
-        return Routes(query, query if self.key is self.query else RoleDigits(*(per_head(x, heads) for x in self.key)))
+
+        def repeated(role: RoleDigits) -> RoleDigits:
+            logits = None if role.logits is None else per_head(role.logits, heads)
+            return RoleDigits(per_head(role.probs, heads), per_head(role.digits, heads), logits)
+
+        query = repeated(self.query)
+        return Routes(query, query if self.key is self.query else repeated(self.key))
 
 
 class Float32Linear(nn.Module):
@@ -197,19 +205,10 @@ class TopologyRouter(nn.Module):
         return address[0], address[-1]
 
     @torch.no_grad()
-    def visits(self, hidden_states: Tensor, count: int, merged: bool = False) -> tuple[Tensor, Tensor]:
-        """As `addresses`, with `count` visits of each query: several are chosen in torch.
-
-        Returns:
-            the queries' visits, int32 `[B, H, count, T]`, see `top_leaves`, and key addresses, int32 `[B, H, T]`.
-        """
-        if count == 1:
-            query, key = self.addresses(hidden_states, merged)
-            return query[:, :, None], key
-        query_logits, key_logits = self(hidden_states)
-        visits = top_leaves(query_logits, count).int().transpose(2, 3)
-        tied = self.key is None
-        return visits, visits[:, :, 0] if tied else digits_to_address(key_logits.argmax(-1), self.arity).int()
+    def logits(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the queries' digits, float32 `[B, H, T, L, p]`, and the keys' addresses, int32 `[B, H, T]`."""
+        query, key = self(hidden_states)
+        return query, digits_to_address((query if self.key is None else key).argmax(-1), self.arity).int()
 
     def forget_packing(self) -> None:
         """Lay the weights out anew for the kernels when they are next needed."""
@@ -247,19 +246,9 @@ class TopologyRouter(nn.Module):
             temperature: > 0; softmax temperature of the probabilities.
             sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
         """
-        return self.route_visiting(hidden_states, 1, temperature, sample)[0]
-
-    def route_visiting(
-        self, hidden_states: Tensor, count: int, temperature: float = 1.0, sample: bool = False
-    ) -> tuple[Routes, Tensor]:
-        """As `route`, and the queries' `count` visits, int64 `[B, H, count, T]`: of the drawn logits, if drawn."""
         query_logits, key_logits = self(hidden_states)  # a module call: ZeRO-3 gathers weights there
-        query_logits = with_noise(query_logits) if sample else query_logits
-        query = relax(query_logits, temperature, False)
-        routes = Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
-        if count == 1:
-            return routes, query.address(self.arity)[:, :, None]
-        return routes, top_leaves(query_logits, count).transpose(2, 3)
+        query = relax(query_logits, temperature, sample)
+        return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
 
 
 def _at_least_16_bits(weight: Tensor) -> Tensor:
@@ -271,7 +260,7 @@ def relax(logits: Tensor, temperature: float, sample: bool) -> RoleDigits:
     """Factorised Gumbel-Softmax of logits `[..., p]` in float32."""
     logits = with_noise(logits) if sample else logits.float()
     probs = torch.softmax(logits / temperature, dim=-1)
-    return RoleDigits(probs, logits.argmax(-1))  # torch.argmax returns the first of equal maxima
+    return RoleDigits(probs, logits.argmax(-1), logits.detach())  # torch.argmax returns the first of equal maxima
 
 
 def with_noise(logits: Tensor) -> Tensor:
@@ -282,34 +271,3 @@ def with_noise(logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     return logits - torch.empty_like(logits).exponential_().clamp_min_(1e-30).log()
-
-
-@torch.no_grad()
-def top_leaves(logits: Tensor, count: int) -> Tensor:
-    """The likeliest leaves of the product of level distributions, by a beam over the levels.
-
-    A prefix that is not among the `count` likeliest has as many before it, and so has each of its children: nothing
-    that the beam drops could have come back. For the same reason the leaves of a smaller `count` come first.
-
-    Args:
-        logits: `[..., L, p]`, of digits; any float dtype. count: >= 1.
-
-    Returns:
-        int64 `[..., count]`, distinct leaves, likeliest first and equally likely ones by their number; -1 where there
-        are fewer. The first is the leaf of the likeliest digits.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    levels, arity = logits.shape[-2:]
-    child = torch.arange(arity, device=logits.device)[:, None]
-    # what a leaf's logits lack to the likeliest's: exactly 0 for that one, so rounding makes no other its equal
-    lack = logits.amax(-1, keepdim=True) - logits
-    total = logits.new_zeros(*logits.shape[:-2], 1)
-    leaves = total.long()
-    for level in range(levels):
-        # by child, then by the parents' order, which a stable sort keeps where sums are equal: the numbers' order,
-        # or the finer order of the parents' own sums
-        total = (total[..., None, :] + lack[..., level, :, None]).flatten(-2)
-        leaves = (leaves[..., None, :] + child * arity**level).flatten(-2)
-        best = total.argsort(dim=-1, stable=True)[..., :count]
-        total, leaves = total.gather(-1, best), leaves.gather(-1, best)
-    return F.pad(leaves, (0, count - leaves.shape[-1]), value=-1)

@@ -317,7 +317,7 @@ class DensityCallback(TopologyCallback, ExportableState):
         configs, step = active_configs(model), state.global_step - self._distil_steps
         new: Pass
         if step < 0:
-            new = DistilBeside()
+            new = DistilBeside(draw=f"{args.seed}/{state.global_step}")
             for config in configs:
                 config.homotopy, config.temperature = 0.0, 1.0
         else:

@@ -52,7 +52,13 @@ class TrainAt(Pass):
 
     def __init__(self, configs: list[TopologyConfig], maps: list[Map]) -> None:
         self._in_force = {
-            id(config): changed(config, visible_depth=each.depths, density_weight=each.price, gumbel_noise=False)
+            id(config): changed(
+                config,
+                visible_depth=each.depths,
+                head_visits=each.visits,
+                density_weight=each.price,
+                gumbel_noise=False,
+            )
             for config, each in zip(configs, maps, strict=True)
         }
 
@@ -65,9 +71,10 @@ class TrainAt(Pass):
 
 
 class Map(NamedTuple):
-    """Depths to train at, the price of density there, and the loss that the calibration expects."""
+    """Depths and visits to train at, the price of density there, and the loss that the calibration expects."""
 
     depths: VisibleDepth
+    visits: dict[int, list[int]] | None
     price: float
     loss: float = 0.0
 
@@ -80,9 +87,10 @@ def nearest_map(config: TopologyConfig, density: float) -> Map:
     routers.
     """
     assert config.calibration is not None  # of calibrate
-    depths, rate = allot(config.calibration, reachable(config.calibration, density))
+    setting, rate = allot(config.calibration, reachable(config.calibration, density))
+    depths = setting.depths
     price = min(config.density_weight, rate * sum(map(len, depths.values())) / len(depths))
-    return Map(dict(depths), price, expected_loss(config.calibration, depths))
+    return Map(dict(depths), setting.visits, price, expected_loss(config.calibration, setting))
 
 
 def loss_weight(configs: list[TopologyConfig], maps: list[Map], densities: tuple[float, float]) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
-from ..core.passes import Pass
+from ..config import TopologyConfig
+from ..core.dial import numbers_of_visits
+from ..core.passes import Pass, changed
 from ..forward import Attention
 from ..layer import TopologyHost
 from ..ops.objective import attach_loss, distillation_loss, gradient_at_once
@@ -17,14 +21,23 @@ class Distil(Pass):
 
     Args:
         num_queries, density_weight: as `topo_adapter.ops.objective.distillation_loss`.
+        draw: of a step, where queries may visit several balls: says how many they all visit in it, one of the numbers
+            that the dial chooses from. None: as many as the configuration has.
     """
 
     needs_probabilities = True
     trains = True
 
-    def __init__(self, num_queries: int = 256, density_weight: float = 0.05) -> None:
-        self.num_queries, self.density_weight = num_queries, density_weight
+    def __init__(self, num_queries: int = 256, density_weight: float = 0.05, draw: str | None = None) -> None:
+        self.num_queries, self.density_weight, self.draw = num_queries, density_weight, draw
         self.losses: list[Tensor] = []
+
+    def in_force(self, config: TopologyConfig) -> TopologyConfig:
+        if config.visits == 1 or self.draw is None:
+            return config
+        # a string seeds alike on every platform and in every process
+        drawn = random.Random(f"{self.draw}/visits").choice(numbers_of_visits(config.visits))
+        return changed(config, visits=drawn, head_visits=None)
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         if attention.call.merged:  # nothing is left to learn

@@ -118,7 +118,7 @@ class KLTrainer(TopologyTrainerMixin):
         configs = active_configs(model)
         step = self.state.global_step
         if self.drawn is None:
-            maps = [Map(config.visible_depth, config.density_weight) for config in configs]
+            maps = [Map(*config.setting, config.density_weight) for config in configs]
         else:
             self.drawn.renew(self.accelerator.unwrap_model(self.model), step, self.state.max_steps)
             density, maps = self.drawn.draw(configs, step)

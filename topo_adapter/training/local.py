@@ -46,7 +46,8 @@ class DistillationTrainer(TopologyTrainerMixin):
         adapter = self.accelerator.unwrap_model(model)
         if "logits_to_keep" in inspect.signature(adapter.get_base_model().forward).parameters:
             inputs["logits_to_keep"] = 1  # nobody looks at the logits
-        with during(model, Distil(self.num_queries, self.density_weight)) as distilled:
+        draw = f"{self.args.seed}/{self.state.global_step}" if model.training else None
+        with during(model, Distil(self.num_queries, self.density_weight, draw)) as distilled:
             # an output of the forward: what DistributedDataParallel does not find there it takes for unused
             hook = adapter.register_forward_hook(lambda *args: (args[-1], _mean(distilled.losses)))
             try:
