@@ -71,6 +71,16 @@ def check_sinks(num_sink_tokens: int) -> None:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
 
 
+def check_visits(visits: Tensor | None, q: Tensor) -> None:
+    """Refuse numbers of visits that are no int32 `[H]` beside q `[B, H, ...]` with a ValueError. Values are trusted."""
+    if visits is not None and (visits.shape != q.shape[1:2] or visits.dtype != torch.int32):
+        raise ValueError(
+            f"visits must be None or torch.int32 of shape [{q.shape[1]}], got {visits.dtype} {list(visits.shape)}."
+        )
+    if visits is not None and visits.device != q.device:
+        raise ValueError(f"visits must be on q's device {q.device}, got {visits.device}.")
+
+
 def check_scoring(scoring: Scoring) -> None:
     """Refuse a scale or softcap that is not positive with a ValueError."""
     if not scoring.scale > 0:
