@@ -63,7 +63,7 @@ class Case:
     batch: int = 2
     identity: bool = False  # no order is given
     masked: bool = False  # only visible pairs pass the attention's gradient
-    visits: tuple[int, ...] | None = None  # of the heads, in the soft mask
+    visits: tuple[int, ...] | None = None  # of the heads
 
     @property
     def tree(self) -> tuple[int, int]:
@@ -91,6 +91,13 @@ class Problem:
     query_ball: Tensor  # [B, H, N]
     key_ball: Tensor
     layout: SequenceLayout
+    more_balls: Tensor | None = None  # [B, H, most visits - 1, N], -1 where a head has no more
+
+    @property
+    def query_balls(self) -> Tensor:
+        """`[B, H, most visits, N]`."""
+        first = self.query_ball[:, :, None]
+        return first if self.more_balls is None else torch.cat([first, self.more_balls], 2)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,13 +110,13 @@ class Problem:
 
     @property
     def balls(self) -> tuple[Tensor, Tensor] | None:
-        return (self.query_ball.int(), self.key_ball.int()) if self.case.masked else None
+        if not self.case.masked:
+            return None
+        return (self.query_ball if self.more_balls is None else self.query_balls).int(), self.key_ball.int()
 
     def plan(self) -> dict[str, Any]:
         case = self.case
-        made = build_plan(
-            self.query_ball[:, :, None], self.key_ball, self.layout, self.layout, case.window, case.sinks
-        ).of_visit(0)
+        made = build_plan(self.query_balls, self.key_ball, self.layout, self.layout, case.window, case.sinks)
         found = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "dense"}
         return found | {"local_order": None} if case.identity else found
 
@@ -130,7 +137,13 @@ def make(case: Case, seed: int = 0) -> Problem:
     if case.one_hot:
         probs = [torch.nn.functional.one_hot(p.argmax(-1), arity).float() for p in probs]
     dpairs = torch.randn(case.heads).to(DEVICE) / case.length
-    return Problem(case, *(t.to(case.dtype) for t in heads), dpairs, *probs, *balls, layout)
+    more = None
+    if case.visits is not None and max(case.visits) > 1:
+        more = torch.randint(case.leaves, (case.batch, case.heads, max(case.visits) - 1, case.length))
+        visit = torch.arange(1, max(case.visits))[:, None]
+        has = visit < torch.tensor(case.visits)[:, None, None]
+        more = more.masked_fill(~has | (torch.rand(more.shape) < 0.2), -1).to(DEVICE)
+    return Problem(case, *(t.to(case.dtype) for t in heads), dpairs, *probs, *balls, layout, more)
 
 
 # ---------------------------------------------------------------- running and comparing
@@ -189,15 +202,13 @@ def definition_of_visits(problem: Problem, visits: int) -> dict[str, Tensor]:
     q, k, v, query, key = inputs = [getattr(problem, name).detach().double().requires_grad_() for name in names]
     arity, levels = case.tree
     routes = Routes(*(RoleDigits(probs, probs.argmax(-1)) for probs in (query, key)))
-    balls = problem.query_ball[:, :, None]
-    nowhere = balls.new_full((*balls.shape[:2], visits - 1, balls.shape[3]), -1)
     out, far_pairs = bridged_attention(
         q,
         k,
         v,
         routes,
         Visibility(
-            torch.cat([balls, nowhere], 2),
+            problem.query_balls[:, :, :visits],
             problem.layout,
             Keys(problem.key_ball, problem.layout),
             Rule(arity, levels, (levels,) * case.heads, problem.query_ball.shape[1], case.window, case.sinks),
@@ -225,7 +236,7 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
         q, k, v, dout = (
             t[:, i].float() for t, i in ((problem.q, h), (problem.k, g), (problem.v, g), (problem.dout, h))
         )
-        balls = problem.query_ball[:, h : h + 1, None], problem.key_ball[:, h : h + 1]
+        balls = problem.query_balls[:, h : h + 1], problem.key_ball[:, h : h + 1]
         visible = visible_pairs(*balls, layout, layout, case.window, case.sinks)[:, 0]
         scores = q @ k.transpose(1, 2) * problem.options["scale"]
         if case.softcap is not None:
@@ -287,6 +298,7 @@ VISITS = [
     Case(length=60, window=4, leaves=8, batch=1, identity=True, visits=(1, 2)),
     Case(length=60, window=4, leaves=9, layout="packed", dtype=HALF, visits=(3, 8)),
     Case(length=60, window=4, leaves=4, layout="left_padding", visits=(2, 2), one_hot=True),
+    Case(length=60, window=4, leaves=8, layout="packed", masked=True, visits=(3, 1)),
 ]
 _DTYPES = (torch.bfloat16, HALF, torch.float32)
 _MODEL = Case(heads=9, kv_heads=3, dim=64, leaves=64, window=128, batch=1, dtype=torch.bfloat16, identity=True)
@@ -306,7 +318,12 @@ GPU_CASES = [
     *(replace(_MODEL, length=1025, one_hot=True, dtype=t) for t in (torch.bfloat16, torch.float32)),
     *(replace(_MODEL, length=1025, heads=8, kv_heads=n) for n in (1, 8)),
     *(replace(_MODEL, length=n, masked=True, leaves=m) for n in (129, 1025, 4097) for m in (4, 64, 256)),
-    *(replace(_MODEL, length=1025, leaves=m, dtype=t, visits=(1, 2, 8) * 3) for m in (9, 64, 256) for t in _DTYPES),
+    *(
+        replace(_MODEL, length=1025, leaves=m, dtype=t, visits=(1, 2, 8) * 3, masked=masked)
+        for m in (9, 64, 256)
+        for t in _DTYPES
+        for masked in (False, True)
+    ),
     *(
         replace(_MODEL, length=1500, layout=layout, identity=False, batch=3, heads=3, dtype=dtype, masked=True)
         for layout in LAYOUTS

@@ -392,7 +392,7 @@ def _bridged_attention(
     """The hard attention, which no probability enters: `out` `[B, T, H, D]`, `lse` `[B, H, T]`, far pairs `[H]`."""
     out, lse = attention_forward(q, k, v, *arguments)
     plan = PlanTensors(*arguments[:-2])
-    pairs = (plan.range_end - plan.range_start).sum((0, 2)).float()
+    pairs = (plan.range_end - plan.range_start).flatten(2).sum((0, 2)).float()
     return out, lse, pairs.repeat_interleave(q.shape[1] // pairs.shape[0])
 
 

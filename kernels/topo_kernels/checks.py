@@ -43,13 +43,15 @@ def check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
     """
     B, H, T, _ = q.shape
     S = k.shape[2]
-    routes = plan.query_order.shape[1] if plan.query_order.ndim == 3 else 0
-    if routes == 0 or H % routes:
+    routes = plan.query_order.shape[1] if plan.query_order.ndim in (3, 4) else 0
+    visits = plan.query_order.shape[2:-1]
+    if routes == 0 or H % routes or 0 in visits:
         raise ValueError(
-            f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
+            f"query_order must have shape [B={B}, R, m, T={T}] with R a divisor of q's {H} heads and m >= 1, "
             f"got {tuple(plan.query_order.shape)}."
         )
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, *visits, T))
     shapes |= {"key_order": (B, routes, S), "local_order": (B, S)}
     shapes |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
     if plan.local_order is None:
