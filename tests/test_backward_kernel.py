@@ -17,6 +17,7 @@ from test_kernels import (
     LAYOUTS,
     PLAN_TENSORS,
     SWEEP,
+    VISITS,
     Case,
     Problem,
     guarded,
@@ -68,7 +69,7 @@ def gradients(problem: Problem, dout: Tensor, dtype: torch.dtype) -> tuple[Tenso
         query = SequenceLayout(problem.query.document[b : b + 1], problem.query.position[b : b + 1])
         for h in range(case.heads):
             g, r = h * case.kv_heads // case.heads, h * case.routes // case.heads
-            balls = problem.query_ball[b : b + 1, r : r + 1, None], problem.key_ball[b : b + 1, r : r + 1]
+            balls = problem.query_balls[b : b + 1, r : r + 1], problem.key_ball[b : b + 1, r : r + 1]
             visible = visible_pairs(*balls, query, key, case.window, case.sinks)[0, 0]
             out, lse = eager(q[b, h], k[b, g], v[b, g], visible, problem.scale, case.softcap)
             out.backward(dout[b, h].to(dtype))
@@ -190,10 +191,17 @@ GPU_CASES = [
     *(replace(_MODEL, kv_heads=n, routes=r, length=1025) for n in (1, 4, 8) for r in (1, 2, 8)),
     *(replace(_MODEL, queries=(-n, None), length=4097) for n in (1, 33, 512)),
     *(replace(_MODEL, softcap=cap, length=1025) for cap in (0.5, 30.0)),
+    *(
+        replace(_MODEL, length=1025, visits=m, balls=balls, dtype=dtype)
+        for m in (2, 3, 8)
+        for balls in ("random", "giant", "tiny")
+        for dtype in (torch.bfloat16, HALF, torch.float32)
+    ),
+    *(replace(_MODEL, length=1025, visits=3, layout=layout, batch=2) for layout in LAYOUTS),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VISITS], ids=str)
 def test_gradients(case: Case) -> None:
     check(make(case))
 
@@ -234,9 +242,9 @@ def test_small_tiles(
 # ---------------------------------------------------------------- controls: a wrong plan is noticed
 
 
-@pytest.mark.parametrize("wrong", ["window", "sinks", "ball", "lse"])
+@pytest.mark.parametrize("wrong", ["window", "sinks", "ball", "lse", "visit"])
 def test_wrong_input_is_noticed(wrong: str) -> None:
-    problem, plan = make(Case(length=130)), None
+    problem, plan = make(Case(length=130, visits=2 if wrong == "visit" else 1)), None
     dout = cotangent(problem)
     exact = gradients(problem, dout, torch.float64)
     out, lse = exact[0].to(problem.q), exact[1].float()
@@ -248,6 +256,8 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         key_ball = problem.key_ball.clone()
         key_ball[0, 1, 40] += 1
         plan = replace(problem, key_ball=key_ball).plan()
+    elif wrong == "visit":
+        plan = problem.plan().of_visit(0)
     else:
         lse[0, 1, 100] += 0.01
     errors = excess(problem, differentiate(problem, out, lse, dout, plan), exact, dout)
@@ -264,6 +274,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         Case(layout="middle_padding", length=130, dtype=HALF, dim=40),
         Case(layout="unfilled", length=70, balls="unvisited", dim=20),
         Case(layout="packed", length=131, balls="tiny", queries=(-65, None)),
+        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=HALF),
     ],
     ids=str,
 )
@@ -278,7 +289,7 @@ def test_nothing_outside_is_read(case: Case) -> None:
     k, v = (poisoned(t.masked_fill(~problem.key.real[:, None, :, None], float("nan"))) for t in (problem.k, problem.v))
     rank = torch.arange(case.length, device=DEVICE)
     in_tree = (problem.key.position >= case.sinks).sum(1)[:, None, None]
-    padding = ~problem.query.real[:, None].expand_as(plan.query_order).gather(2, plan.query_order.long())
+    padding = ~problem.query.real[:, None, None].expand_as(plan.query_order).gather(3, plan.query_order.long())
     plan = replace(
         plan,
         key_order=torch.where(rank < in_tree, plan.key_order, 0),

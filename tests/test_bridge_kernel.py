@@ -17,6 +17,7 @@ from helpers import bridged, bridged_and_far_pairs, make_problem, widened
 from hypothesis import given, settings
 from peft import get_peft_model
 from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned, whole
+from test_leaves_kernel import visited
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,6 +63,7 @@ class Case:
     batch: int = 2
     identity: bool = False  # no order is given
     masked: bool = False  # only visible pairs pass the attention's gradient
+    visits: tuple[int, ...] | None = None  # of the heads
 
     @property
     def tree(self) -> tuple[int, int]:
@@ -89,20 +91,32 @@ class Problem:
     query_ball: Tensor  # [B, H, N]
     key_ball: Tensor
     layout: SequenceLayout
+    more_balls: Tensor | None = None  # [B, H, most visits - 1, N], -1 where a head has no more
+
+    @property
+    def query_balls(self) -> Tensor:
+        """`[B, H, most visits, N]`."""
+        first = self.query_ball[:, :, None]
+        return first if self.more_balls is None else torch.cat([first, self.more_balls], 2)
 
     @property
     def options(self) -> dict[str, Any]:
         return {"scale": self.case.dim**-0.5, "softcap": self.case.softcap}
 
     @property
+    def visits(self) -> Tensor | None:
+        visits = self.case.visits
+        return None if visits is None else torch.tensor(visits, dtype=torch.int32, device=DEVICE)
+
+    @property
     def balls(self) -> tuple[Tensor, Tensor] | None:
-        return (self.query_ball.int(), self.key_ball.int()) if self.case.masked else None
+        if not self.case.masked:
+            return None
+        return (self.query_ball if self.more_balls is None else self.query_balls).int(), self.key_ball.int()
 
     def plan(self) -> dict[str, Any]:
         case = self.case
-        made = build_plan(
-            self.query_ball[:, :, None], self.key_ball, self.layout, self.layout, case.window, case.sinks
-        ).of_visit(0)
+        made = build_plan(self.query_balls, self.key_ball, self.layout, self.layout, case.window, case.sinks)
         found = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "dense"}
         return found | {"local_order": None} if case.identity else found
 
@@ -123,7 +137,13 @@ def make(case: Case, seed: int = 0) -> Problem:
     if case.one_hot:
         probs = [torch.nn.functional.one_hot(p.argmax(-1), arity).float() for p in probs]
     dpairs = torch.randn(case.heads).to(DEVICE) / case.length
-    return Problem(case, *(t.to(case.dtype) for t in heads), dpairs, *probs, *balls, layout)
+    more = None
+    if case.visits is not None and max(case.visits) > 1:
+        more = torch.randint(case.leaves, (case.batch, case.heads, max(case.visits) - 1, case.length))
+        visit = torch.arange(1, max(case.visits))[:, None]
+        has = visit < torch.tensor(case.visits)[:, None, None]
+        more = more.masked_fill(~has | (torch.rand(more.shape) < 0.2), -1).to(DEVICE)
+    return Problem(case, *(t.to(case.dtype) for t in heads), dpairs, *probs, *balls, layout, more)
 
 
 # ---------------------------------------------------------------- running and comparing
@@ -152,7 +172,8 @@ def run(problem: Problem, tile_size: int | None = None, **changed: Any) -> tuple
     size = tile_size or (None if GPU else 64)
     dout, dpairs = changed.pop("dout", problem.dout), changed.pop("dpairs", problem.dpairs)
     arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs")}
-    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls} | changed
+    arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls}
+    arguments |= {"visits": problem.visits} | changed
     probs = [arguments[name].detach().requires_grad_() for name in ("query_probs", "key_probs")]
     arguments |= dict(zip(("query_probs", "key_probs"), probs, strict=True))
     with ExitStack() as stack:
@@ -165,6 +186,17 @@ def run(problem: Problem, tile_size: int | None = None, **changed: Any) -> tuple
 
 def definition(problem: Problem) -> dict[str, Tensor]:
     """Autograd of `bridged_attention` in fp64."""
+    if len(set(problem.case.visits or (1,))) == 1:
+        return definition_of_visits(problem, (problem.case.visits or (1,))[0])
+    assert problem.case.visits is not None  # heads have nothing in common but k and v
+    found = {m: definition_of_visits(problem, m) for m in set(problem.case.visits)}
+    chosen = list(enumerate(problem.case.visits))
+    names = {"out": 1, "far_pairs": 0, "query_probs": 1, "key_probs": 1}
+    return {name: torch.stack([found[m][name].select(dim, h) for h, m in chosen], dim) for name, dim in names.items()}
+
+
+def definition_of_visits(problem: Problem, visits: int) -> dict[str, Tensor]:
+    """The same where all heads have as many visits."""
     case = problem.case
     names = ("q", "k", "v", "query_probs", "key_probs")
     q, k, v, query, key = inputs = [getattr(problem, name).detach().double().requires_grad_() for name in names]
@@ -176,7 +208,7 @@ def definition(problem: Problem) -> dict[str, Tensor]:
         v,
         routes,
         Visibility(
-            problem.query_ball[:, :, None],
+            problem.query_balls[:, :, :visits],
             problem.layout,
             Keys(problem.key_ball, problem.layout),
             Rule(arity, levels, (levels,) * case.heads, problem.query_ball.shape[1], case.window, case.sinks),
@@ -195,6 +227,7 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
     case, layout = problem.case, problem.layout
     probs = [p.detach().requires_grad_() for p in (problem.query_probs, problem.key_probs)]
     leaves = [leaf_distribution(p, case.tree[1]) for p in probs]
+    leaves[0] = visited(leaves[0], case.visits)
     bfloat = torch.bfloat16 if GPU and case.dtype != torch.float32 else torch.float32
     far = (causal_pairs(layout, layout) & ~always_visible(layout, layout, case.window, case.sinks))[:, None]
     found: dict[str, list[Tensor]] = {"query_probs": [], "key_probs": []}
@@ -203,7 +236,7 @@ def rounded(problem: Problem) -> dict[str, Tensor]:
         q, k, v, dout = (
             t[:, i].float() for t, i in ((problem.q, h), (problem.k, g), (problem.v, g), (problem.dout, h))
         )
-        balls = problem.query_ball[:, h : h + 1, None], problem.key_ball[:, h : h + 1]
+        balls = problem.query_balls[:, h : h + 1], problem.key_ball[:, h : h + 1]
         visible = visible_pairs(*balls, layout, layout, case.window, case.sinks)[:, 0]
         scores = q @ k.transpose(1, 2) * problem.options["scale"]
         if case.softcap is not None:
@@ -261,6 +294,13 @@ CASES = [
     *(Case(length=90, masked=True, layout=layout, heads=4, kv_heads=2, leaves=3) for layout in LAYOUTS),
     *(Case(length=70, masked=True, sharp=12.0, dtype=HALF, leaves=81, window=4, layout=x) for x in ("plain", "packed")),
 ]
+VISITS = [
+    Case(length=60, window=4, leaves=8, batch=1, identity=True, visits=(1, 2)),
+    Case(length=60, window=4, leaves=9, layout="packed", dtype=HALF, visits=(3, 8)),
+    Case(length=60, window=4, leaves=4, layout="left_padding", visits=(2, 2), one_hot=True),
+    Case(length=60, window=4, leaves=8, layout="packed", masked=True, visits=(3, 1)),
+]
+_DTYPES = (torch.bfloat16, HALF, torch.float32)
 _MODEL = Case(heads=9, kv_heads=3, dim=64, leaves=64, window=128, batch=1, dtype=torch.bfloat16, identity=True)
 GPU_CASES = [
     *(replace(_MODEL, length=n) for n in (1, 63, 129, 1000, 1025, 2049, 4096, 4097)),
@@ -279,6 +319,12 @@ GPU_CASES = [
     *(replace(_MODEL, length=1025, heads=8, kv_heads=n) for n in (1, 8)),
     *(replace(_MODEL, length=n, masked=True, leaves=m) for n in (129, 1025, 4097) for m in (4, 64, 256)),
     *(
+        replace(_MODEL, length=1025, leaves=m, dtype=t, visits=(1, 2, 8) * 3, masked=masked)
+        for m in (9, 64, 256)
+        for t in _DTYPES
+        for masked in (False, True)
+    ),
+    *(
         replace(_MODEL, length=1500, layout=layout, identity=False, batch=3, heads=3, dtype=dtype, masked=True)
         for layout in LAYOUTS
         for dtype in (torch.bfloat16, HALF, torch.float32)
@@ -286,7 +332,7 @@ GPU_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VISITS], ids=str)
 def test_gradients_of_leaves(case: Case) -> None:
     problem = make(case)
     check(problem, run(problem))
@@ -342,10 +388,11 @@ def test_attention_is_the_hard_one(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["window", "sinks", "order", "query probs", "key probs", "ball", "gap", "price", "balls"]
+    "wrong", ["window", "sinks", "order", "query probs", "key probs", "ball", "gap", "price", "balls", "visits"]
 )
 def test_wrong_input_is_noticed(wrong: str) -> None:
-    problem = make(Case(length=130, batch=1, sharp=12.0 if wrong == "gap" else 1.0))
+    visits = (2, 3) if wrong == "visits" else None
+    problem = make(Case(length=130, batch=1, sharp=12.0 if wrong == "gap" else 1.0, visits=visits))
     changed: dict[str, Any] = {}
     if wrong == "window":
         changed["local_start"] = problem.plan()["local_start"] + 1
@@ -361,6 +408,8 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         changed["balls"] = problem.query_ball.int(), problem.key_ball.int()
     elif wrong == "price":
         changed["dpairs"] = problem.dpairs + 0.01
+    elif wrong == "visits":
+        changed["visits"] = problem.visits.flip(0)
     elif wrong == "gap":
         changed["max_gap"] = 9.0
     else:
@@ -444,13 +493,14 @@ def test_memory_is_linear() -> None:
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
         ("max_gap", lambda _: 61.0, "max_gap must be from 0 to 60"),
         ("max_gap", lambda _: -1.0, "max_gap must be from 0 to 60"),
-        ("balls", lambda both: (both[0].long(), both[1]), r"balls of queries must be int32 \[2, 2, 20\]"),
+        ("balls", lambda both: (both[0].long(), both[1]), r"balls of queries must be int32 \[2, 2, 1, 20\]"),
         ("balls", lambda both: (both[0], both[1][:, :1]), r"balls of keys must be int32 \[2, 2, 20\].*2, 1, 20"),
+        ("visits", lambda t: t[:1], r"visits must be None or torch.int32 of shape \[2\], got torch.int32 \[1\]"),
     ],
 )
 def test_refuses(argument: str, change, message: str) -> None:
-    problem = make(Case(length=20, masked=True))
-    arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs")}
+    problem = make(Case(length=20, masked=True, visits=(1, 2)))
+    arguments = {name: getattr(problem, name) for name in ("q", "k", "v", "query_probs", "key_probs", "visits")}
     arguments |= problem.plan() | problem.options | {"max_gap": MAX_GAP, "balls": problem.balls}
     with pytest.raises(ValueError, match=message):
         bridged_topology_attention(**whole(arguments | {argument: change(arguments[argument])}))
@@ -459,18 +509,20 @@ def test_refuses(argument: str, change, message: str) -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_operators(masked: bool) -> None:
     """Fake implementations and autograd registration."""
-    problem = make(Case(length=20, masked=masked))
-    balls = problem.balls or (None, None)
+    problem = make(Case(length=20, masked=masked, visits=None if masked else (1, 2)))
+    balls = None, None
+    if problem.balls is not None:
+        balls = problem.balls[0][:, :, None].contiguous(), problem.balls[1]
     flat = *problem.plan().values(), 1.0, None
     qkv = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
     probs = [t.detach().clone().requires_grad_() for t in (problem.query_probs, problem.key_probs)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     with tile(64):
-        arguments = (*qkv, *probs, *balls, 10.0, *flat)
+        arguments = (*qkv, *probs, *balls, problem.visits, 10.0, *flat)
         torch.library.opcheck(bridge._bridged_attention, arguments, test_utils=tests)
         statistics = problem.q, problem.q[..., 0].float().contiguous(), problem.dout, problem.dpairs
         fixed = [t.detach() for t in probs]
-        arguments = (*(t.detach() for t in qkv), *statistics, *fixed, *balls, 10.0, *flat[4:])
+        arguments = (*(t.detach() for t in qkv), *statistics, *fixed, *balls, problem.visits, 10.0, *flat[4:])
         torch.library.opcheck(bridge._bridge_gradients, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned, whole
-from test_leaves_kernel import coarsened, leaves_by_definition, rows
+from test_leaves_kernel import coarsened, leaves_by_definition, rows, visited
 from torch import Tensor
 
 from topo_adapter.core.layout import SequenceLayout, causal_pairs
@@ -288,16 +288,22 @@ class Mass:
     query_weight: Tensor  # [B, M], 0 in padding
     key_weight: Tensor  # [B, N]
     grads: tuple[Tensor, Tensor, Tensor]
+    visits: tuple[int, ...] | None = None  # of the heads
 
     def arguments(self) -> dict:
         """Of `far_mass`, its options included."""
         case, problem = self.problem.case, self.problem
         names = ("query_probs", "key_probs", "query_weight", "key_weight")
         tensors = {name: getattr(self, name) for name in names} | {"q": problem.q, "k": problem.k} | problem.ranges()
-        return tensors | {"num_sink_tokens": case.sinks, "scale": problem.scale, "softcap": case.softcap}
+        tensors |= {"num_sink_tokens": case.sinks, "scale": problem.scale, "softcap": case.softcap}
+        if self.visits is not None:
+            tensors["visits"] = torch.tensor(self.visits, dtype=torch.int32, device=DEVICE)
+        return tensors
 
 
-def make_mass(case: Case, arity: int = 2, depth: int = 4, one_hot: bool = False) -> Mass:
+def make_mass(
+    case: Case, arity: int = 2, depth: int = 4, one_hot: bool = False, visits: tuple[int, ...] | None = None
+) -> Mass:
     problem = make(case)
     B, H, M, N, V = case.batch, case.heads, problem.q.shape[2], case.length, arity**depth
 
@@ -306,10 +312,11 @@ def make_mass(case: Case, arity: int = 2, depth: int = 4, one_hot: bool = False)
         return torch.nn.functional.one_hot(probs.argmax(-1), arity).float() if one_hot else probs
 
     # gradients of means are spread over tokens: this large, they show beside those of the kept mass
-    grads = torch.randn(depth, B, H, M), M * torch.randn(H, V), N * torch.randn(H, V)
+    query_mean = (H, V) if visits is None else (depth, H, V)
+    grads = torch.randn(depth, B, H, M), M * torch.randn(query_mean), N * torch.randn(H, V)
     weights = (layout.real / layout.real.sum().clamp(min=1) for layout in (problem.query, problem.key))
     tensors = *(random_probs(length).to(DEVICE) for length in (M, N)), *weights
-    return Mass(problem, *tensors, tuple(grad.to(DEVICE) for grad in grads))
+    return Mass(problem, *tensors, tuple(grad.to(DEVICE) for grad in grads), visits)
 
 
 MASS_NAMES = ("kept", "query_mean", "key_mean", "dquery_probs", "dkey_probs")
@@ -339,9 +346,14 @@ def mass_formula(mass: Mass, dtype: torch.dtype) -> list[Tensor]:
     attention = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1)
     local = attention.masked_fill(~near, 0.0).sum(-1).to(wide)
     values = (attention.masked_fill(near | ~causal, 0.0).to(dtype) @ key_leaves[-1].to(dtype)).to(wide)
+    query_leaves = [visited(p, mass.visits) for p in query_leaves]
     kept = torch.stack([local + (p * coarsened(values, p.shape[-1])).sum(-1) for p in query_leaves])
     kept = kept.masked_fill(~problem.query.real[:, None], 0.0)
-    query_mean = torch.einsum("bhnv,bn->hv", query_leaves[-1], mass.query_weight.to(wide))
+    query_means = [torch.einsum("bhnv,bn->hv", p, mass.query_weight.to(wide)) for p in query_leaves]
+    query_mean = query_means[-1]
+    if mass.visits is not None:
+        leaf = torch.arange(values.shape[-1], device=values.device)
+        query_mean = torch.stack([mean[:, leaf % mean.shape[-1]] for mean in query_means])
     key_mean = torch.einsum("bhnv,bn->hv", key_leaves[-1], mass.key_weight.to(wide))
     outputs = kept, query_mean, key_mean
     dprobs = torch.autograd.grad(outputs, [query_probs, key_probs], [g.to(wide) for g in mass.grads])
@@ -386,6 +398,37 @@ def test_far_mass(case: Case, arity: int, depth: int) -> None:
     check_mass(mass, run_mass(mass))
 
 
+VISITS: list[tuple[Case, int, int, tuple[int, ...]]] = [
+    (Case(length=40, window=4, identity=True, batch=1), 2, 3, (2, 1)),
+    (Case(length=40, window=4, layout="packed", sample=23, dtype=HALF), 3, 2, (8, 3)),
+    (Case(length=40, window=4, layout="left_padding", heads=4, kv_heads=2, batch=1), 2, 2, (1, 2, 3, 8)),
+]
+VISITS_ON_GPU: list[tuple[Case, int, int, tuple[int, ...]]] = [
+    *((replace(_MODEL, length=700, dtype=dtype), 2, 7, (1, 2, 3, 8) * 2) for dtype in (HALF, torch.float32)),
+    *((replace(_MODEL, length=900), *tree, (1, 2, 3, 8) * 2) for tree in ((2, 1), (2, 8), (3, 5), (5, 3), (16, 2))),
+    (replace(_MODEL, length=900, layout="packed", sample=256, identity=False, batch=2), 2, 6, (2,) * 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "arity", "depth", "visits"),
+    [*VISITS, *(pytest.param(*each, marks=pytest.mark.gpu) for each in VISITS_ON_GPU)],
+    ids=str,
+)
+def test_far_mass_of_several_visits(case: Case, arity: int, depth: int, visits: tuple[int, ...]) -> None:
+    mass = make_mass(case, arity, depth, visits=visits)
+    check_mass(mass, run_mass(mass))
+
+
+def test_density_from_the_means_of_visits() -> None:
+    """As the documentation of `far_mass` has it: the sum over balls."""
+    mass = make_mass(Case(length=30, batch=1), 2, 2, visits=(1, 3))
+    _, query_mean, key_mean, _, _ = run_mass(mass)
+    for d, mean in enumerate(query_mean, 1):
+        right = (mean[:, : 2**d] * coarsened(key_mean, 2**d)).sum(-1)
+        torch.testing.assert_close((mean * key_mean).sum(-1), right)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "arity", "depth"), MASS_GPU_CASES, ids=str)
 def test_far_mass_on_gpu(case: Case, arity: int, depth: int) -> None:
@@ -401,7 +444,7 @@ def test_far_mass_of_hard_digits(layout: str) -> None:
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_far_mass_without_the_gradient_of_one_output(missing: int) -> None:
-    mass = make_mass(Case(length=40), 2, 3)
+    mass = make_mass(Case(length=40), 2, 3, visits=(2, 1) if missing == 1 else None)
     grads = tuple(torch.zeros_like(g) if i == missing else g for i, g in enumerate(mass.grads))
     arguments = mass.arguments()
     probs = [arguments[name].requires_grad_() for name in ("query_probs", "key_probs")]
@@ -424,9 +467,9 @@ def test_far_mass_of_tied_probabilities() -> None:
     torch.testing.assert_close(found, query + key, rtol=1e-5, atol=1e-6)  # other tiles
 
 
-@pytest.mark.parametrize("wrong", ["weight", "probs", "levels", "window"])
+@pytest.mark.parametrize("wrong", ["weight", "probs", "levels", "window", "visits"])
 def test_wrong_far_mass_is_noticed(wrong: str) -> None:
-    mass = make_mass(Case(length=60), 2, 3)
+    mass = make_mass(Case(length=60), 2, 3, visits=(2, 3) if wrong == "visits" else None)
     change: dict = {}
     if wrong == "weight":
         change["key_weight"] = mass.key_weight * (1 + 1e-3)
@@ -435,6 +478,8 @@ def test_wrong_far_mass_is_noticed(wrong: str) -> None:
         change["query_probs"][0, 1, 40] = mass.query_probs[0, 1, 39]
     elif wrong == "levels":
         change["key_probs"] = mass.key_probs.flip(3)
+    elif wrong == "visits":
+        change["visits"] = mass.arguments()["visits"].flip(0)
     else:
         change["local_start"] = mass.problem.ranges()["local_start"] + 1
     with pytest.raises(AssertionError, match="error"):
@@ -522,25 +567,29 @@ def test_no_gradient_to_queries_and_keys() -> None:
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
         ("scale", lambda _: 0.0, "scale must be > 0, got 0.0"),
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
+        ("visits", lambda t: t.long(), r"visits must be None or torch.int32 of shape \[2\], got torch.int64 \[2\]"),
+        ("visits", lambda t: t[:1], r"visits must be None or torch.int32 of shape \[2\], got torch.int32 \[1\]"),
     ],
 )
 def test_refuses(argument: str, change, message: str) -> None:
-    arguments = make_mass(Case(length=20)).arguments()
+    arguments = make_mass(Case(length=20), visits=(1, 2)).arguments()
     with pytest.raises(ValueError, match=message):
         far_mass(**whole(arguments | {argument: change(arguments[argument])}, LocalTensors))
 
 
-def test_operators() -> None:
+@pytest.mark.parametrize("visits", [None, (1, 2)])
+def test_operators(visits: tuple[int, ...] | None) -> None:
     """Fake implementations and autograd registration."""
-    mass = make_mass(Case(length=20), 2, 3)
-    arguments = mass.arguments()
+    mass = make_mass(Case(length=20, batch=1), 2, 2, visits=visits)
+    arguments = {"visits": None, **mass.arguments()}
     probs = {name: arguments[name].contiguous().requires_grad_() for name in ("query_probs", "key_probs")}
-    names = ("q", "k", "query_probs", "key_probs", "query_weight", "key_weight", *LocalTensors._fields[:-1])
+    names = ("q", "k", "query_probs", "key_probs", "query_weight", "key_weight", "visits", *LocalTensors._fields[:-1])
     inputs = [(arguments | probs)[name] for name in names]
     options = arguments["num_sink_tokens"], arguments["scale"], arguments["softcap"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     with tile(64), rows(32, 2):
         torch.library.opcheck(distill._far_mass, (*inputs, *options), test_utils=tests)
-        *_, values, lse = distill._far_mass(*(t.detach() for t in inputs), *options)
-        inputs = [*mass.grads, values, lse, *(t.detach() for t in inputs)]
+        inputs = [None if t is None else t.detach() for t in inputs]
+        *_, values, lse = distill._far_mass(*inputs, *options)
+        inputs = [*mass.grads, values, lse, *inputs]
         torch.library.opcheck(distill._far_mass_gradient, (*inputs, *options), test_utils=tests)

@@ -118,6 +118,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     softcap: float | None = None
     batch: int = 2
+    visits: int = 1  # of a query
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -136,6 +137,13 @@ class Problem:
     key_ball: Tensor
     query: SequenceLayout
     key: SequenceLayout
+    more_balls: Tensor | None = None  # [B, R, visits - 1, T]
+
+    @property
+    def query_balls(self) -> Tensor:
+        """`[B, R, visits, T]`; some visits are nowhere, or where an earlier one was."""
+        first = self.query_ball[:, :, None]
+        return first if self.more_balls is None else torch.cat([first, self.more_balls], 2)
 
     @property
     def scale(self) -> float:
@@ -147,7 +155,7 @@ class Problem:
 
     def plan(self, extra_window: int = 0, extra_sinks: int = 0) -> Plan:
         window, sinks = self.case.window + extra_window, self.case.sinks + extra_sinks
-        return build_plan(self.query_ball[:, :, None], self.key_ball, self.query, self.key, window, sinks).of_visit(0)
+        return build_plan(self.query_balls, self.key_ball, self.query, self.key, window, sinks)
 
 
 def make(case: Case, seed: int = 0) -> Problem:
@@ -161,7 +169,7 @@ def make(case: Case, seed: int = 0) -> Problem:
     def normal(heads: int, length: int) -> Tensor:
         return torch.randn(case.batch, heads, length, case.dim).to(DEVICE, case.dtype)
 
-    return Problem(
+    problem = Problem(
         case,
         normal(case.heads, query.position.shape[1]),
         normal(case.kv_heads, case.length),
@@ -171,6 +179,12 @@ def make(case: Case, seed: int = 0) -> Problem:
         query,
         key,
     )
+    if case.visits == 1:
+        return problem
+    more = [ball_pair(case.balls, case.batch, case.routes, case.length)[0] for _ in range(case.visits - 1)]
+    balls = torch.stack(more, 2)[..., asking]
+    nowhere = torch.rand(balls.shape) < 0.3
+    return replace(problem, more_balls=balls.masked_fill(nowhere, -1).to(DEVICE))
 
 
 # ---------------------------------------------------------------- running and comparing
@@ -230,11 +244,11 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                 rows = slice(first, first + QUERY_CHUNK)
                 q = problem.q[b : b + 1, h : h + 1, rows]
                 query = SequenceLayout(problem.query.document[b : b + 1, rows], problem.query.position[b : b + 1, rows])
-                query_ball, key_ball = (
-                    problem.query_ball[b : b + 1, r : r + 1, rows],
+                query_balls, key_ball = (
+                    problem.query_balls[b : b + 1, r : r + 1, :, rows],
                     problem.key_ball[b : b + 1, r : r + 1],
                 )
-                visible = visible_pairs(query_ball[:, :, None], key_ball, query, key, case.window, case.sinks)
+                visible = visible_pairs(query_balls, key_ball, query, key, case.window, case.sinks)
                 if case.softcap is None:
                     exact = reference_attention(q, k, v, visible, problem.scale)
                 else:
@@ -285,6 +299,14 @@ CASES = [
     *(Case(softcap=cap, length=70, dtype=dtype) for cap in (0.5, 30.0) for dtype in (torch.float32, HALF)),
 ]
 
+VISITS = [
+    *(Case(length=n, visits=2, window=4, batch=1, dtype=dtype) for n, dtype in ((50, torch.float32), (130, HALF))),
+    Case(length=60, visits=3, window=4, layout="packed", dtype=HALF),
+    Case(length=60, visits=3, window=4, layout="left_padding", heads=4, kv_heads=2, queries=(-50, None)),
+    Case(length=50, visits=8, window=4, balls="depths", heads=4, kv_heads=2, routes=4, batch=1),
+    Case(length=50, visits=8, window=1, sinks=0, balls="tiny", batch=1),
+]
+
 _MODEL = Case(heads=32, kv_heads=8, routes=32, dim=128, window=128, batch=1)
 GPU_CASES = [
     *(
@@ -308,6 +330,13 @@ GPU_CASES = [
     *(replace(_MODEL, queries=(-n, None), length=4097, dtype=torch.bfloat16) for n in (1, 33, 512)),
     *(replace(_MODEL, softcap=cap, length=1025, dtype=torch.bfloat16) for cap in (0.5, 30.0)),
     replace(_MODEL, length=8193, dtype=torch.float32, heads=4, kv_heads=1, routes=4),
+    *(
+        replace(_MODEL, length=1025, visits=m, balls=balls, dtype=dtype)
+        for m in (2, 3, 8)
+        for balls in ("random", "giant", "tiny")
+        for dtype in (torch.bfloat16, HALF, torch.float32)
+    ),
+    *(replace(_MODEL, length=1025, visits=3, layout=layout, dtype=torch.bfloat16, batch=2) for layout in LAYOUTS),
 ]
 # fmt: off
 SWEEP = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 191, 255, 257, 383, 511, 513, 777, 1000, 1023,
@@ -315,7 +344,7 @@ SWEEP = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 191, 25
 # fmt: on
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VISITS], ids=str)
 def test_matches_reference(case: Case) -> None:
     problem = make(case)
     check(problem, attend(problem))
@@ -334,7 +363,7 @@ def fixed_reference() -> Iterator[None]:
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["running_max", "fixed_reference"])
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.layout == "plain" and case.dtype == torch.float32], ids=str
+    "case", [case for case in CASES + VISITS if case.layout == "plain" and case.dtype == torch.float32], ids=str
 )
 def test_plain_path(case: Case, fixed: bool) -> None:
     problem = make(case)
@@ -350,6 +379,33 @@ def test_scores_too_far_from_the_fixed_reference_are_done_again(path: str, dtype
     plan = problem.plan()
     with fixed_reference():
         check(problem, attend(problem, plain(plan) if path == "plain" else plan))
+
+
+def several_gpu_cases_on_the_plain_path() -> list[Case]:
+    return [case for case in GPU_CASES if case.visits > 1 and case.layout == "plain"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", several_gpu_cases_on_the_plain_path(), ids=str)
+def test_plain_path_of_visits_on_gpu(case: Case) -> None:
+    problem = make(case)
+    check(problem, attend(problem, plain(problem.plan())))
+
+
+@pytest.mark.parametrize("path", ["plain", "general"])
+def test_one_visit_may_lack_its_axis(path: str) -> None:
+    problem = make(Case(length=50, batch=1))
+    plan = plain(problem.plan()) if path == "plain" else problem.plan()
+    assert torch.equal(attend(problem, plan.of_visit(0)), attend(problem, plan))
+
+
+def test_absent_visits_change_no_bit() -> None:
+    """They are passes that see nothing; in float32, because half precision is rounded once, not after each pass."""
+    problem = make(Case(length=50, batch=1))
+    nowhere = torch.full_like(problem.query_ball, -1)[:, :, None].expand(-1, -1, 2, -1)
+    absent = replace(problem, more_balls=nowhere)
+    for path in (plain, lambda plan: plan):
+        assert torch.equal(attend(problem, path(absent.plan())), attend(problem, path(problem.plan())))
 
 
 @pytest.mark.gpu
@@ -391,9 +447,9 @@ def test_small_tiles(length: int, layout: str, balls: str, window: int, sinks: i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("wrong", ["window", "sinks", "ball", "range"])
+@pytest.mark.parametrize("wrong", ["window", "sinks", "ball", "range", "visit"])
 def test_wrong_plan_is_noticed(wrong: str, dtype: torch.dtype) -> None:
-    problem = make(Case(dtype=dtype))
+    problem = make(Case(dtype=dtype, visits=2 if wrong == "visit" else 1))
     if wrong == "window":
         plan = problem.plan(extra_window=-1)
     elif wrong == "sinks":
@@ -402,6 +458,8 @@ def test_wrong_plan_is_noticed(wrong: str, dtype: torch.dtype) -> None:
         key_ball = problem.key_ball.clone()
         key_ball[0, 1, 40] += 1
         plan = replace(problem, key_ball=key_ball).plan()
+    elif wrong == "visit":
+        plan = problem.plan().of_visit(0)
     else:
         right = problem.plan()
         plan = replace(right, range_end=(right.range_end - 1).clamp(min=right.range_start))
@@ -444,6 +502,7 @@ def nan_in_new_memory() -> Iterator[None]:
         Case(layout="middle_padding", length=130, dtype=torch.float16, dim=40),
         Case(layout="unfilled", length=70, balls="unvisited", dim=20),
         Case(layout="packed", length=131, balls="tiny", queries=(-65, None)),
+        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=torch.float16),
     ],
     ids=str,
 )
@@ -505,8 +564,10 @@ def test_more_heads_than_a_grid_axis_holds() -> None:
         ("k", lambda t: t[..., :16], r"k must have shape \[B=2, H_kv, S, D=32\]"),
         ("v", lambda t: t[:, :, 1:], "v must have the shape of k"),
         ("v", lambda t: t.to("meta"), "v must be on q's device"),
-        ("query_order", lambda t: t.repeat(1, 2, 1), "R a divisor of q's 2 heads"),
-        ("range_start", lambda t: t[:, :, 1:], r"range_start must have shape \[2, 2, 20\], got \[2, 2, 19\]"),
+        ("query_order", lambda t: t.repeat(1, 2, 1, 1), "R a divisor of q's 2 heads"),
+        ("query_order", lambda t: t[:, :, :0], r"m >= 1, got \(2, 2, 0, 20\)"),
+        ("query_order", lambda t: t[:, :, 0], r"range_start must have shape \[2, 2, 20\], got \[2, 2, 1, 20\]"),
+        ("range_start", lambda t: t[..., 1:], r"range_start must have shape \[2, 2, 1, 20\], got \[2, 2, 1, 19\]"),
         ("key_order", lambda t: t.long(), "key_order must be int32, got torch.int64"),
         ("local_end", lambda t: t[:1], r"local_end must have shape \[2, 20\]"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
@@ -545,8 +606,8 @@ def test_gradients_reach_the_inputs() -> None:
 
 def hard_attention_in_torch(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     case = problem.case
-    query, key = (t.repeat_interleave(case.heads // case.routes, 1) for t in (problem.query_ball, problem.key_ball))
-    visible = visible_pairs(query[:, :, None], key, problem.query, problem.key, case.window, case.sinks)
+    query, key = (t.repeat_interleave(case.heads // case.routes, 1) for t in (problem.query_balls, problem.key_ball))
+    visible = visible_pairs(query, key, problem.query, problem.key, case.window, case.sinks)
     k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
     return eager(q, k, v, visible, problem.scale, case.softcap)
 

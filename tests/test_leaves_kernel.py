@@ -10,6 +10,7 @@ import torch
 from test_kernels import DEVICE, GPU, HALF, nan_in_new_memory, poisoned
 from torch import Tensor
 
+from topo_adapter.ops.relaxation import visit_probability
 from topo_kernels import leaves as kernels
 from topo_kernels.leaves import Rows, kept_gradient, kept_of_values, leaf_distributions, leaf_gradient
 
@@ -24,6 +25,7 @@ class Case:
     heads: int = 2
     batch: int = 2
     one_hot: bool = False
+    visits: tuple[int, ...] | None = None  # of the heads
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -42,6 +44,12 @@ class Problem:
     dkept: Tensor  # [L, B, H, N]
     dmean: Tensor  # [H, V]
     dleaves: Tensor  # [B, H, N, V]
+    dmeans: Tensor  # as dmean, or [L, H, V] for visits
+
+    @property
+    def visits(self) -> Tensor | None:
+        visits = self.case.visits
+        return None if visits is None else torch.tensor(visits, dtype=torch.int32, device=DEVICE)
 
     @property
     def real(self) -> Tensor:
@@ -58,7 +66,9 @@ def make(case: Case, seed: int = 0) -> Problem:
     values, dleaves = torch.randn(2, B, H, N, V)
     # gradients of means are spread over tokens: this large, they show beside the others
     tensors = probs, weight, values, torch.rand(B, H, N), torch.randn(case.depth, B, H, N)
-    tensors = *tensors, N * torch.randn(H, V), dleaves
+    dmean = N * torch.randn(H, V)
+    dmeans = dmean if case.visits is None else N * torch.randn(case.depth, H, V)
+    tensors = *tensors, dmean, dleaves, dmeans
     return Problem(case, *(t.to(DEVICE) for t in tensors))
 
 
@@ -76,6 +86,12 @@ def leaves_by_definition(probs: Tensor) -> list[Tensor]:
         ball = torch.arange(arity**d, device=probs.device)
         found.append(torch.stack([probs[..., level, ball // arity**level % arity] for level in range(d)]).prod(0))
     return found
+
+
+def visited(leaves: Tensor, visits: tuple[int, ...] | None) -> Tensor:
+    """`[B, H, N, balls]`, with the probability that a head's visits include a ball in the place of that of one draw."""
+    heads = leaves.unbind(1)
+    return torch.stack([visit_probability(p, m) for p, m in zip(heads, visits or [1] * len(heads), strict=True)], 1)
 
 
 def coarsened(values: Tensor, balls: int) -> Tensor:
@@ -96,27 +112,31 @@ def run(
     x = replace(problem, **tensors)
     block = block or (None if GPU else 32)
     with nullcontext() if block is None else rows(block, 2):
-        leaves, mean = leaf_distributions(x.probs, x.weight, dtype)
-        dleaf_probs = leaf_gradient(x.probs, x.weight, x.dleaves, x.dmean)
-        kept, again = kept_of_values(x.probs, x.weight, x.values, x.local)
-        dprobs, dvalues = kept_gradient(x.probs, x.weight, x.values, x.dkept, x.dmean, dtype)
+        leaves, mean = leaf_distributions(x.probs, x.weight, dtype, x.visits)
+        dleaf_probs = leaf_gradient(x.probs, x.weight, x.dleaves, x.dmean, x.visits)
+        kept, again = kept_of_values(x.probs, x.weight, x.values, x.local, x.visits)
+        dprobs, dvalues = kept_gradient(x.probs, x.weight, x.values, x.dkept, x.dmeans, dtype, x.visits)
     return [leaves, mean, dleaf_probs, kept, again, dprobs, dvalues]
 
 
 def formula(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     """The same from the definition, with autograd, in `dtype`."""
-    names = ("probs", "weight", "values", "local", "dkept", "dmean", "dleaves")
+    names = ("probs", "weight", "values", "local", "dkept", "dmean", "dleaves", "dmeans")
     x = replace(problem, **{name: getattr(problem, name).to(dtype) for name in names})
     real = x.real[..., None]
     probs, values = x.probs.clone().requires_grad_(), x.values.clone().requires_grad_()
-    leaves = [p.masked_fill(~real, 0.0) for p in leaves_by_definition(probs)]
-    mean = torch.einsum("bhnv,bn->hv", leaves[-1], x.weight)
+    leaves = [visited(p.masked_fill(~real, 0.0), x.case.visits) for p in leaves_by_definition(probs)]
+    means = [torch.einsum("bhnv,bn->hv", p, x.weight) for p in leaves]
+    mean = again = means[-1]
+    if x.case.visits is not None:
+        leaf = torch.arange(values.shape[-1], device=probs.device)
+        again = torch.stack([each[:, leaf % each.shape[-1]] for each in means])
     kept = torch.stack([x.local + (p * coarsened(values, p.shape[-1])).sum(-1) for p in leaves])
     kept = kept.masked_fill(~x.real, 0.0)
     outputs = [leaves[-1], mean]
     (dleaf_probs,) = torch.autograd.grad(outputs, probs, [x.dleaves, x.dmean], retain_graph=True)
-    dprobs, dvalues = torch.autograd.grad([kept, mean], [probs, values], [x.dkept, x.dmean])
-    return [t.detach() for t in (*outputs, dleaf_probs, kept, mean, dprobs, dvalues)]
+    dprobs, dvalues = torch.autograd.grad([kept, again], [probs, values], [x.dkept, x.dmeans])
+    return [t.detach() for t in (*outputs, dleaf_probs, kept, again, dprobs, dvalues)]
 
 
 def check(problem: Problem, found: list[Tensor]) -> None:
@@ -142,6 +162,40 @@ DEPTHS = [(2, depth) for depth in range(1, 9)] + [(3, 1), (3, 3), (3, 5), (5, 1)
 def test_matches_autograd(arity: int, depth: int, one_hot: bool) -> None:
     problem = make(Case(arity, depth, length=21 if arity**depth > 32 else 37, one_hot=one_hot))
     check(problem, run(problem))
+
+
+VISITS = [
+    Case(2, 3, length=19, batch=1, heads=4, visits=(2, 8, 1, 3)),
+    Case(2, 3, length=9, batch=1, visits=(8, 3), one_hot=True),
+    Case(3, 2, length=9, visits=(3, 8)),
+    Case(2, 1, length=9, visits=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", VISITS, ids=str)
+def test_visits(case: Case) -> None:
+    problem = make(case)
+    check(problem, run(problem))
+
+
+def test_one_visit_changes_no_bit() -> None:
+    problem = make(Case(3, 2, length=9))
+    of_depths = torch.stack([torch.zeros_like(problem.dmean), problem.dmean])
+    found = run(replace(problem, case=replace(problem.case, visits=(1, 1))), dmeans=of_depths)
+    found[4] = found[4][-1]
+    for name, got, right in zip(NAMES, found, run(problem), strict=True):
+        assert torch.equal(got, right), name
+
+
+@pytest.mark.parametrize("probability", [1e-38, 1e-12, 1e-4, 0.3, 1 - 1e-6, 1.0])
+def test_visits_lose_no_digits(probability: float) -> None:
+    """Of 1 and 8 visits, where `1 - (1 - P)**8` in float32 would keep none of a small probability."""
+    probs = torch.tensor([probability, 1 - probability], device=DEVICE).expand(1, 2, 1, 1, 2)
+    visits = torch.tensor([1, 8], dtype=torch.int32, device=DEVICE)
+    found = leaf_distributions(probs, torch.ones(1, 1, device=DEVICE), torch.float32, visits)[0].double()
+    right = visited(probs[..., 0, :].double(), (1, 8))
+    assert torch.equal(found[:, 0], right[:, 0])
+    assert float((found / right - 1).nan_to_num().abs().max()) < 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 70])
@@ -180,15 +234,22 @@ def test_any_strides(order: tuple[int, ...]) -> None:
     check(problem, found)
 
 
-@pytest.mark.parametrize("name", ["probs", "weight", "values", "local", "dkept", "dmean", "dleaves"])
+@pytest.mark.parametrize("name", ["probs", "weight", "values", "local", "dkept", "dmean", "dleaves", "dmeans"])
 def test_wrong_input_is_noticed(name: str) -> None:
-    problem = make(Case(3, 2))
+    problem = make(Case(3, 2, visits=(1, 3) if name == "dmeans" else None))
     tensor = getattr(problem, name).clone()
     index = (problem.weight[0] > 0).nonzero()[0, 0]  # a real token
-    at = {"dkept": (1, 0, 1, index), "dmean": (1, 4), "weight": (0, index)}.get(name, (0, 1, index))
-    tensor[at] += 0.01 * problem.case.length if name == "dmean" else 0.01
+    at = {"dkept": (1, 0, 1, index), "dmean": (1, 4), "dmeans": (0, 1, 4), "weight": (0, index)}
+    tensor[at.get(name, (0, 1, index))] += 0.01 * problem.case.length if name.startswith("dmean") else 0.01
     with pytest.raises(AssertionError, match="error"):
         check(problem, run(problem, **{name: tensor}))
+
+
+def test_wrong_visits_are_noticed() -> None:
+    problem = make(Case(3, 2, length=9, visits=(2, 3)))
+    other = replace(problem, case=replace(problem.case, visits=(3, 2)))
+    for name, got, right in zip(NAMES, run(problem), run(other), strict=True):
+        assert float((got - right).abs().max()) > 1e-2 * float(right.abs().max()), name
 
 
 def test_levels_are_not_interchangeable() -> None:
@@ -198,7 +259,14 @@ def test_levels_are_not_interchangeable() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(3, 3), Case(2, 7, length=19), pytest.param(Case(2, 7, 5000), marks=pytest.mark.gpu)], ids=str
+    "case",
+    [
+        Case(3, 3),
+        Case(2, 7, length=19),
+        Case(3, 2, visits=(1, 3)),
+        pytest.param(Case(2, 7, 5000), marks=pytest.mark.gpu),
+    ],
+    ids=str,
 )
 def test_nothing_outside_is_read(case: Case) -> None:
     """Nor is anything of padding; every entry of every output is written."""
@@ -210,7 +278,7 @@ def test_nothing_outside_is_read(case: Case) -> None:
     tensors = {name: tensor.masked_fill(~real, float("nan")) for name, tensor in tensors.items()}
     tensors |= {name: getattr(problem, name).masked_fill(~problem.real, float("nan")) for name in ("local", "dkept")}
     weight, dmean = guarded(problem.weight), guarded(problem.dmean)
-    tensors = {name: guarded(tensor) for name, tensor in tensors.items()}
+    tensors = {name: guarded(tensor) for name, tensor in (tensors | {"dmeans": problem.dmeans}).items()}
     with nan_in_new_memory():
         found = run(problem, probs=probs, weight=weight, dmean=dmean, **tensors)
     for name, got, right in zip(NAMES, found, clean, strict=True):

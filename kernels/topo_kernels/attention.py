@@ -3,7 +3,8 @@
 Each query attends to three contiguous ranges of sorted keys: its window and its document's sinks (local pass, keys
 sorted by position) and its ball (tree pass, keys sorted by ball). The ranges are disjoint. The local pass leaves a
 normalised output and its log-sum-exp; the tree pass takes these as the state its online softmax starts from, which is
-the log-sum-exp merge, and writes over them. No `T x S` tensor, no atomics, fixed summation order.
+the log-sum-exp merge, and writes over them. A query that visits several balls has a tree pass for each, one after the
+other. No `T x S` tensor, no atomics, fixed summation order.
 """
 
 import math
@@ -18,7 +19,7 @@ from .backward import attention_backward
 from .checks import check_device, check_plan, check_qkv, check_scoring
 from .launch import INTERPRETED, Tile, attention_arguments
 from .primitives import LOWEST, NEVER, TRUSTED, tanh
-from .types import FLAT, LocalPlan, Plan, PlanTensors, Scores, Scoring, contiguous, flat
+from .types import FLAT, LocalPlan, Plan, PlanTensors, Scores, Scoring, by_visit, flat
 
 
 @triton.jit
@@ -280,6 +281,7 @@ def _tree_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr,  # one document per row, no padding: then ranges that start together end in order
+    SEVERAL: tl.constexpr,  # visits: queries without this one come last, with empty ranges that start anywhere
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
     FIXED: tl.constexpr,
@@ -306,6 +308,10 @@ def _tree_kernel(
     common = tl.load(range_end + p_first)  # seen by every row, if they start together
     hi = tl.load(range_end + p_last)
     together = lo == tl.load(range_start + p_last) if PLAIN else False
+    if PLAIN and SEVERAL:
+        together = tl.max(tl.where(m_row, tl.abs(b_start - lo), 0), 0) == 0
+        common = tl.min(tl.where(m_row, b_end, NEVER), 0)
+        hi = tl.max(b_end, 0)
     if (hi > lo) if together else (tl.max(b_end - b_start, 0) > 0):
         o_h = (i_first + o_row % GROUP).to(tl.int64)
         o_d = tl.arange(0, BLOCK_D)
@@ -388,10 +394,15 @@ def _heads_per_program(shared: int, rows: int) -> int:
     return max(n for n in range(1, max(1, rows // 8) + 1) if shared % n == 0)
 
 
-def local_pass(q: Tensor, k: Tensor, v: Tensor, plan: LocalPlan, scoring: Scoring, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Windows and sinks: `out` `[B, T, H, D]` in q's dtype, `lse` `[B, H, T]` fp32 base 2; 0 and -inf in padding."""
+def local_pass(
+    q: Tensor, k: Tensor, v: Tensor, plan: LocalPlan, scoring: Scoring, tile: Tile, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Windows and sinks: `out` `[B, T, H, D]` in `dtype`, None for q's, and `lse` `[B, H, T]` fp32 base 2.
+
+    Rows of padding are 0 and -inf.
+    """
     B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D)
+    out = q.new_empty(B, T, H, D, dtype=dtype)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     group = _heads_per_program(H // k.shape[1], tile.m)
     grid = (B * (H // group) * triton.cdiv(T, tile.m // group),)
@@ -411,9 +422,21 @@ def local_pass(q: Tensor, k: Tensor, v: Tensor, plan: LocalPlan, scoring: Scorin
 
 
 def tree_pass(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor, scoring: Scoring, tile: Tile
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PlanTensors,
+    out: Tensor,
+    lse: Tensor,
+    scoring: Scoring,
+    tile: Tile,
+    several: bool = False,
 ) -> None:
-    """Balls: merges them into `out` and `lse` of the local pass, in place."""
+    """Balls of one visit: merges them into `out` and `lse` of the passes before, in place.
+
+    Args:
+        plan: of `by_visit`. several: it is one of several visits.
+    """
     B, H, T, _ = q.shape
     kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
     group = _heads_per_program(math.gcd(kv_group, route_group), tile.m)
@@ -423,6 +446,7 @@ def tree_pass(
             *(q, k, v, plan.query_order, plan.range_start, plan.range_end, plan.key_order, out, lse),
             GROUP=group,
             PLAIN=plan.local_order is None,
+            SEVERAL=several,
             FIXED=_fixed_reference(q.dtype),
             ROUTE_GROUP=route_group,
             WIDE=_wide(k, v),
@@ -434,14 +458,17 @@ def tree_pass(
     "topo_kernels::attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {FLAT}) -> (Tensor, Tensor)"
 )
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Both passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
+    """All passes on checked arguments; `out` `[B, T, H, D]` and `lse` `[B, H, T]`."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    plan, scoring = contiguous(PlanTensors(*arguments[:-2])), Scores(*arguments[-2:])
+    visits, scoring = by_visit(PlanTensors(*arguments[:-2])), Scores(*arguments[-2:])
+    several = len(visits) > 1
     hopper = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] == 9
     tiles = choose_forward_tiles(q.shape[3], q.dtype, hopper)
-    out, lse = local_pass(q, k, v, plan, scoring, tiles.local)
-    tree_pass(q, k, v, plan, out, lse, scoring, tiles.tree)
-    return out, lse
+    # between several tree passes the output is not rounded
+    out, lse = local_pass(q, k, v, visits[0], scoring, tiles.local, torch.float32 if several else q.dtype)
+    for plan in visits:
+        tree_pass(q, k, v, plan, out, lse, scoring, tiles.tree, several)
+    return out.to(q.dtype), lse
 
 
 @attention_forward.register_fake

@@ -8,6 +8,9 @@ gives a block of keys to a program and walks over queries. Each sums in a fixed 
 Keys of the tree are sorted by route and heads of a group may route differently, so the tree's dk and dv are written
 per route and added up by the local pass, which runs per key head. A sink is seen by its whole document: its queries
 are cut into chunks, each summed by a program of its own (`sink_ranges`), and the local pass adds the chunks.
+
+Where queries visit several balls, each visit is a tree of its own over the same sorted keys: dq, and the tree's dk and
+dv, go on from what the visits before have left.
 """
 
 import math
@@ -22,7 +25,7 @@ from .checks import check_device, check_plan, check_qkv
 from .launch import Tile, attention_arguments, derived, stride_arguments
 from .primitives import NEVER, tanh
 from .ranges import QueryRanges, SinkChunks, local_ranges, tree_ranges
-from .types import FLAT, PlanTensors, Scores, Scoring, contiguous
+from .types import FLAT, PlanTensors, Scores, Scoring, by_visit
 
 
 @triton.jit
@@ -359,6 +362,7 @@ def _dkdv_kernel(
     BLOCK_N: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    ADD: tl.constexpr,  # a further visit: to what dk and dv hold already
     MERGE: tl.constexpr,  # the local pass: adds the tree's and the sink chunks' gradients
 ):
     n_n = tl.cdiv(N, BLOCK_N)
@@ -455,6 +459,10 @@ def _dkdv_kernel(
         b_dv = tl.where(m_some[:, None], b_dv, 0.0)
     o_out = (i_b * stride_db + i_g.to(tl.int64) * stride_dh + o_out * stride_ds)[:, None] + o_d[None, :]
     m_out = m_n[:, None] & m_d[None, :]
+    if ADD:
+        m_out = m_nd  # of the other keys nothing changes
+        b_dk += tl.load(dk + o_out, mask=m_out, other=0.0)
+        b_dv += tl.load(dv + o_out, mask=m_out, other=0.0)
     tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_out)
     tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=m_out)
 
@@ -519,7 +527,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `topology_attention`.
 
-    Among the plan's sorted queries whose tree range is not empty, both ends of the ranges must rise. Entries of
+    Among a visit's sorted queries whose tree range is not empty, both ends of the ranges must rise. Entries of
     `query_order` with an empty range, and of `key_order` in no range, may be anything.
 
     Args:
@@ -552,20 +560,27 @@ def attention_backward(
     check_device("attention_backward", q=q)
     B, H, T, D = q.shape
     kv_heads, S = k.shape[1], k.shape[2]
-    dq = q.new_empty(B, T, H, D)
+    visits = by_visit(plan)
+    # nothing is rounded between several tree passes
+    of_sums = q.dtype if len(visits) == 1 else torch.float32
+    dq = q.new_empty(B, T, H, D, dtype=of_sums)
     dk, dv = k.new_empty(B, S, kv_heads, D), k.new_empty(B, S, kv_heads, D)
     if q.numel() == 0:
-        return dq.transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
+        return dq.to(q.dtype).transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
     q, k, v, out, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out, dout))
-    inputs, plan = _Inputs(q, k, v, out, dout, lse.contiguous(), scoring), contiguous(plan)
+    inputs, plan = _Inputs(q, k, v, out, dout, lse.contiguous(), scoring), visits[0]
     tiles = choose_backward_tiles(D, q.dtype)
     kv_group, route_group = H // kv_heads, H // plan.query_order.shape[1]
     shared = math.gcd(kv_group, route_group)  # heads that share route and keys
     with torch.cuda.device_of(q):
-        delta = _launch_dq(inputs, plan, dq, tiles.dq)
+        delta = _launch_dq(inputs, visits, dq, tiles.dq)
         by_key, tree_slot = tree_ranges(plan)
-        tree_dk, tree_dv = q.new_empty(B, H // shared, S, D), q.new_empty(B, H // shared, S, D)
+        tree_dk, tree_dv = (q.new_empty(B, H // shared, S, D, dtype=of_sums) for _ in range(2))
         _launch_dkdv(inputs, delta, by_key, tree_dk, tree_dv, shared, tiles.dkdv)
+        for visit in visits[1:]:
+            by_key, slot = tree_ranges(visit)
+            _launch_dkdv(inputs, delta, by_key, tree_dk, tree_dv, shared, tiles.dkdv, add=True)
+            tree_slot = torch.maximum(tree_slot, slot)  # a key's rank is the same in all visits that see it
         by_rank, by_chunk, chunks = derived(local_ranges, plan, S, tiles.chunk, tiles.sink.n)
         sink_dk, sink_dv, num_chunks, num_slots = tree_dk, tree_dv, triton.cdiv(T, tiles.chunk), 0
         if by_chunk is not None:
@@ -575,7 +590,7 @@ def attention_backward(
             _launch_dkdv(inputs, delta, by_chunk, sink_dk, sink_dv, kv_group, tiles.sink)
         sums = _Sums(tree_slot, tree_dk, tree_dv, chunks, sink_dk, sink_dv, num_chunks, num_slots)
         _launch_dkdv(inputs, delta, by_rank, dk.transpose(1, 2), dv.transpose(1, 2), kv_group, tiles.dkdv, sums)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq.to(q.dtype).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @attention_backward.register_fake
@@ -586,13 +601,14 @@ def _(q, k, v, *_rest):
     return like(q), like(k), like(v)
 
 
-def _launch_dq(inputs: _Inputs, plan: PlanTensors, dq: Tensor, tile: Tile) -> Tensor:
-    """Write dq, the local pass and then the tree, and return `delta` float32 `[B, H, T]`."""
+def _launch_dq(inputs: _Inputs, visits: list[PlanTensors], dq: Tensor, tile: Tile) -> Tensor:
+    """Write dq, the local pass and then the tree's visits, and return `delta` float32 `[B, H, T]`."""
     q, k, v, out, dout, lse, scoring = inputs
+    plan = visits[0]
     B, H, T, _ = q.shape
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     kv_group, route_group = H // k.shape[1], H // plan.query_order.shape[1]
-    tensors = q, k, v, out, dout, lse, delta, dq, plan.query_order
+    tensors = q, k, v, out, dout, lse, delta, dq
     arguments = {
         **attention_arguments(q, k, v, scoring, tile),
         **stride_arguments(o=(out, "bht"), g=(dout, "bht")),
@@ -602,7 +618,7 @@ def _launch_dq(inputs: _Inputs, plan: PlanTensors, dq: Tensor, tile: Tile) -> Te
     }
     group = _shared_heads(kv_group, tile.m)
     _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
-        *tensors,
+        *(*tensors, plan.query_order),
         plan.document_start if plan.local_order is None else plan.local_order,
         *(plan.document_start, plan.local_start, plan.local_end),
         GROUP=group,
@@ -612,15 +628,15 @@ def _launch_dq(inputs: _Inputs, plan: PlanTensors, dq: Tensor, tile: Tile) -> Te
         **arguments,
     )
     group = _shared_heads(math.gcd(kv_group, route_group), tile.m)
-    _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
-        *tensors,
-        *(plan.key_order, plan.document_start, plan.range_start, plan.range_end),
-        GROUP=group,
-        ROUTE_GROUP=route_group,
-        TREE=True,
-        HAS_ORDER=True,
-        **arguments,
-    )
+    for plan in visits:
+        _dq_kernel[(B * (H // group) * triton.cdiv(T, tile.m // group),)](
+            *(*tensors, plan.query_order, plan.key_order, plan.document_start, plan.range_start, plan.range_end),
+            GROUP=group,
+            ROUTE_GROUP=route_group,
+            TREE=True,
+            HAS_ORDER=True,
+            **arguments,
+        )
     return delta
 
 
@@ -633,8 +649,9 @@ def _launch_dkdv(
     heads: int,
     tile: Tile,
     sums: _Sums | None = None,
+    add: bool = False,
 ) -> None:
-    """Write dk and dv `[B, H // heads, rows, D]` of N keys; with `sums` it is the local pass."""
+    """Write dk and dv `[B, H // heads, rows, D]` of N keys, or add to them; with `sums` it is the local pass."""
     q, k, v, _, dout, lse, scoring = inputs
     B, H = q.shape[:2]
     N, routes = ranges.first.shape[2], ranges.query_order.shape[1]
@@ -656,6 +673,7 @@ def _launch_dkdv(
         TREE_HEADS=heads if sums is None else H // tree_dk.shape[1],
         TREE_ROUTE_GROUP=H // tree_slot.shape[1],
         HAS_ORDER=ranges.key_order is not None,
+        ADD=add,
         MERGE=sums is not None,
         **stride_arguments(g=(dout, "bht"), d=(dk, "bhs")),
         **attention_arguments(q, k, v, scoring, tile),

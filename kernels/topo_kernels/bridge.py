@@ -11,8 +11,11 @@ Far keys of a query are a range of local ranks, and so are, seen from a key, the
 serves both: a program holds a block of rows, queries or keys, and walks over the columns, keys or queries. Leaves exist
 in the backward pass alone. Memory is `O(N)`, sums run in a fixed order, there are no atomics.
 
+With several visits of a query the mask is `S_ij = <v_i, P_j>`, `v_i = 1 - (1 - P_i)**m`: `v_i` stands for the query's
+leaves, and the chain rule goes on from `dv_i` to its probabilities.
+
 With the balls of queries and keys, only pairs of one ball, the visible ones, pass that derivative on (the paper's
-masked bridge).
+masked bridge): of one of the balls, where a query visits several.
 
 The number of far pairs that are visible is a second output. Its derivative by any `S_ij` is 1, so a price on it costs
 nothing: its gradient is added to `dS_ij`.
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from .attention import attention_forward
 from .backward import attention_backward
-from .checks import check_device, check_plan, check_qkv, check_scoring
+from .checks import check_device, check_plan, check_qkv, check_scoring, check_visits
 from .launch import Tile, derived, score_arguments, shared_memory, stride_arguments
 from .leaves import MAX_TILE_LEAVES, gradient_dtype, leaf_distributions, leaf_gradient
 from .primitives import NEVER, tanh
@@ -45,7 +48,7 @@ def _far_run(
     b_acc,  # [BLOCK_R, BLOCK_V] fp32
     b_first,  # [BLOCK_R] int32, ranks of columns
     b_last,  # [BLOCK_R] int32
-    b_ball,  # [BLOCK_R] int32; unused without HAS_BALLS
+    p_row_ball,  # [BLOCK_R], of the first visit; unused without HAS_BALLS
     lo,
     hi,
     p_order,
@@ -54,7 +57,11 @@ def _far_run(
     p_leaves,
     p_lse,
     p_delta,
-    p_ball,
+    p_column_ball,
+    row_visits,
+    column_visits,
+    R,
+    C,
     stride_uc,
     stride_wc,
     price,
@@ -100,8 +107,12 @@ def _far_run(
             b_t -= tl.load(p_delta + o_col, mask=m_c, other=0.0)[None, :]
         b_ds = tl.exp2(tl.minimum(b_gap, max_gap)) * b_t
         if HAS_BALLS:
-            b_other = tl.load(p_ball + o_col, mask=m_c, other=0)
-            b_ds = tl.where(b_ball[:, None] == b_other[None, :], b_ds, 0.0)
+            b_same = tl.zeros_like(b_ds)
+            for i_visit in range(row_visits * column_visits):  # one of the two is 1
+                b_row = tl.load(p_row_ball + i_visit % row_visits * R, mask=b_first < b_last, other=0)
+                b_column = tl.load(p_column_ball + i_visit % column_visits * C + o_col, mask=m_c, other=0)
+                b_same = tl.where(b_row[:, None] == b_column[None, :], 1.0, b_same)
+            b_ds = tl.where(b_same > 0, b_ds, 0.0)
         b_ds += price
         if MASKED:
             m_far = (o_rank[None, :] >= b_first[:, None]) & (o_rank[None, :] < b_last[:, None])
@@ -120,8 +131,8 @@ def _far_kernel(
     lse,  # [B, H, R or C] fp32, base 2, of the queries
     delta,  # [B, H, R or C] fp32, <out, dout>
     prices,  # [H] fp32, gradient of the number of visible far pairs
-    row_ball,  # [B, H, R] int32, unused without HAS_BALLS
-    column_ball,  # [B, H, C]
+    row_ball,  # [B, H, row visits, R] int32, unused without HAS_BALLS
+    column_ball,  # [B, H, column visits, C]
     row_order,  # [B, R], unused without HAS_ORDER
     column_order,  # [B, C], unused without HAS_ORDER
     first,  # [B, R], by rank of the row, ranks of columns
@@ -142,6 +153,8 @@ def _far_kernel(
     R,
     C,
     H,
+    row_visits,  # of a query, 1 for a key
+    column_visits,
     score_scale,
     score_cap,
     max_gap,
@@ -194,9 +207,6 @@ def _far_kernel(
     if BY_QUERY:
         b_lse = tl.load(p_lse + o_row, mask=m_some, other=0.0)
         b_delta = tl.load(p_delta + o_row, mask=m_some, other=0.0)
-    b_ball = tl.zeros([BLOCK_R], dtype=tl.int32)
-    if HAS_BALLS:
-        b_ball = tl.load(row_ball + i_bh * R + o_row, mask=m_some, other=0)
     b_acc = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
     price = tl.load(prices + i_h)
 
@@ -220,9 +230,10 @@ def _far_kernel(
             begin = rest
             stop = hi
         b_acc = _far_run(
-            *(b_x, b_y, b_lse, b_delta, b_acc, b_first, b_last, b_ball, begin, stop),
+            *(b_x, b_y, b_lse, b_delta, b_acc, b_first, b_last, row_ball + i_bh * row_visits * R + o_row, begin, stop),
             *(column_order + i_b * C, u + i_b * stride_ub + i_col * stride_uh, w + i_b * stride_wb + i_col * stride_wh),
-            *(leaves + i_bh * C * V, p_lse, p_delta, column_ball + i_bh * C),
+            *(leaves + i_bh * C * V, p_lse, p_delta, column_ball + i_bh * column_visits * C),
+            *(row_visits, column_visits, R, C),
             *(stride_uc, stride_wc, price, score_scale, score_cap, max_gap),
             *(D, V, BLOCK_D, BLOCK_V, BLOCK_C, BY_QUERY, HAS_ORDER, HAS_CAP, HAS_BALLS, i_part != 1),
         )
@@ -277,7 +288,8 @@ def _far_pairs(plan: LocalPlan, num_keys: int) -> _FarPairs:
     "topo_kernels::bridge_gradients",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor dpairs, Tensor query_probs, "
-    f"Tensor key_probs, Tensor? query_ball, Tensor? key_ball, float max_gap, {FLAT_LOCAL}) -> (Tensor, Tensor)",
+    "Tensor key_probs, Tensor? query_ball, Tensor? key_ball, Tensor? visits, float max_gap, "
+    f"{FLAT_LOCAL}) -> (Tensor, Tensor)",
 )
 def _bridge_gradients(
     q: Tensor,
@@ -291,6 +303,7 @@ def _bridge_gradients(
     key_probs: Tensor,
     query_ball: Tensor | None,
     key_ball: Tensor | None,
+    visits: Tensor | None,
     max_gap: float,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -305,14 +318,15 @@ def _bridge_gradients(
     query_order, start, end, first, last = far.ranges
     with torch.cuda.device_of(q):
         query_leaves, key_leaves = (
-            leaf_distributions(probs, some, gradient_dtype(q.dtype))[0]  # they meet dS
-            for probs, some in ((query_probs, far.some_key), (key_probs, far.some_query))
+            leaf_distributions(probs, some, gradient_dtype(q.dtype), many)[0]  # they meet dS
+            for probs, some, many in ((query_probs, far.some_key, visits), (key_probs, far.some_query, None))
         )
     key_order = None if plan.local_order is None else plan.local_order.contiguous()
     dquery = torch.empty(B, H, T, V, dtype=torch.float32, device=q.device)
     dkey = torch.empty(B, H, S, V, dtype=torch.float32, device=q.device)
     tiles = choose_bridge_tiles(D, V, q.dtype, shared_memory(q.device))
     queries, keys = (q, dout, query_order, query_ball), (k, v, key_order, key_ball)
+    num_visits = 1 if query_ball is None else query_ball.shape[2]
     for by_query, rows, columns, leaves, ranges, gradient, tile in (
         (True, queries, keys, key_leaves, (start, end), dquery, tiles.query),
         (False, keys, queries, query_leaves, (first, last), dkey, tiles.key),
@@ -328,6 +342,8 @@ def _bridge_gradients(
                 R=x.shape[2],
                 C=u.shape[2],
                 H=H,
+                row_visits=num_visits if by_query else 1,
+                column_visits=1 if by_query else num_visits,
                 max_gap=max_gap / math.log(2),
                 KV_GROUP=H // k.shape[1],
                 V=V,
@@ -345,7 +361,7 @@ def _bridge_gradients(
     nothing = dquery.new_zeros(H, V)
     with torch.cuda.device_of(q):
         return (
-            leaf_gradient(query_probs, far.some_key, dquery, nothing),
+            leaf_gradient(query_probs, far.some_key, dquery, nothing, visits),
             leaf_gradient(key_probs, far.some_query, dkey, nothing),
         )
 
@@ -359,7 +375,7 @@ def _(q, k, v, out, lse, dout, dpairs, query_probs, key_probs, *_rest):
     "topo_kernels::bridged_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor query_probs, Tensor key_probs, Tensor? query_ball, Tensor? key_ball, "
-    f"float max_gap, {FLAT}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? visits, float max_gap, {FLAT}) -> (Tensor, Tensor, Tensor)",
 )
 def _bridged_attention(
     q: Tensor,
@@ -369,13 +385,14 @@ def _bridged_attention(
     key_probs: Tensor,
     query_ball: Tensor | None,
     key_ball: Tensor | None,
+    visits: Tensor | None,
     max_gap: float,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hard attention, which no probability enters: `out` `[B, T, H, D]`, `lse` `[B, H, T]`, far pairs `[H]`."""
     out, lse = attention_forward(q, k, v, *arguments)
     plan = PlanTensors(*arguments[:-2])
-    pairs = (plan.range_end - plan.range_start).sum((0, 2)).float()
+    pairs = (plan.range_end - plan.range_start).flatten(2).sum((0, 2)).float()
     return out, lse, pairs.repeat_interleave(q.shape[1] // pairs.shape[0])
 
 
@@ -386,22 +403,22 @@ def _(q, *_rest):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.max_gap, plan, ctx.options = inputs[:7], inputs[7], inputs[8:-3], inputs[-3:]
+    tensors, ctx.max_gap, plan, ctx.options = inputs[:8], inputs[8], inputs[9:-3], inputs[-3:]
     ctx.save_for_backward(*output[:2], *tensors, *plan)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any, dpairs: Tensor) -> tuple[Any, ...]:
-    out, lse, q, k, v, query_probs, key_probs, query_ball, key_ball, *plan = ctx.saved_tensors
+    out, lse, q, k, v, query_probs, key_probs, query_ball, key_ball, visits, *plan = ctx.saved_tensors
     out, dout = out.transpose(1, 2), dout.transpose(1, 2)
     of_attention: tuple[Tensor | None, ...] = (None, None, None)
     of_probs: tuple[Tensor | None, ...] = (None, None)
     if any(ctx.needs_input_grad[:3]):
         of_attention = attention_backward(q, k, v, out, lse, dout, *plan, *ctx.options)
     if any(ctx.needs_input_grad[3:5]):
-        tree = query_probs, key_probs, query_ball, key_ball
+        tree = query_probs, key_probs, query_ball, key_ball, visits
         of_probs = _bridge_gradients(q, k, v, out, lse, dout, dpairs, *tree, ctx.max_gap, *plan[4:], *ctx.options)
-    return *of_attention, *of_probs, *[None] * (len(plan) + 6)
+    return *of_attention, *of_probs, *[None] * (len(plan) + 7)
 
 
 _bridged_attention.register_autograd(_gradients, setup_context=_save)
@@ -418,6 +435,7 @@ def bridged_topology_attention(
     *,
     max_gap: float,
     balls: tuple[Tensor, Tensor] | None = None,
+    visits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`topology_attention` with gradients for level probabilities too, from hidden pairs as from visible ones.
 
@@ -434,8 +452,12 @@ def bridged_topology_attention(
             `local_end` rises along the queries.
         max_gap: a far key's score counts in the gradient as at most the log-sum-exp of the query's visible scores plus
             `max_gap`: a hidden key that the dense model attends to would otherwise have an unbounded weight.
-        balls: None, or int32 `[B, H, T]` of the queries and `[B, H, S]` of the keys: the gradient of `out` then reaches
-            the probabilities of pairs of one ball only. That of `far_pairs` stays.
+        balls: None, or int32 `[B, H, m, T]` of the queries' visits, -1 for none, and `[B, H, S]` of the keys: the
+            gradient of `out` then reaches the probabilities of pairs only where the key's ball is one of the query's.
+            That of `far_pairs` stays. `[B, H, T]` is one visit.
+        visits: None, or int32 `[H]`, from 1 to 8: of each query of a head. The soft mask is `<v_i, P_j>` then, with `P`
+            the leaf distributions that level probabilities imply and `v = 1 - (1 - P)**visits` in the place of the
+            query's. Values are trusted: checking them would wait for the GPU.
 
     Returns:
         out: `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries
@@ -453,19 +475,32 @@ def bridged_topology_attention(
     check_scoring(scoring)
     if not 0 <= max_gap <= 60:
         raise ValueError(f"max_gap must be from 0 to 60, so that sums of its exponential are finite, got {max_gap}.")
-    for name, ball, probs in zip(("queries", "keys"), balls or (), (query_probs, key_probs), strict=False):
-        if ball.shape != probs.shape[:3] or ball.dtype != torch.int32 or ball.device != q.device:
-            raise ValueError(
-                f"balls of {name} must be int32 {list(probs.shape[:3])} on {q.device}, got {ball.dtype} "
-                f"{list(ball.shape)} on {ball.device}."
-            )
+    check_visits(visits, q)
+    query_ball, key_ball = _checked_balls(q, k, balls)
     check_device("bridged_topology_attention", q=q)
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros(q.shape[1], device=q.device)
-    query_ball, key_ball = (None, None) if balls is None else (ball.contiguous() for ball in balls)
-    tree = query_probs, key_probs, query_ball, key_ball
+    tree = query_probs, key_probs, query_ball, key_ball, visits
     out, _, pairs = _bridged_attention(q, k, v, *tree, max_gap, *flat(plan, scoring))
     return out.transpose(1, 2), pairs
+
+
+def _checked_balls(q: Tensor, k: Tensor, balls: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Contiguous balls `[B, H, m, T]` and `[B, H, S]`."""
+    if balls is None:
+        return None, None
+    query_ball, key_ball = balls
+    if query_ball.ndim == 3:
+        query_ball = query_ball[:, :, None]
+    B, H, T, _ = q.shape
+    visits = query_ball.shape[2:3]
+    for name, ball, shape in (("queries", query_ball, (B, H, *visits, T)), ("keys", key_ball, (B, H, k.shape[2]))):
+        if ball.shape != shape or ball.dtype != torch.int32 or ball.device != q.device:
+            raise ValueError(
+                f"balls of {name} must be int32 {list(shape)} on {q.device}, got {ball.dtype} {list(ball.shape)} on "
+                f"{ball.device}."
+            )
+    return query_ball.contiguous(), key_ball.contiguous()
 
 
 def _check_probs(q: Tensor, k: Tensor, query_probs: Tensor, key_probs: Tensor) -> None:

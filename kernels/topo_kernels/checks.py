@@ -43,13 +43,15 @@ def check_plan(q: Tensor, k: Tensor, plan: Plan) -> None:
     """
     B, H, T, _ = q.shape
     S = k.shape[2]
-    routes = plan.query_order.shape[1] if plan.query_order.ndim == 3 else 0
-    if routes == 0 or H % routes:
+    routes = plan.query_order.shape[1] if plan.query_order.ndim in (3, 4) else 0
+    visits = plan.query_order.shape[2:-1]
+    if routes == 0 or H % routes or 0 in visits:
         raise ValueError(
-            f"query_order must have shape [B={B}, R, T={T}] with R a divisor of q's {H} heads, "
+            f"query_order must have shape [B={B}, R, m, T={T}] with R a divisor of q's {H} heads and m >= 1, "
             f"got {tuple(plan.query_order.shape)}."
         )
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, T))
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= dict.fromkeys(("query_order", "range_start", "range_end"), (B, routes, *visits, T))
     shapes |= {"key_order": (B, routes, S), "local_order": (B, S)}
     shapes |= dict.fromkeys(("document_start", "local_start", "local_end"), (B, T))
     if plan.local_order is None:
@@ -69,6 +71,16 @@ def check_sinks(num_sink_tokens: int) -> None:
     """Refuse a negative number of sinks with a ValueError."""
     if num_sink_tokens < 0:
         raise ValueError(f"num_sink_tokens must be >= 0, got {num_sink_tokens}.")
+
+
+def check_visits(visits: Tensor | None, q: Tensor) -> None:
+    """Refuse numbers of visits that are no int32 `[H]` beside q `[B, H, ...]` with a ValueError. Values are trusted."""
+    if visits is not None and (visits.shape != q.shape[1:2] or visits.dtype != torch.int32):
+        raise ValueError(
+            f"visits must be None or torch.int32 of shape [{q.shape[1]}], got {visits.dtype} {list(visits.shape)}."
+        )
+    if visits is not None and visits.device != q.device:
+        raise ValueError(f"visits must be on q's device {q.device}, got {visits.device}.")
 
 
 def check_scoring(scoring: Scoring) -> None:

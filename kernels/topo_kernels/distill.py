@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device, check_scoring, check_sinks
+from .checks import check_device, check_scoring, check_sinks, check_visits
 from .launch import Tile, score_arguments, shared_memory, stride_arguments, tile_arguments
 from .leaves import (
     MAX_TILE_LEAVES,
@@ -428,7 +428,7 @@ def far_gradient(q: Tensor, k: Tensor, lse: Tensor, dvalues: Tensor, plan: Local
     "topo_kernels::far_mass",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
-    f"{FLAT_LOCAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? visits, {FLAT_LOCAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _far_mass(
     q: Tensor,
@@ -437,6 +437,7 @@ def _far_mass(
     key_probs: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
+    visits: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`far_mass` of checked arguments, and what its gradient needs: values and log-sum-exp."""
@@ -444,15 +445,16 @@ def _far_mass(
     with torch.cuda.device_of(q):
         leaves, key_mean = leaf_distributions(key_probs, key_weight, leaf_dtype(q.dtype))
         values, local, lse = far_values(q, k, leaves, plan, scoring)
-        kept, query_mean = kept_of_values(query_probs, query_weight, values, local)
+        kept, query_mean = kept_of_values(query_probs, query_weight, values, local, visits)
     return kept, query_mean, key_mean, values, lse
 
 
 @_far_mass.register_fake
-def _(q, k, query_probs, *_rest):
+def _(q, k, query_probs, key_probs, query_weight, key_weight, visits, *_rest):
     B, H, M, depth, arity = query_probs.shape
     V = arity**depth
-    shapes = (depth, B, H, M), (H, V), (H, V), (B, H, M, V), (B, H, M)
+    query_mean = (H, V) if visits is None else (depth, H, V)
+    shapes = (depth, B, H, M), query_mean, (H, V), (B, H, M, V), (B, H, M)
     return tuple(query_probs.new_empty(shape) for shape in shapes)
 
 
@@ -460,7 +462,7 @@ def _(q, k, query_probs, *_rest):
     "topo_kernels::far_mass_gradient",
     mutates_args=(),
     schema="(Tensor dkept, Tensor dquery_mean, Tensor dkey_mean, Tensor values, Tensor lse, Tensor q, Tensor k, "
-    "Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, "
+    "Tensor query_probs, Tensor key_probs, Tensor query_weight, Tensor key_weight, Tensor? visits, "
     f"{FLAT_LOCAL}) -> (Tensor, Tensor)",
 )
 def _far_mass_gradient(
@@ -475,13 +477,14 @@ def _far_mass_gradient(
     key_probs: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
+    visits: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query_probs` and `key_probs`: float32, contiguous."""
     plan, scoring = LocalTensors(*arguments[:-2]), Scores(*arguments[-2:])
     with torch.cuda.device_of(q):
         dquery_probs, dvalues = kept_gradient(
-            query_probs, query_weight, values, dkept, dquery_mean, gradient_dtype(q.dtype)
+            query_probs, query_weight, values, dkept, dquery_mean, gradient_dtype(q.dtype), visits
         )
         dleaves = far_gradient(q, k, lse, dvalues, plan, scoring)
         del dvalues  # memory peaks here
@@ -503,18 +506,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dkept, dquery_mean, dkey_mean, *_rest):
     values, lse, *tensors = ctx.saved_tensors
-    query_probs = tensors[2]
+    query_probs, visits = tensors[2], tensors[6]
     B, H, M, depth, _ = query_probs.shape
-    zeros = query_probs.new_zeros
+    zeros, mean = query_probs.new_zeros, (H, values.shape[3])
+    query_mean = mean if visits is None else (depth, *mean)
+    missing = (depth, B, H, M), query_mean, mean
     dprobs = _far_mass_gradient(
-        zeros(depth, B, H, M) if dkept is None else dkept,
-        *(zeros(H, values.shape[3]) if d is None else d for d in (dquery_mean, dkey_mean)),
+        *(zeros(shape) if d is None else d for d, shape in zip((dkept, dquery_mean, dkey_mean), missing, strict=True)),
         values,
         lse,
         *tensors,
         *ctx.options,
     )
-    return None, None, *dprobs, *[None] * 9
+    return None, None, *dprobs, *[None] * 10
 
 
 _far_mass.register_autograd(_backward, setup_context=_setup_context)
@@ -529,6 +533,7 @@ def far_mass(
     query_weight: Tensor,
     key_weight: Tensor,
     scoring: Scoring,
+    visits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mass that dense causal attention keeps at every depth of the tree, and the mean leaf distributions.
 
@@ -549,10 +554,16 @@ def far_mass(
             along the queries.
         query_weight, key_weight: float32 `[B, M]`, `[B, S]`, >= 0, of tokens in the means. Weight 0 is padding: no
             probability of these tokens is read, and they get a gradient of 0.
+        visits: None, or int32 `[H]`, from 1 to 8: of each query of a head. In the place of `P_query^d` stands at every
+            depth `1 - (1 - P_query^d)**visits`, the probability of a ball to be among so many draws. Values are
+            trusted: checking them would wait for the GPU.
 
     Returns:
         kept: float32 `[L, B, H, M]`, for the depths `1..L`; 0 in rows of padding (`local_start == local_end`).
-        query_mean, key_mean: float32 `[H, p**L]`: `sum_n weight_n P^L(n)`, over rows and tokens.
+        query_mean, key_mean: float32 `[H, p**L]`: `sum_n weight_n P^L(n)`, over rows and tokens. With `visits`
+            query_mean is `[L, H, p**L]`: at the depths `1..L` what stands in the place of `P_query^d(n)`. It is no sum
+            over finer balls; the entry of leaf `v` at depth `d` is that of its ball `v % p**d`, so that the first
+            `p**d` entries are those of all balls, and `(query_mean[d - 1] * key_mean).sum(-1)` is the density at `d`.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
@@ -563,9 +574,10 @@ def far_mass(
     _check_scores(q, k)
     check_sinks(plan.num_sink_tokens)
     check_scoring(scoring)
+    check_visits(visits, q)
     _check_tokens(q, k, probs, weights, plan)
     check_device("far_mass", q=q)
-    arguments = *probs.values(), *weights.values(), *flat_local(plan, scoring)
+    arguments = *probs.values(), *weights.values(), visits, *flat_local(plan, scoring)
     kept, query_mean, key_mean, _, _ = _far_mass(q.detach(), k.detach(), *arguments)
     return kept, query_mean, key_mean
 

@@ -10,6 +10,13 @@ writes every leaf of a token once. The gradient of `sum_d g_d sum_v w_d(v) value
     d values(v) = sum_d g_d w_d(v)
 
 without a division, so probabilities of 0 are like any other. Means over tokens are partial sums, one per program.
+
+Tokens with `m` visits have `v_d = 1 - (1 - w_d)**m` in the place of `w_d` at every depth. `v_d` is no sum over finer
+balls, so its mean is taken at every depth and written at all leaves of a ball. With `h_d(v)` the gradient of that entry
+
+    X_L = G_L,    X_d(v) = G_d(v) + pi[d, digit_d(v)] X_{d+1}(v),    G_d = m (1 - w_d)**(m - 1) (g_d values + h_d)
+
+takes the place of the first line, and `d values = sum_d g_d v_d`.
 """
 
 from typing import NamedTuple
@@ -39,10 +46,29 @@ def _branches(p_probs, m_n, o_v, stride_c, LEVEL: tl.constexpr, ARITY: tl.conste
     return b_branch
 
 
+@triton.jit
+def _visited(b_probs, count):
+    """`1 - (1 - P)**count` without a difference of nearly equal numbers, P itself for a count of 1."""
+    b_visited = b_probs
+    for _ in range(1, count):
+        b_visited += b_probs * (1 - b_visited)
+    return b_visited
+
+
+@triton.jit
+def _visited_slope(b_probs, count):
+    """`count * (1 - P)**(count - 1)`, the derivative of `_visited`; a P of a rounding more than 1 counts as 1."""
+    b_slope = tl.zeros_like(b_probs) + count
+    for _ in range(1, count):
+        b_slope *= tl.maximum(1 - b_probs, 0.0)
+    return b_slope
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def _leaves_kernel(
     probs,  # [B, H, N, L, p] fp32
     weight,  # [B, N] fp32
+    visits,  # [H] int32, unused without VISITS
     leaves,  # [B, H, N, V]
     partial,  # [B, programs per head, H, V] fp32
     stride_b,
@@ -58,6 +84,7 @@ def _leaves_kernel(
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    VISITS: tl.constexpr,
 ):
     n_n = tl.cdiv(N, BLOCK_N * STEPS)
     i_n = tl.program_id(0) % n_n
@@ -77,6 +104,8 @@ def _leaves_kernel(
         b_leaves = _branches(p_probs, m_real, o_v, stride_c, 0, ARITY)
         for i_l in tl.static_range(1, DEPTH):
             b_leaves *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+        if VISITS:
+            b_leaves = _visited(b_leaves, tl.load(visits + i_h))
         b_mean += tl.sum(b_weight[:, None] * b_leaves, 0)
         p_leaves = leaves + (i_bh * N + o_n)[:, None] * V + o_v[None, :]
         tl.store(p_leaves, b_leaves.to(leaves.dtype.element_ty), mask=m_n[:, None] & m_v)
@@ -87,10 +116,11 @@ def _leaves_kernel(
 def _kept_kernel(
     probs,  # [B, H, N, L, p] fp32
     weight,  # [B, N] fp32
+    visits,  # [H] int32, unused without VISITS
     values,  # [B, H, N, V] fp32
     local,  # [B, H, N] fp32
     kept,  # [L, B, H, N] fp32
-    partial,  # [B, programs per head, H, V] fp32
+    partial,  # [B, programs per head, H, V] fp32, with VISITS [B, programs per head, L, H, V]
     stride_b,
     stride_h,
     stride_n,
@@ -104,6 +134,8 @@ def _kept_kernel(
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    VISITS: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # rows of means: one per depth with VISITS, else 1
 ):
     n_n = tl.cdiv(N, BLOCK_N * STEPS)
     n_bh = (tl.num_programs(0) // n_n).to(tl.int64)
@@ -114,7 +146,10 @@ def _kept_kernel(
 
     o_v = tl.arange(0, BLOCK_V)
     m_v = (o_v < V)[None, :]
-    b_mean = tl.zeros([BLOCK_V], dtype=tl.float32)
+    MEANS: tl.constexpr = DEPTH if VISITS else 1
+    o_mean = tl.arange(0, BLOCK_L)[:, None]
+    b_means = tl.zeros([BLOCK_L, BLOCK_V], dtype=tl.float32)
+    count = tl.load(visits + i_h) if VISITS else 1
     for i_step in range(STEPS):
         o_n = (i_n * STEPS + i_step) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
@@ -124,23 +159,29 @@ def _kept_kernel(
         b_values = tl.load(values + o_row[:, None] * V + o_v[None, :], mask=m_real[:, None] & m_v, other=0.0)
         b_local = tl.load(local + o_row, mask=m_real, other=0.0)
         p_probs = probs + i_b * stride_b + i_h * stride_h + o_n.to(tl.int64) * stride_n
-        b_leaves = _branches(p_probs, m_real, o_v, stride_c, 0, ARITY)
-        tl.store(kept + o_row, b_local + tl.sum(b_leaves * b_values, 1), mask=m_n)
-        for i_l in tl.static_range(1, DEPTH):
-            b_leaves *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
-            b_kept = b_local + tl.sum(b_leaves * b_values, 1)
+        b_ball = tl.full([BLOCK_N, BLOCK_V], 1.0, dtype=tl.float32)
+        for i_l in tl.static_range(DEPTH):
+            b_ball *= _branches(p_probs + i_l * stride_l, m_real, o_v, stride_c, i_l, ARITY)
+            b_visited = _visited(b_ball, count) if VISITS else b_ball
+            b_kept = b_local + tl.sum(b_visited * b_values, 1)
             tl.store(kept + i_l * n_bh * N + o_row, b_kept, mask=m_n)
-        b_mean += tl.sum(b_weight[:, None] * b_leaves, 0)
-    tl.store(partial + ((i_b * n_n + i_n) * H + i_h) * V + o_v, b_mean, mask=o_v < V)
+            if VISITS:
+                b_mean = tl.sum(b_weight[:, None] * b_visited, 0)
+                b_means += tl.where(o_mean == i_l, b_mean[None, :], 0.0)
+        if not VISITS:
+            b_means += tl.sum(b_weight[:, None] * b_ball, 0)[None, :]
+    o_partial = ((i_b * n_n + i_n) * MEANS + o_mean) * H + i_h
+    tl.store(partial + o_partial * V + o_v[None, :], b_means, mask=(o_mean < MEANS) & m_v)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _leaf_gradient_kernel(
     probs,  # [B, H, N, L, p] fp32
     weight,  # [B, N] fp32
+    visits,  # [H] int32, unused without VISITS
     values,  # [B, H, N, V] fp32
     dkept,  # [L, B, H, N] fp32, unused without ALL_DEPTHS
-    dmean,  # [H, V] fp32
+    dmean,  # [H, V] fp32, with ALL_DEPTHS and VISITS [L, H, V]
     dprobs,  # [B, H, N, L, p] fp32, contiguous
     dvalues,  # [B, H, N, V], unused without ALL_DEPTHS
     stride_b,
@@ -156,6 +197,7 @@ def _leaf_gradient_kernel(
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    VISITS: tl.constexpr,
     ALL_DEPTHS: tl.constexpr,
 ):
     """With ALL_DEPTHS `g_d` is `dkept` at depth `d`; without, 1 at the last depth and 0 above."""
@@ -168,7 +210,8 @@ def _leaf_gradient_kernel(
 
     o_v = tl.arange(0, BLOCK_V)
     m_v = (o_v < V)[None, :]
-    b_dmean = tl.load(dmean + i_h * V + o_v, mask=o_v < V, other=0.0)
+    p_dmean = dmean + i_h * V + o_v
+    count = tl.load(visits + i_h) if VISITS else 1
     for i_step in range(STEPS):
         o_n = (i_n * STEPS + i_step) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
@@ -187,16 +230,26 @@ def _leaf_gradient_kernel(
             balls += (b_ball,)  # type: ignore[assignment]
             if ALL_DEPTHS:
                 b_dkept = tl.load(dkept + i_l * n_bh * N + o_row, mask=m_real, other=0.0)
-                b_dvalues += b_dkept[:, None] * b_ball
+                b_dvalues += b_dkept[:, None] * (_visited(b_ball, count) if VISITS else b_ball)
         if ALL_DEPTHS:
             tl.store(dvalues + o_value, b_dvalues.to(dvalues.dtype.element_ty), mask=m_n[:, None] & m_v)
 
-        b_x = b_weight[:, None] * b_dmean[None, :]
+        if ALL_DEPTHS and VISITS:
+            b_x = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+        else:
+            b_x = b_weight[:, None] * tl.load(p_dmean, mask=o_v < V, other=0.0)[None, :]
         if not ALL_DEPTHS:
             b_x += b_values
+            if VISITS:
+                b_x *= _visited_slope(b_ball, count)
         for i_l in tl.static_range(DEPTH - 1, -1, -1):
             if ALL_DEPTHS:
-                b_x += tl.load(dkept + i_l * n_bh * N + o_row, mask=m_real, other=0.0)[:, None] * b_values
+                b_own = tl.load(dkept + i_l * n_bh * N + o_row, mask=m_real, other=0.0)[:, None] * b_values
+                if VISITS:
+                    b_dmean = tl.load(p_dmean + i_l * H * V, mask=o_v < V, other=0.0)
+                    b_own += b_weight[:, None] * b_dmean[None, :]
+                    b_own *= _visited_slope(balls[i_l + 1], count)
+                b_x += b_own
             b_product = balls[i_l] * b_x
             o_digit = o_v // ARITY**i_l % ARITY
             for i_c in range(ARITY):
@@ -238,9 +291,10 @@ class _Launch(NamedTuple):
     grid: tuple[int]
     arguments: dict[str, int]
     partial: tuple[int, int, int, int]
+    visits: Tensor  # `[H]`, or anything where it is not read
 
 
-def _launch(probs: Tensor) -> _Launch:
+def _launch(probs: Tensor, visits: Tensor | None) -> _Launch:
     B, H, N, depth, arity = probs.shape
     leaves = arity**depth
     rows = choose_rows(leaves)
@@ -255,63 +309,85 @@ def _launch(probs: Tensor) -> _Launch:
         "V": leaves,
         "BLOCK_N": rows.block,
         "BLOCK_V": triton.next_power_of_2(leaves),
+        "VISITS": visits is not None,
         "num_warps": 1,
     }
-    return _Launch((B * H * programs,), arguments, (B, programs, H, leaves))
+    visits = probs if visits is None else visits.contiguous()
+    return _Launch((B * H * programs,), arguments, (B, programs, H, leaves), visits)
 
 
-def leaf_distributions(probs: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def leaf_distributions(
+    probs: Tensor, weight: Tensor, dtype: torch.dtype, visits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Leaf distributions and their weighted sum over all tokens.
 
     Args:
         probs: float32 `[B, H, N, L, p]`, any strides.
         weight: float32 `[B, N]`; tokens of weight 0 are padding: their probabilities are not read and count as 0.
         dtype: of the distributions.
+        visits: None, or int32 `[H]`, >= 1: in the place of a leaf's probability `P` stands that of being among so many
+            independent draws, `1 - (1 - P)**visits`.
 
     Returns:
         `[B, H, N, p**L]`, and float32 `[H, p**L]`.
     """
     B, H, N = probs.shape[:3]
-    grid, arguments, shape = _launch(probs)
+    grid, arguments, shape, visits = _launch(probs, visits)
     leaves = torch.empty(B, H, N, shape[3], dtype=dtype, device=probs.device)
     partial = probs.new_empty(shape)
-    _leaves_kernel[grid](probs, weight.contiguous(), leaves, partial, **arguments)
+    _leaves_kernel[grid](probs, weight.contiguous(), visits, leaves, partial, **arguments)
     return leaves, partial.sum((0, 1))
 
 
-def kept_of_values(probs: Tensor, weight: Tensor, values: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+def kept_of_values(
+    probs: Tensor, weight: Tensor, values: Tensor, local: Tensor, visits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`local + sum_v w_d(v) values(v)` at every depth `d` in `1..L`, and the weighted sum of the leaf distributions.
 
     Args:
-        probs, weight: as in `leaf_distributions`. values: float32 `[B, H, N, p**L]`; local: float32 `[B, H, N]`; both
-            contiguous.
+        probs, weight, visits: as in `leaf_distributions`. values: float32 `[B, H, N, p**L]`; local: float32
+            `[B, H, N]`; both contiguous.
 
     Returns:
-        float32 `[L, B, H, N]`, 0 in padding, and float32 `[H, p**L]`.
+        float32 `[L, B, H, N]`, 0 in padding, and float32 `[H, p**L]`. With `visits` the latter is `[L, H, p**L]`, the
+        sums at the depths `1..L`: the entry of leaf `v` at depth `d` is that of its ball `v % p**d`, so the first
+        `p**d` entries are those of all balls in turn.
     """
-    grid, arguments, shape = _launch(probs)
-    kept = probs.new_empty(probs.shape[3], *local.shape)
-    partial = probs.new_empty(shape)
-    _kept_kernel[grid](probs, weight.contiguous(), values, local, kept, partial, **arguments)
+    grid, arguments, shape, counts = _launch(probs, visits)
+    depth = probs.shape[3]
+    B, programs, H, leaves = shape
+    kept = probs.new_empty(depth, *local.shape)
+    partial = probs.new_empty(shape if visits is None else (B, programs, depth, H, leaves))
+    rows = 1 if visits is None else triton.next_power_of_2(depth)
+    tensors = weight.contiguous(), counts, values, local, kept, partial
+    _kept_kernel[grid](probs, *tensors, **arguments, BLOCK_L=rows)
     return kept, partial.sum((0, 1))
 
 
 def kept_gradient(
-    probs: Tensor, weight: Tensor, values: Tensor, dkept: Tensor, dmean: Tensor, dtype: torch.dtype
+    probs: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    dkept: Tensor,
+    dmean: Tensor,
+    dtype: torch.dtype,
+    visits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `kept_of_values` in its `probs`, float32, and in its `values`, in `dtype`; both contiguous."""
-    grid, arguments, _ = _launch(probs)
+    grid, arguments, _, visits = _launch(probs, visits)
     dprobs = torch.empty_like(probs, memory_format=torch.contiguous_format)
     dvalues = torch.empty_like(values, dtype=dtype)
-    tensors = weight.contiguous(), values, dkept.contiguous(), dmean.contiguous(), dprobs, dvalues
+    tensors = weight.contiguous(), visits, values, dkept.contiguous(), dmean.contiguous(), dprobs, dvalues
     _leaf_gradient_kernel[grid](probs, *tensors, **arguments, ALL_DEPTHS=True)
     return dprobs, dvalues
 
 
-def leaf_gradient(probs: Tensor, weight: Tensor, dleaves: Tensor, dmean: Tensor) -> Tensor:
+def leaf_gradient(
+    probs: Tensor, weight: Tensor, dleaves: Tensor, dmean: Tensor, visits: Tensor | None = None
+) -> Tensor:
     """Gradient of `leaf_distributions` in its `probs`: float32, contiguous. dleaves: float32, contiguous."""
-    grid, arguments, _ = _launch(probs)
+    grid, arguments, _, visits = _launch(probs, visits)
     dprobs = torch.empty_like(probs, memory_format=torch.contiguous_format)
-    tensors = weight.contiguous(), dleaves, dleaves, dmean.contiguous(), dprobs, dleaves
+    tensors = weight.contiguous(), visits, dleaves, dleaves, dmean.contiguous(), dprobs, dleaves
     _leaf_gradient_kernel[grid](probs, *tensors, **arguments, ALL_DEPTHS=False)
     return dprobs

@@ -30,9 +30,10 @@ class LocalPlan(Protocol):
 class Plan(LocalPlan, Protocol):
     """A `LocalPlan` and, for R route heads, the balls: `topo_adapter.ops.plan.Plan` is one.
 
-    query_order, range_start, range_end: int32 `[B, R, T]`. Sorted query `i` is query `query_order[i]` and sees
-        `key_order[range_start[i]:range_end[i]]`.
-    key_order: int32 `[B, R, S]`.
+    query_order, range_start, range_end: int32 `[B, R, m, T]` for m visits, or `[B, R, T]` for one. Of a visit's
+        sorted queries the one of rank `i` is `query_order[i]` and sees `key_order[range_start[i]:range_end[i]]`. No
+        key is in the ranges of two visits of a query. Queries without such a visit come last, with an empty range.
+    key_order: int32 `[B, R, S]`, of all visits.
     """
 
     @property
@@ -103,6 +104,16 @@ def flat_local(plan: LocalPlan, scoring: Scoring) -> tuple[Any, ...]:
 def flat(plan: Plan, scoring: Scoring) -> tuple[Any, ...]:
     """The arguments of `FLAT`."""
     return *(getattr(plan, name) for name in PlanTensors._fields), scoring.scale, scoring.softcap
+
+
+def by_visit(plan: PlanTensors) -> list[PlanTensors]:
+    """A plan for each visit, whose tree's tensors are `[B, R, T]`; all tensors are contiguous."""
+    plan = contiguous(plan)
+    if plan.query_order.ndim == 3:
+        return [plan]
+    parts = plan.query_order, plan.range_start, plan.range_end
+    visits = zip(*(part.permute(2, 0, 1, 3).contiguous() for part in parts), strict=True)
+    return [plan._replace(query_order=order, range_start=start, range_end=end) for order, start, end in visits]
 
 
 def contiguous(plan: _Parts) -> _Parts:
