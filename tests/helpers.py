@@ -198,6 +198,12 @@ def make_problem(
     return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks, more)
 
 
+def of_visit(plan: Plan, visit: int) -> Plan:
+    """The tree pass of one visit alone, its tensors `[B, R, T]`."""
+    names = ("query_order", "range_start", "range_end")
+    return replace(plan, **{name: getattr(plan, name)[:, :, visit] for name in names})
+
+
 # ---------------------------------------------------------------- the attention under test
 
 

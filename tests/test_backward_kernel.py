@@ -8,6 +8,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers import of_visit
 from hypothesis import given, settings
 from test_kernels import (
     BALLS,
@@ -257,7 +258,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         key_ball[0, 1, 40] += 1
         plan = replace(problem, key_ball=key_ball).plan()
     elif wrong == "visit":
-        plan = problem.plan().of_visit(0)
+        plan = of_visit(problem.plan(), 0)
     else:
         lse[0, 1, 100] += 0.01
     errors = excess(problem, differentiate(problem, out, lse, dout, plan), exact, dout)

@@ -706,7 +706,7 @@ def test_the_chain_of_a_head_is_the_best_of_all(seed: int) -> None:
         for some in itertools.combinations(inside, count)
         if all(covers(pairs[a], pairs[b]) for a, b in itertools.pairwise(some))
     ]
-    assert len(chains) > 20
+    assert len(chains) == 20
     found = tuple(column for *_, column in best_chain(offered, table["choices"]))
     assert found in chains and area(found) == pytest.approx(min(map(area, chains)))
 

@@ -66,9 +66,7 @@ class Problem:
     def ranges(self) -> dict[str, Tensor | None]:
         """The plan's local part for these queries."""
         ball = torch.zeros_like(self.key.position)[:, None], torch.zeros_like(self.query.position)[:, None]
-        plan = build_plan(
-            ball[1][:, :, None], ball[0], self.query, self.key, self.case.window, self.case.sinks
-        ).of_visit(0)
+        plan = build_plan(ball[1][:, :, None], ball[0], self.query, self.key, self.case.window, self.case.sinks)
         ranges: dict[str, Tensor | None] = {name: getattr(plan, name) for name in LocalTensors._fields[:-1]}
         return ranges | {"local_order": None} if self.case.identity else ranges
 

@@ -9,6 +9,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers import of_visit
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -396,7 +397,7 @@ def test_plain_path_of_visits_on_gpu(case: Case) -> None:
 def test_one_visit_may_lack_its_axis(path: str) -> None:
     problem = make(Case(length=50, batch=1))
     plan = plain(problem.plan()) if path == "plain" else problem.plan()
-    assert torch.equal(attend(problem, plan.of_visit(0)), attend(problem, plan))
+    assert torch.equal(attend(problem, of_visit(plan, 0)), attend(problem, plan))
 
 
 def test_absent_visits_change_no_bit() -> None:
@@ -459,7 +460,7 @@ def test_wrong_plan_is_noticed(wrong: str, dtype: torch.dtype) -> None:
         key_ball[0, 1, 40] += 1
         plan = replace(problem, key_ball=key_ball).plan()
     elif wrong == "visit":
-        plan = problem.plan().of_visit(0)
+        plan = of_visit(problem.plan(), 0)
     else:
         right = problem.plan()
         plan = replace(right, range_end=(right.range_end - 1).clamp(min=right.range_start))

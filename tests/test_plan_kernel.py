@@ -8,7 +8,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import LAYOUTS
+from helpers import LAYOUTS, of_visit
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -72,9 +72,8 @@ class Problem:
 
     def reference(self) -> Plan:
         query_ball, key_ball = (a % self.balls[:, None] for a in (self.query_address, self.key_address))
-        return build_plan(
-            query_ball[:, :, None], key_ball, self.query, self.key, self.case.window, self.case.sinks
-        ).of_visit(0)
+        plan = build_plan(query_ball[:, :, None], key_ball, self.query, self.key, self.case.window, self.case.sinks)
+        return of_visit(plan, 0)
 
     def arguments(self) -> dict[str, Tensor]:
         """The tensors that `tree_plan` takes."""

@@ -175,14 +175,20 @@ def at_length(density: float, length: int, other_length: int, local_window: int,
 
 def expected_loss(calibration: Calibration, setting: Setting) -> float:
     """The estimated loss of a map of the dial, nats per token: the sum over its heads."""
-    choices = calibration.get("choices")
     losses = []
     for layer, depths in setting.depths.items():
         visits = [1] * len(depths) if setting.visits is None else setting.visits[layer]
         for head, chosen in enumerate(zip(depths, visits, strict=True)):
-            column = chosen[0] if choices is None else choices.index(list(chosen))
-            losses.append(calibration["loss"][layer][head][column])
+            losses.append(calibration["loss"][layer][head][column_of(calibration, *chosen)])
     return math.fsum(losses)
+
+
+def column_of(calibration: Calibration, depth: int, visits: int) -> int:
+    """The column of a depth and visits; of a pair that the dial does not choose, the sparsest one that covers it."""
+    choices = calibration.get("choices")
+    if choices is None:
+        return depth
+    return max(n for n, (d, m) in enumerate(choices) if covers((d, m), (depth, visits)))
 
 
 _Segment = tuple[float, int, _Choice, _Choice]  # minus the loss saved per density, route, from, to

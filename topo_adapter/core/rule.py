@@ -71,9 +71,18 @@ class Rule:
         """`ball_sizes`, int32; the rule keeps it: a copy from the host may not be recorded in a graph."""
         return self._on(device, "sizes", self.ball_sizes)
 
-    def visits_on(self, device: torch.device) -> Tensor:
-        """`visits` of the query heads, int32."""
-        return self._on(device, "visits", self.visits)
+    def several_on(self, device: torch.device) -> Tensor | None:
+        """`visits` of the query heads, int32; None where all visit one ball."""
+        return None if self.most_visits == 1 else self._on(device, "visits", self.visits)
+
+    def absent_on(self, device: torch.device) -> Tensor:
+        """int32 `[routes, most_visits]`, for each of `route_depths`: 1 where its queries have no such visit."""
+        absent = [
+            int(visit >= (min(count, size) if depth <= self.levels else 0))
+            for depth, count, size in zip(self.route_depths, self.route_visits, self.ball_sizes, strict=True)
+            for visit in range(self.most_visits)
+        ]
+        return self._on(device, "absent", tuple(absent)).view(-1, self.most_visits)
 
     def nowhere_on(self, device: torch.device) -> Tensor:
         """int32, for each of `route_depths`: below the leaves an address that no key has, else -1."""

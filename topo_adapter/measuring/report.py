@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..core.dial import column_of
 from ..core.markup import table
 from ..core.passes import Pass, during
 from ..core.visibility import always_density
@@ -118,7 +119,9 @@ class _CountDensity(Pass):
         density = calibration["density"][call.host.geometry.layer]
         length, window, sinks = calibration["length"], call.config.local_window, call.config.num_sink_tokens
         near = always_density(length, window, sinks)
-        revealed = sum(values[d] for values, d in zip(density, call.visibility.rule.depths, strict=True)) / len(density)
+        rule = call.visibility.rule
+        heads = zip(density, rule.depths, rule.visits, strict=True)
+        revealed = sum(values[column_of(calibration, depth, visits)] for values, depth, visits in heads) / len(density)
         share = max(revealed - near, 0.0) / (1 - near)  # of the far pairs
         visible, causal = plan.visible_count().mean(), plan.causal_count()
         local = visible - plan.far_count().mean()

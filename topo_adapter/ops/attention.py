@@ -37,8 +37,8 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`; `H` a multiple of `H_kv` and of the plan's route heads.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64,
-        several visits and machines without a GPU.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Differentiable. The torch path serves float64
+        and machines without a GPU.
     """
     if plan.dense and scoring.softcap is None:
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
@@ -48,7 +48,7 @@ def hard_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scoring: Scoring
     if _kernels_attend("attend", q, k, v, plan.query_order.shape[2]):
         from topo_kernels import topology_attention
 
-        return topology_attention(q, k, v, plan.of_visit(0), scoring)
+        return topology_attention(q, k, v, plan, scoring)
     return torch_attention(q, k, v, plan, scoring)
 
 

@@ -16,6 +16,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CAPABILITY = (8, 0)
 
 Operation = Literal["route", "plan", "attend", "decode", "bridge", "distil"]
+_MOST_VISITS = 8
 
 
 class Limits(NamedTuple):
@@ -24,14 +25,15 @@ class Limits(NamedTuple):
     head_dim: tuple[int, int] | None = None  # of queries, keys and values, which have one width
     leaves: int | None = None  # `arity**depth`, at the deepest that is asked for
     router_dim: int | None = None
+    visits: int = _MOST_VISITS
 
 
 #: The one table of what kernels can do; `misfits` says it in words.
 LIMITS: dict[Operation, Limits] = {
-    "route": Limits(router_dim=128),
+    "route": Limits(router_dim=128, visits=1),
     "plan": Limits(),
     "attend": Limits(head_dim=(16, 256)),
-    "decode": Limits(head_dim=(16, 256)),
+    "decode": Limits(head_dim=(16, 256), visits=1),
     "bridge": Limits(head_dim=(16, 256), leaves=256),
     "distil": Limits(head_dim=(16, 256), leaves=256),
 }
@@ -63,8 +65,9 @@ def misfits(
         found.append(f"arity ** depth must be at most {limits.leaves}, got {leaves}")
     if limits.router_dim is not None and router_dim > limits.router_dim:
         found.append(f"router_dim must be at most {limits.router_dim}, got {router_dim}")
-    if visits > 1:
-        found.append(f"queries must visit one ball, got {visits}")
+    if visits > limits.visits:
+        most = "one ball" if limits.visits == 1 else f"at most {limits.visits} balls"
+        found.append(f"queries must visit {most}, got {visits}")
     if operation == "bridge" and homotopy != 1:
         found.append(f"homotopy must be 1, got {homotopy:g}")
     return found

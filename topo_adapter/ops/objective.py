@@ -169,8 +169,13 @@ def _triton_far_mass(
         query_weight,
         key_weight,
         scoring,
+        visits=visibility.rule.several_on(q.device),
     )
-    return kept, _at_every_depth(query_mean, *key_probs.shape[-2:]), key_mean
+    depth, arity = key_probs.shape[-2:]
+    if query_mean.ndim == 2:
+        return kept, _at_every_depth(query_mean, depth, arity), key_mean
+    # of leaves, each with the value of its ball: the first of them, or any, have those of all balls
+    return kept, [query_mean[d - 1, :, : arity**d] for d in range(1, depth + 1)], key_mean
 
 
 def _at_every_depth(leaves: Tensor, depth: int, arity: int) -> list[Tensor]:

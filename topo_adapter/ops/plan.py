@@ -9,7 +9,7 @@ memory, no host synchronisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -67,11 +67,6 @@ class Plan:
     num_sink_tokens: int
     dense: bool = False
 
-    def of_visit(self, visit: int) -> Plan:
-        """The tree pass of one visit, whose tensors `[B, R, T]` the kernels take."""
-        names = ("query_order", "range_start", "range_end")
-        return replace(self, **{name: getattr(self, name)[:, :, visit] for name in names})
-
     def far_count(self) -> Tensor:
         """float64 `[R]`: pairs that the tree alone makes visible, of each route head, summed over the batch."""
         return (self.range_end - self.range_start).sum((0, 2, 3), dtype=torch.float64)
@@ -97,15 +92,26 @@ def make_plan(visibility: Visibility) -> Plan:
     local, sizes = local_plan(query, key, *rule.window_and_sinks), rule.ball_sizes
     if max(sizes) == 1 and local.order is None:
         return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
-    if not kernels_serve("plan", visibility.visits, visits=visibility.visits.shape[2]):
+    if not kernels_serve("plan", visibility.visits, visits=rule.most_visits):
         tree = _sorted_tree(*visibility.balls(), query, key, *rule.window_and_sinks)
         return _joined(tree, local, rule.num_sink_tokens)
+    return _joined(_kernels_tree(visibility, local), local, rule.num_sink_tokens)
+
+
+def _kernels_tree(visibility: Visibility, local: LocalPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_sorted_tree`, in Triton: each visit of a route is sorted as a route of its own."""
     from topo_kernels import tree_plan
 
+    rule, visits, sizes = visibility.rule, visibility.route_visits().int(), visibility.rule.ball_sizes
+    address, modulo = per_head(visibility.keys.address, len(sizes)).int(), rule.sizes_on(visits.device)
+    many = visits.shape[2]
+    if many > 1:
+        visits, address = visits.clamp(min=0), address[:, :, None].expand(-1, -1, many, -1).flatten(1, 2)
+        modulo = modulo.repeat_interleave(many)
     *first, key_order = tree_plan(
-        visibility.route_visits()[:, :, 0].int(),
-        per_head(visibility.keys.address, len(sizes)).int(),
-        rule.sizes_on(visibility.visits.device),
+        visits.flatten(1, 2),
+        address,
+        modulo,
         local.start,
         None if local.order is None else local.document_start,
         local.tree_queries,
@@ -113,9 +119,10 @@ def make_plan(visibility: Visibility) -> Plan:
         max_balls=max(sizes),
         num_sink_tokens=rule.num_sink_tokens,
     )
-    query_order, start, end = (x[:, :, None] for x in first)
-    tree = query_order, start, end, key_order
-    return _joined(tree, local, rule.num_sink_tokens)
+    query_order, start, end = (x.unflatten(1, (-1, many)) for x in first)
+    if many > 1:
+        end = torch.where(rule.absent_on(end.device)[..., None] > 0, start, end)
+    return query_order, start, end, key_order[:, ::many]
 
 
 def _joined(

@@ -280,7 +280,7 @@ def _bridged_by_kernels(
     balls = None
     if bridge == "masked":  # only pairs of one ball pass the gradient on
         query_balls, key_ball = visibility.by_head().balls()
-        balls = query_balls[:, :, 0].int(), key_ball.int()
+        balls = query_balls.int(), key_ball.int()
     with torch.autocast(q.device.type, enabled=False):
         query_probs, reached = above_the_leaves(routes.query.probs, depths)
         return bridged_topology_attention(
@@ -289,8 +289,9 @@ def _bridged_by_kernels(
             v,
             levels_at_depths(query_probs, reached),
             levels_at_depths(routes.key.probs, reached),
-            plan.of_visit(0),
+            plan,
             scoring,
             max_gap=_MAX_GAP,
             balls=balls,
+            visits=visibility.rule.several_on(q.device),
         )
