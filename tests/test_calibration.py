@@ -122,7 +122,7 @@ def test_density_of_the_table_counts_the_keys_of_all_visits() -> None:
     """Of every depth with every number of visits."""
     model, ids = adapted(visits=3), tokens(2, LENGTH)
     table, config = beside_dense(model, ids), model.peft_config["default"]
-    assert table["choices"] == [[0, 1], [1, 1], *([d, m] for d in (2, 3, 4) for m in (3, 2, 1)), [DEPTH + 1, 1]]
+    assert table["choices"] == [[0, 1], [1, 1], *([d, m] for d in (2, 3, 4) for m in (3, 1)), [DEPTH + 1, 1]]
     for column, (depth, visits) in enumerate(table["choices"]):
         config.setting = depth, {layer: [visits] * HEADS for layer in table["density"]}
         for layer, record in digits_at(model, 0.0, ids).items():
@@ -130,7 +130,7 @@ def test_density_of_the_table_counts_the_keys_of_all_visits() -> None:
             for head in range(2):
                 value = table["density"][layer][head][column]
                 assert value == pytest.approx(visited_share(record, head, depth), rel=1e-3), (layer, head)
-                assert visits == 1 or value > 1.02 * table["density"][layer][head][column + 1], "visits cost"
+                assert visits == 1 or value > 1.05 * table["density"][layer][head][column + 1], "visits cost"
 
 
 def test_table_is_well_formed_and_stored_in_the_config() -> None:
@@ -685,13 +685,13 @@ def test_maps_of_depths_and_visits_keep_the_budget_and_are_nested(seed: int) -> 
         assert before is None or all(map(covers, chosen, before))
         before = chosen
         seen.update(chosen)
-    assert before == [(0, 1)] * 8 and len({m for _, m in seen}) > 2 and len({d for d, _ in seen}) > 3
+    assert before == [(0, 1)] * 8 and len({m for _, m in seen}) > 1 and len({d for d, _ in seen}) > 3
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_chain_of_a_head_is_the_best_of_all(seed: int) -> None:
     """Against every chain from the sparsest to the densest, by the mean loss over log density."""
-    table = visiting_table(1, 1, 3, 4, seed)
+    table = visiting_table(1, 1, 4, 3, seed)
     pairs = [(d, m) for d, m in table["choices"]]
     offered = list(zip(table["density"][0][0], table["loss"][0][0], range(len(pairs)), strict=True))
 
@@ -706,7 +706,7 @@ def test_the_chain_of_a_head_is_the_best_of_all(seed: int) -> None:
         for some in itertools.combinations(inside, count)
         if all(covers(pairs[a], pairs[b]) for a, b in itertools.pairwise(some))
     ]
-    assert len(chains) == 20
+    assert len(chains) == 80
     found = tuple(column for *_, column in best_chain(offered, table["choices"]))
     assert found in chains and area(found) == pytest.approx(min(map(area, chains)))
 

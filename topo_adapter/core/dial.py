@@ -31,8 +31,9 @@ class Setting(NamedTuple):
 
 
 def numbers_of_visits(most: int) -> list[int]:
-    """Those that the dial chooses from, falling: `most`, and the powers of two below."""
-    return [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
+    """Those that the dial chooses from, falling: `most` and 1. Others cost calibration time, and at the same density
+    there is a choice of another depth."""
+    return [most, 1] if most > 1 else [1]
 
 
 def choices_of(arity: int, levels: int, sparsest_depth: int, visits: int) -> list[tuple[int, int]]:
