@@ -85,7 +85,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_why_not_names_the_device() -> None:
     found = why_not(routed(tiny("gemma2")))
     assert list(found) == ROUTED["gemma2"]
-    assert all(set(each) == set(LIMITS) and each["attend"][0] == CPU for each in found.values())
+    assert all(set(each) == set(LIMITS) - {"visits"} and each["attend"][0] == CPU for each in found.values())
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -245,7 +245,8 @@ def test_small_tiles(
 
 @pytest.mark.parametrize("wrong", ["window", "sinks", "ball", "lse", "visit"])
 def test_wrong_input_is_noticed(wrong: str) -> None:
-    problem, plan = make(Case(length=130, visits=2 if wrong == "visit" else 1)), None
+    case = Case(length=50, batch=1, visits=2) if wrong == "visit" else Case(length=130)
+    problem, plan = make(case), None
     dout = cotangent(problem)
     exact = gradients(problem, dout, torch.float64)
     out, lse = exact[0].to(problem.q), exact[1].float()
@@ -275,7 +276,7 @@ def test_wrong_input_is_noticed(wrong: str) -> None:
         Case(layout="middle_padding", length=130, dtype=HALF, dim=40),
         Case(layout="unfilled", length=70, balls="unvisited", dim=20),
         Case(layout="packed", length=131, balls="tiny", queries=(-65, None)),
-        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=HALF),
+        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=HALF, batch=1),
     ],
     ids=str,
 )

@@ -296,9 +296,9 @@ CASES = [
 ]
 VISITS = [
     Case(length=60, window=4, leaves=8, batch=1, identity=True, visits=(1, 2)),
-    Case(length=60, window=4, leaves=9, layout="packed", dtype=HALF, visits=(3, 8)),
+    Case(length=60, window=4, leaves=9, layout="packed", dtype=HALF, batch=1, visits=(3, 8)),
     Case(length=60, window=4, leaves=4, layout="left_padding", visits=(2, 2), one_hot=True),
-    Case(length=60, window=4, leaves=8, layout="packed", masked=True, visits=(3, 1)),
+    Case(length=60, window=4, leaves=8, layout="packed", masked=True, batch=1, visits=(3, 1)),
 ]
 _DTYPES = (torch.bfloat16, HALF, torch.float32)
 _MODEL = Case(heads=9, kv_heads=3, dim=64, leaves=64, window=128, batch=1, dtype=torch.bfloat16, identity=True)
@@ -392,7 +392,8 @@ def test_attention_is_the_hard_one(case: Case) -> None:
 )
 def test_wrong_input_is_noticed(wrong: str) -> None:
     visits = (2, 3) if wrong == "visits" else None
-    problem = make(Case(length=130, batch=1, sharp=12.0 if wrong == "gap" else 1.0, visits=visits))
+    length = 60 if wrong == "visits" else 130
+    problem = make(Case(length=length, batch=1, sharp=12.0 if wrong == "gap" else 1.0, visits=visits))
     changed: dict[str, Any] = {}
     if wrong == "window":
         changed["local_start"] = problem.plan()["local_start"] + 1
@@ -493,7 +494,7 @@ def test_memory_is_linear() -> None:
         ("softcap", lambda _: 0.0, "softcap must be None or > 0, got 0.0"),
         ("max_gap", lambda _: 61.0, "max_gap must be from 0 to 60"),
         ("max_gap", lambda _: -1.0, "max_gap must be from 0 to 60"),
-        ("balls", lambda both: (both[0].long(), both[1]), r"balls of queries must be int32 \[2, 2, 1, 20\]"),
+        ("balls", lambda both: (both[0].long(), both[1]), r"balls of queries must be int32 \[2, 2, 2, 20\]"),
         ("balls", lambda both: (both[0], both[1][:, :1]), r"balls of keys must be int32 \[2, 2, 20\].*2, 1, 20"),
         ("visits", lambda t: t[:1], r"visits must be None or torch.int32 of shape \[2\], got torch.int32 \[1\]"),
     ],

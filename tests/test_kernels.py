@@ -304,7 +304,7 @@ VISITS = [
     *(Case(length=n, visits=2, window=4, batch=1, dtype=dtype) for n, dtype in ((50, torch.float32), (130, HALF))),
     Case(length=60, visits=3, window=4, layout="packed", dtype=HALF),
     Case(length=60, visits=3, window=4, layout="left_padding", heads=4, kv_heads=2, queries=(-50, None)),
-    Case(length=50, visits=8, window=4, balls="depths", heads=4, kv_heads=2, routes=4, batch=1),
+    Case(length=50, visits=3, window=4, balls="depths", heads=4, kv_heads=2, routes=4, batch=1),
     Case(length=50, visits=8, window=1, sinks=0, balls="tiny", batch=1),
 ]
 
@@ -503,7 +503,7 @@ def nan_in_new_memory() -> Iterator[None]:
         Case(layout="middle_padding", length=130, dtype=torch.float16, dim=40),
         Case(layout="unfilled", length=70, balls="unvisited", dim=20),
         Case(layout="packed", length=131, balls="tiny", queries=(-65, None)),
-        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=torch.float16),
+        Case(layout="middle_padding", length=50, visits=2, window=4, dtype=torch.float16, batch=1),
     ],
     ids=str,
 )

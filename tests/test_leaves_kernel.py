@@ -166,8 +166,8 @@ def test_matches_autograd(arity: int, depth: int, one_hot: bool) -> None:
 
 VISITS = [
     Case(2, 3, length=19, batch=1, heads=4, visits=(2, 8, 1, 3)),
-    Case(2, 3, length=9, batch=1, visits=(8, 3), one_hot=True),
-    Case(3, 2, length=9, visits=(3, 8)),
+    Case(2, 2, length=9, batch=1, visits=(8, 3), one_hot=True),
+    Case(3, 2, length=9, batch=1, visits=(3, 8)),
     Case(2, 1, length=9, visits=(2, 2)),
 ]
 
@@ -179,7 +179,7 @@ def test_visits(case: Case) -> None:
 
 
 def test_one_visit_changes_no_bit() -> None:
-    problem = make(Case(3, 2, length=9))
+    problem = make(Case(3, 2, length=9, batch=1))
     of_depths = torch.stack([torch.zeros_like(problem.dmean), problem.dmean])
     found = run(replace(problem, case=replace(problem.case, visits=(1, 1))), dmeans=of_depths)
     found[4] = found[4][-1]
@@ -246,7 +246,7 @@ def test_wrong_input_is_noticed(name: str) -> None:
 
 
 def test_wrong_visits_are_noticed() -> None:
-    problem = make(Case(3, 2, length=9, visits=(2, 3)))
+    problem = make(Case(2, 2, length=9, batch=1, visits=(2, 3)))
     other = replace(problem, case=replace(problem.case, visits=(3, 2)))
     for name, got, right in zip(NAMES, run(problem), run(other), strict=True):
         assert float((got - right).abs().max()) > 1e-2 * float(right.abs().max()), name
@@ -263,7 +263,7 @@ def test_levels_are_not_interchangeable() -> None:
     [
         Case(3, 3),
         Case(2, 7, length=19),
-        Case(3, 2, visits=(1, 3)),
+        Case(2, 2, visits=(1, 3)),
         pytest.param(Case(2, 7, 5000), marks=pytest.mark.gpu),
     ],
     ids=str,

@@ -33,6 +33,7 @@ class Case:
     window: int = 9
     sinks: int = 3
     batch: int = 2
+    absent: float = 0.0  # share of the queries that are in no ball
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -53,6 +54,8 @@ def addresses(case: Case) -> tuple[Tensor, Tensor]:
         query, key = many[0] * 2 % 4096, (many[1] * 2 + 1) % 4096
     else:
         raise ValueError(f"pattern must be a known pattern of balls, got {case.pattern!r}")
+    if case.absent > 0:
+        query = torch.where(torch.rand(query.shape) < case.absent, -1, query)
     return query.int().to(DEVICE), key.int().to(DEVICE)
 
 
@@ -71,7 +74,8 @@ class Problem:
     key: SequenceLayout
 
     def reference(self) -> Plan:
-        query_ball, key_ball = (a % self.balls[:, None] for a in (self.query_address, self.key_address))
+        addresses = self.query_address, self.key_address
+        query_ball, key_ball = (torch.where(a < 0, -1, a % self.balls[:, None]) for a in addresses)
         plan = build_plan(query_ball[:, :, None], key_ball, self.query, self.key, self.case.window, self.case.sinks)
         return of_visit(plan, 0)
 
@@ -146,10 +150,11 @@ def check(problem: Problem, plan: Tensors) -> None:
     length = query_order.shape[2]
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in plan)
     for b in range(query_order.shape[0]):
-        document, position, real = (t[b] for t in (problem.query.document, problem.query.position, problem.query.real))
+        document, position = problem.query.document[b], problem.query.position[b]
         in_tree = problem.key.position[b] >= problem.case.sinks
         for r, balls in enumerate(problem.case.balls):
-            # a permutation of the real queries, by ball, document and position, then -1
+            # a permutation of the real queries in a ball, by ball, document and position, then -1
+            real = problem.query.real[b] & (problem.query_address[b, r] >= 0)
             order, start, end = (t[b, r] for t in (query_order, range_start, range_end))
             count = int(real.sum())
             head = order[:count].long()
@@ -193,6 +198,8 @@ CASES = [
     Case(sinks=0, window=1),
     Case(sinks=70),  # more sinks than a chunk holds
     Case(sinks=500, window=500),  # more than there are tokens
+    *(Case(absent=0.7, length=70, batch=1, layout=layout) for layout in ("plain", "middle_padding")),
+    Case(absent=1.0, length=20, batch=1),
 ]
 FULL_CASES = [
     *(Case(length=n, batch=1, balls=(1, 27)) for n in (1, 7, 1023, 1025)),

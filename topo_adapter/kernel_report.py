@@ -22,8 +22,8 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
         model: a PeftModel with an active topology adapter, or a merged model.
 
     Returns:
-        Layer index -> operation ('route', 'plan', 'attend', 'decode', 'bridge', 'distil') -> reasons. Operations that
-        would run on kernels are left out, and so are layers where all would: `{}` is the best answer.
+        Layer index -> operation ('route', 'visits', 'plan', 'attend', 'decode', 'bridge', 'distil') -> reasons.
+        Operations that would run on kernels are left out, and so are layers where all would: `{}` is the best answer.
 
     Raises:
         UnsupportedModelError: no layer of the model has an active topology.
@@ -40,15 +40,17 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
         depths = [depth if depth <= config.depth else 1 for depth in host.depths(config)]
         leaves = {"bridge": config.arity ** max(depths), "distil": config.arity**config.depth}
         everywhere = device_misfits(execution_device(module), *dtypes)
+        visits = max(config.visits_of_layer(host.geometry.layer, host.geometry.num_heads))
         for operation in LIMITS:
-            if in_force.merged and operation in leaves:
-                continue  # nothing trains
+            if (in_force.merged and operation in leaves) or (operation == "visits" and visits == 1):
+                continue  # nothing trains; nothing is chosen but addresses
             reasons = everywhere + misfits(
                 operation,
                 widths=_widths(module, host),
                 leaves=leaves.get(operation, 1),
                 router_dim=in_force.router.down.out_features,
-                visits=max(config.visits_of_layer(host.geometry.layer, host.geometry.num_heads)),
+                arity=config.arity,
+                visits=visits,
                 homotopy=config.homotopy,
             )
             if reasons:

@@ -1,4 +1,4 @@
-"""Triton kernels of the topology: routes, plans, attention, decode, distillation."""
+"""Triton kernels of the topology: routes, visits, plans, attention, decode, distillation."""
 
 from .attention import topology_attention
 from .bridge import bridged_topology_attention
@@ -8,6 +8,7 @@ from .leaves import MAX_TILE_LEAVES
 from .plan import tree_plan
 from .router import MAX_ROUTER_WIDTH, PackedRouter, pack_router, route_addresses
 from .types import LocalPlan, LocalTensors, Plan, PlanTensors, Scoring
+from .visits import likeliest_balls
 
 __all__ = [
     "MAX_ROUTER_WIDTH",
@@ -21,6 +22,7 @@ __all__ = [
     "bridged_topology_attention",
     "decode_attention",
     "far_mass",
+    "likeliest_balls",
     "pack_router",
     "route_addresses",
     "topology_attention",

@@ -6,6 +6,8 @@ from torch import Tensor
 from .launch import INTERPRETED
 from .types import Plan, Scoring
 
+MAX_VISITS = 8  # balls that a query may visit
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse queries, keys and values that do not fit together.

@@ -21,7 +21,8 @@ from .checks import check_device, check_sinks
 
 MAX_BALLS = 4096  # a chunk has as many tokens, and one program sorts it
 
-# the code of what is not sorted: sinks, padding, the rest of the last chunk. Above all codes; twice it is an int32
+# the code of what is not sorted: sinks, padding, queries in no ball, the rest of the last chunk. Above all codes; twice
+# it is an int32
 _NOTHING = tl.constexpr(2**29)
 
 
@@ -103,6 +104,7 @@ def _sort_kernel(
             m_code = o_s >= 0
         p_address = key_address + i_b * stride_kb + i_r * stride_kr + o_s.to(tl.int64) * stride_ks
     b_address = tl.load(p_address, mask=m_code, other=0)
+    m_code = m_code & (b_address >= 0)
     b_ball = (b_address.to(tl.uint32) % tl.load(balls + i_r).to(tl.uint32)).to(tl.int32)
     b_code = tl.reshape(tl.where(m_code, b_ball * CHUNK + o_index, _NOTHING), [CHUNK])
     b_code = _sort(b_code, LOG_CHUNK)
@@ -247,7 +249,7 @@ def _place_kernel(
         tl.store(query_order + p_out, o_t, mask=m_code)
         tl.store(range_start + p_out, b_start, mask=m_code)
         tl.store(range_end + p_out, b_end, mask=m_code)
-        # padding comes last, wherever it was
+        # padding comes last, wherever it was, and so do queries in no ball
         p_run = i_key * BALLS - 1  # the last ball in the last chunk
         o_t = i_c * CHUNK + o_i
         m_rest = (o_t >= tl.load(shift + p_run) + tl.load(run_end + p_run)) & (o_t < T)
@@ -400,7 +402,7 @@ def tree_plan(
     row, so that the local rank of a key is its index, and the first `num_sink_tokens` keys are the sinks.
 
     Args:
-        query_address: int32 `[B, R, T]`, addresses >= 0. Any strides.
+        query_address: int32 `[B, R, T]`, addresses >= 0, or -1 of a query that is in no ball. Any strides.
         key_address: int32 `[B, R, S]`, of cached and new tokens. Any strides.
         balls: int32 `[R]`, from 1 to `max_balls`: `arity**depth` of each head.
         local_start: int32 `[B, T]`, 0 to S; the local rank where the query's window starts, as in `topology_attention`.
@@ -411,8 +413,8 @@ def tree_plan(
         num_sink_tokens: >= 0. Not used if `tree_keys` is given.
 
     Returns:
-        query_order: int32 `[B, R, T]`; sorted rank -> query, by ball and then local rank. Padding queries come last,
-            as -1.
+        query_order: int32 `[B, R, T]`; sorted rank -> query, by ball and then local rank. Padding queries and those in
+            no ball come last, as -1.
         range_start, range_end: int32 `[B, R, T]`; the sorted query's keys are `key_order[start:end]`, in order of
             local rank. Both ends rise along the sorted queries; they are 0 where the query is -1.
         key_order: int32 `[B, R, S]`; sorted rank -> key. The sorted keys are followed by zeros, which are in no range.

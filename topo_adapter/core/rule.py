@@ -75,14 +75,9 @@ class Rule:
         """`visits` of the query heads, int32; None where all visit one ball."""
         return None if self.most_visits == 1 else self._on(device, "visits", self.visits)
 
-    def absent_on(self, device: torch.device) -> Tensor:
-        """int32 `[routes, most_visits]`, for each of `route_depths`: 1 where its queries have no such visit."""
-        absent = [
-            int(visit >= (min(count, size) if depth <= self.levels else 0))
-            for depth, count, size in zip(self.route_depths, self.route_visits, self.ball_sizes, strict=True)
-            for visit in range(self.most_visits)
-        ]
-        return self._on(device, "absent", tuple(absent)).view(-1, self.most_visits)
+    def choices_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`route_depths` and `route_visits`, int32."""
+        return self._on(device, "depths", self.route_depths), self._on(device, "route visits", self.route_visits)
 
     def nowhere_on(self, device: torch.device) -> Tensor:
         """int32, for each of `route_depths`: below the leaves an address that no key has, else -1."""

@@ -70,10 +70,9 @@ class Visibility:
     """Who sees whom in one attention: the queries' visits, the keys' addresses, their layouts and the rule.
 
     Attributes:
-        visits: integer `[B, R, m, T]`, addresses that lie in the balls which a query visits, -1 where no query of the
-            route has so many. With one visit it is the query's own address, of `R` routes: the query heads' or, each
-            shared by as many query heads, the KV heads'. Several are for the rule's `route_depths`, no two of a query
-            in one ball.
+        visits: integer `[B, R, m, T]`, addresses that lie in the balls which a query visits, -1 for none.
+            With one visit it is the query's own address, of `R` routes: the query heads' or, each shared by as many
+            query heads, the KV heads'. Several are for the rule's `route_depths`, no two of a query in one ball.
         query: layout of the `T` queries. keys: addresses `[B, R, S]` and layout of the `S` keys.
         rule: tree, depths, visits, window and sinks; for `R` routes.
         logits: float `[B, R, T, L, p]` of the queries' digits, where the balls at other depths may be asked for.

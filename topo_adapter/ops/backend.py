@@ -15,7 +15,7 @@ from torch import Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CAPABILITY = (8, 0)
 
-Operation = Literal["route", "plan", "attend", "decode", "bridge", "distil"]
+Operation = Literal["route", "visits", "plan", "attend", "decode", "bridge", "distil"]
 _MOST_VISITS = 8
 
 
@@ -25,12 +25,14 @@ class Limits(NamedTuple):
     head_dim: tuple[int, int] | None = None  # of queries, keys and values, which have one width
     leaves: int | None = None  # `arity**depth`, at the deepest that is asked for
     router_dim: int | None = None
+    arity: int | None = None
     visits: int = _MOST_VISITS
 
 
 #: The one table of what kernels can do; `misfits` says it in words.
 LIMITS: dict[Operation, Limits] = {
     "route": Limits(router_dim=128, visits=1),
+    "visits": Limits(arity=256),
     "plan": Limits(),
     "attend": Limits(head_dim=(16, 256)),
     "decode": Limits(head_dim=(16, 256), visits=1),
@@ -45,6 +47,7 @@ def misfits(
     widths: Sequence[int] = (),
     leaves: int = 1,
     router_dim: int = 1,
+    arity: int = 2,
     visits: int = 1,
     homotopy: float = 1.0,
 ) -> list[str]:
@@ -52,7 +55,7 @@ def misfits(
 
     Args:
         widths: head dimensions of queries, keys and values. leaves: `arity**depth`. router_dim: of the router.
-        visits: of a query. homotopy: of a bridge.
+        arity: of the tree. visits: of a query. homotopy: of a bridge.
     """
     limits, found = LIMITS[operation], []
     if limits.head_dim is not None:
@@ -65,6 +68,8 @@ def misfits(
         found.append(f"arity ** depth must be at most {limits.leaves}, got {leaves}")
     if limits.router_dim is not None and router_dim > limits.router_dim:
         found.append(f"router_dim must be at most {limits.router_dim}, got {router_dim}")
+    if limits.arity is not None and arity > limits.arity:
+        found.append(f"arity must be at most {limits.arity}, got {arity}")
     if visits > limits.visits:
         most = "one ball" if limits.visits == 1 else f"at most {limits.visits} balls"
         found.append(f"queries must visit {most}, got {visits}")

@@ -106,7 +106,7 @@ def _kernels_tree(visibility: Visibility, local: LocalPlan) -> tuple[Tensor, Ten
     address, modulo = per_head(visibility.keys.address, len(sizes)).int(), rule.sizes_on(visits.device)
     many = visits.shape[2]
     if many > 1:
-        visits, address = visits.clamp(min=0), address[:, :, None].expand(-1, -1, many, -1).flatten(1, 2)
+        address = address[:, :, None].expand(-1, -1, many, -1).flatten(1, 2)
         modulo = modulo.repeat_interleave(many)
     *first, key_order = tree_plan(
         visits.flatten(1, 2),
@@ -120,8 +120,6 @@ def _kernels_tree(visibility: Visibility, local: LocalPlan) -> tuple[Tensor, Ten
         num_sink_tokens=rule.num_sink_tokens,
     )
     query_order, start, end = (x.unflatten(1, (-1, many)) for x in first)
-    if many > 1:
-        end = torch.where(rule.absent_on(end.device)[..., None] > 0, start, end)
     return query_order, start, end, key_order[:, ::many]
 
 

@@ -11,6 +11,7 @@ from ..core.rule import Rule
 from ..core.tree import digits_to_address
 from ..core.visibility import Visibility, per_head
 from ..core.visits import likeliest_balls
+from .backend import kernels_serve
 
 
 def visited(logits: Tensor, rule: Rule) -> Tensor:
@@ -20,11 +21,16 @@ def visited(logits: Tensor, rule: Rule) -> Tensor:
         logits: of the queries' digits, `[B, R, T, L, p]`.
 
     Returns:
-        int64 `[B, R, 1, T]`, leaves, where every query visits one ball; else `likeliest_balls` of the rule's routes.
+        integer `[B, R, 1, T]`, leaves, where every query visits one ball; else `likeliest_balls` of the rule's routes.
     """
     if rule.most_visits == 1:
         return digits_to_address(logits.argmax(-1), rule.arity)[:, :, None]
-    return likeliest_balls(per_head(logits, len(rule.route_depths)), rule.route_depths, rule.route_visits)
+    logits = per_head(logits, len(rule.route_depths))
+    if not kernels_serve("visits", logits, visits=rule.most_visits, arity=rule.arity):
+        return likeliest_balls(logits, rule.route_depths, rule.route_visits)
+    from topo_kernels import likeliest_balls as kernel
+
+    return kernel(logits, *rule.choices_on(logits.device), rule.most_visits)
 
 
 def at(visibility: Visibility, depths: Sequence[int], visits: Sequence[int] = ()) -> Visibility:
