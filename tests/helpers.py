@@ -109,11 +109,8 @@ class Problem:
         visits = query[:, :, None]
         if self.more_visits is not None:
             visits = torch.cat([visits, self.more_visits], 2)
-            for head, depth in enumerate(self.depths):
-                balls = torch.where(visits[:, head] < 0, -1, visits[:, head] % self.arity**depth)
-                for visit in range(1, visits.shape[2]):
-                    again = (balls[:, :visit] == balls[:, visit, None]).any(1)
-                    visits[:, head, visit] = torch.where(again, -1, visits[:, head, visit])
+            sizes = torch.tensor([self.arity**depth for depth in self.depths], device=visits.device)
+            visits = without_repeats(torch.where(visits < 0, -1, visits % sizes[:, None, None]), visits)
         return Visibility(
             visits,
             self.query,
@@ -158,6 +155,14 @@ class Problem:
         layout = contiguous_layout(1, tokens.numel())
         more = None if self.more_visits is None else self.more_visits[row : row + 1, ..., tokens]
         return replace(self, q=q, k=k, v=v, routes=Routes(query, key), query=layout, key=layout, more_visits=more)
+
+
+def without_repeats(balls: Tensor, visits: Tensor | None = None) -> Tensor:
+    """Visits `[B, R, m, T]` (None: their balls), -1 where an earlier one of the query is to the same ball."""
+    again = torch.zeros_like(balls, dtype=torch.bool)
+    for visit in range(1, balls.shape[2]):
+        again[:, :, visit] = (balls[:, :, :visit] == balls[:, :, visit, None]).any(2)
+    return (balls if visits is None else visits).masked_fill(again, -1)
 
 
 def random_role(shape: tuple[int, ...], arity: int, dtype: torch.dtype, one_hot: bool) -> RoleDigits:

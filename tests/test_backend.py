@@ -103,12 +103,13 @@ def test_why_not_of_several_visits() -> None:
     assert why_not(model) == {layer: {"route": reason, "decode": reason} for layer in range(4)}
 
 
-def test_several_visits_run_on_kernels_as_in_torch() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_several_visits_run_on_kernels_as_in_torch(device: str) -> None:
     """Merged, in force and in distillation, with heads of one layer that have their own numbers of visits."""
     pytest.importorskip("topo_kernels")
     settings: dict[str, Any] = {"visits": 3, "head_visits": {0: [3, 1, 2, 3]}, "visible_depth": {0: [3, 2, 1, 5]}}
     model = routed(tiny(hidden_size=64, num_hidden_layers=1), density_weight=1.0, **settings)
-    ids = tokens(1, 24)
+    model, ids = model.to(device), tokens(1, 24).to(device)
 
     def outcomes(kernels: bool) -> list[Tensor]:
         with forced(kernels):

@@ -13,7 +13,7 @@ import helpers
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import bridged, bridged_and_far_pairs, make_problem, widened
+from helpers import bridged, bridged_and_far_pairs, make_problem, widened, without_repeats
 from hypothesis import given, settings
 from peft import get_peft_model
 from test_kernels import DEVICE, GPU, HALF, LAYOUTS, guarded, nan_in_new_memory, poisoned, whole
@@ -97,7 +97,7 @@ class Problem:
     def query_balls(self) -> Tensor:
         """`[B, H, most visits, N]`."""
         first = self.query_ball[:, :, None]
-        return first if self.more_balls is None else torch.cat([first, self.more_balls], 2)
+        return first if self.more_balls is None else without_repeats(torch.cat([first, self.more_balls], 2))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -211,7 +211,15 @@ def definition_of_visits(problem: Problem, visits: int) -> dict[str, Tensor]:
             problem.query_balls[:, :, :visits],
             problem.layout,
             Keys(problem.key_ball, problem.layout),
-            Rule(arity, levels, (levels,) * case.heads, problem.query_ball.shape[1], case.window, case.sinks),
+            Rule(
+                arity,
+                levels,
+                (levels,) * case.heads,
+                problem.query_ball.shape[1],
+                case.window,
+                case.sinks,
+                (visits,) * case.heads,
+            ),
         ),
         Scoring(**problem.options),
         homotopy=1.0,
@@ -598,7 +606,9 @@ def on_device(problem: helpers.Problem) -> helpers.Problem:
         problem.query, document=problem.query.document.to(DEVICE), position=problem.query.position.to(DEVICE)
     )
     q, k, v = (t.to(DEVICE) for t in (problem.q, problem.k, problem.v))
-    return replace(problem, q=q, k=k, v=v, routes=Routes(query, query if tied else key), query=layout, key=layout)
+    more = None if problem.more_visits is None else problem.more_visits.to(DEVICE)
+    problem = replace(problem, q=q, k=k, v=v, query=layout, key=layout, more_visits=more)
+    return replace(problem, routes=Routes(query, query if tied else key))
 
 
 def differentiated(problem: helpers.Problem, softcap: float | None = None, bridge: str = "full") -> list[Tensor]:
@@ -621,6 +631,7 @@ LIBRARY: list[dict[str, Any]] = [
     {"layout": "packed", "depths": (3, 0, 3, 1), "one_hot": True},
     {"layout": "left_padding", "depths": (0, 2, 1, 4), "softcap": 1.5, "kv_heads": 4},
     {"layout": "interleaved", "arity": 3, "depth": 2, "depths": (0, 2, 1, 1), "tied": True, "kv_heads": 1},
+    {"layout": "packed", "depths": (3, 2, 3, 5), "visits": 3},
 ]
 
 
@@ -671,7 +682,7 @@ def problem_on_cpu(problem: helpers.Problem) -> helpers.Problem:
     ("homotopy", "bridge", "settings"),
     [
         (0.5, "full", {}),
-        (1.0, "full", {"visits": 2}),
+        (1.0, "full", {"visits": 9}),
         (1.0, "full", {"dim": 8}),
         (1.0, "full", {"depth": 9, "depths": (1, 9, 2, 0)}),  # more leaves than a tile holds
     ],

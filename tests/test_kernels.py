@@ -9,7 +9,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import of_visit
+from helpers import of_visit, without_repeats
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -142,9 +142,9 @@ class Problem:
 
     @property
     def query_balls(self) -> Tensor:
-        """`[B, R, visits, T]`; some visits are nowhere, or where an earlier one was."""
+        """`[B, R, visits, T]`; some visits are nowhere."""
         first = self.query_ball[:, :, None]
-        return first if self.more_balls is None else torch.cat([first, self.more_balls], 2)
+        return first if self.more_balls is None else without_repeats(torch.cat([first, self.more_balls], 2))
 
     @property
     def scale(self) -> float:

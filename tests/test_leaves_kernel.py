@@ -90,8 +90,7 @@ def leaves_by_definition(probs: Tensor) -> list[Tensor]:
 
 def visited(leaves: Tensor, visits: tuple[int, ...] | None) -> Tensor:
     """`[B, H, N, balls]`, with the probability that a head's visits include a ball in the place of that of one draw."""
-    heads = leaves.unbind(1)
-    return torch.stack([visit_probability(p, m) for p, m in zip(heads, visits or [1] * len(heads), strict=True)], 1)
+    return leaves if visits is None else visit_probability(leaves, visits)
 
 
 def coarsened(values: Tensor, balls: int) -> Tensor:
