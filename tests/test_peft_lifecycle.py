@@ -419,8 +419,9 @@ def test_every_config_field_survives_a_file(tmp_path: Path) -> None:
         "calibration": {
             "length": 64,
             "heads_per_route": 2,
-            "density": {2: [[1.0, 0.5, 0.25, 0.25, 0.2, 0.1, 0.08]] * 4},
-            "loss": {2: [[0.0, 0.1, 0.2, 0.2, 0.3, 0.4, 0.5]] * 4},
+            "choices": [[0, 1], [1, 1], *([d, m] for d in (2, 3, 4, 5) for m in (3, 1)), [6, 1]],
+            "density": {2: [[1.0, 0.5, 0.5, 0.25, 0.25, 0.2, 0.2, 0.1, 0.1, 0.08, 0.05]] * 4},
+            "loss": {2: [[0.0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.2, 0.3, 0.3, 0.4, 0.5]] * 4},
         },
         "training_runs": [{"data": "books", "steps": 3, "seconds": 1.5, "versions": {"torch": "2.13"}}],
         "base_fingerprint": "7f" * 64,

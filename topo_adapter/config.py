@@ -625,7 +625,7 @@ class TopologyConfig(PeftConfig):
             self._check_int("head_visits keys (layer indices)", index, 0, _MAX_LAYERS)
             if index in checked or not isinstance(visits, (list, tuple)):
                 raise TopologyConfigError(
-                    f"head_visits must name each layer once, with a list, got {_shown(visits)} for layer {index}"
+                    f"head_visits must be lists, each layer's given once, got {_shown(visits)} for layer {index}"
                 )
             for each in visits:
                 self._check_int(f"head_visits[{index}]", each, 1, self.visits)
