@@ -4,6 +4,7 @@
     python recipes/distill.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name HuggingFaceFW/fineweb-edu \
         --dataset_config sample-10BT --dataset_streaming --max_length 8192 --output_dir runs/qwen3
     python recipes/distill.py --config recipes/distill.yaml --text_files book.txt notes.txt
+    python recipes/distill.py --config recipes/distill_cpu.yaml --text_files book.txt notes.txt    # on two CPU cores
     accelerate launch recipes/distill.py --config recipes/distill.yaml         # several GPUs
     python recipes/distill.py --config recipes/distill.yaml --resume_from_checkpoint true
 
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from topo_adapter import DistillConfig, distill
-from topo_evaluation.embedded import source
+from topo_evaluation.embedded import record_base, source
 from topo_evaluation.training import History, TextArguments, TopologyArguments, load_base, rows
 
 
@@ -36,7 +37,8 @@ def main(text: TextArguments, training: DistillConfig, model: ModelConfig, topol
         callbacks=[history],
     )
     if training.process_index == 0:
-        adapter.save_pretrained(training.output_dir)
+        record_base(adapter, model.model_name_or_path)
+        adapter.save_pretrained(training.output_dir, save_embedding_layers=False)
         history.plot(Path(str(training.output_dir)) / "training.png")
     return adapter
 

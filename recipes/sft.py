@@ -19,6 +19,7 @@ from peft import get_peft_model
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
 
 from topo_adapter.sft import TopologySFTTrainer
+from topo_evaluation.embedded import record_base
 from topo_evaluation.training import TaskArguments, TopologyArguments, load_base, table, task, timed
 
 
@@ -32,6 +33,7 @@ def main(arguments: TaskArguments, training: SFTConfig, model: ModelConfig, topo
         model=base, args=training, train_dataset=train, eval_dataset=test, peft_config=topology.config()
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    record_base(trainer.model, model.model_name_or_path)
     trainer.save_model(training.output_dir)
     if arguments.densities and (test is not None or arguments.speed_length):
         print(table(trainer, arguments.densities, arguments.speed_length, speed_of_base))

@@ -19,6 +19,7 @@ import topo_adapter
 from topo_adapter import calibrate
 from topo_adapter.core.dial import choose, expected_loss
 from topo_cli import app, saved
+from topo_evaluation import embedded
 
 PROMPT = "w2 w3 w4 w5 w6 w7 w8 w9"
 
@@ -89,6 +90,84 @@ def test_merged_it_generates_what_the_adapter_does(folder: Path, tmp_path: Path)
     assert {what: text.stdout.strip().splitlines()[-1] for what, text in texts.items()} == dict.fromkeys(
         texts, expected
     )
+
+
+def test_embedded_is_a_base_everywhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "smollm2", lambda: str(folder / "base"))
+    found = topo("why-not", "embedded", "--device", "cpu")
+    assert found.exit_code == 1 and "attend, layers 0 to 3" in found.output
+    config = lost_base(folder, tmp_path)
+    given = ["--prompt", PROMPT, "--max-new-tokens", 4, "--device", "cpu"]
+    expected = topo("generate", folder / "adapter", *given).stdout.strip().splitlines()[-1]
+    found = topo("generate", config.parent, *given, "--base", "embedded")
+    assert found.stdout.strip().splitlines()[-1] == expected
+    assert topo("merge", config.parent, tmp_path / "merged", "--base", "embedded").exit_code == 0
+    found = topo("generate", tmp_path / "merged", *given)
+    assert found.stdout.strip().splitlines()[-1] == expected
+
+
+def lost_base(folder: Path, tmp_path: Path) -> Path:
+    """adapter_config.json of a copy of the adapter that names a base which is not there."""
+    shutil.copytree(folder / "adapter", tmp_path / "lost")
+    file = tmp_path / "lost" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": ".moved/base"}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["generate", "lost", "--prompt", "w2"], "--base"),
+        (["merge", "lost", "out"], "--base"),
+        (["why-not", "lost"], "--base"),
+        (["evaluate", "lost", "--lengths", "32"], "--model"),
+        (["bench", "lost", "--lengths", "32"], "--base"),
+    ],
+)
+def test_a_base_that_is_not_there(
+    folder: Path,
+    command: list[str],
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lost_base(folder, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["topo", *command])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2
+    assert "lost names the base '.moved/base', which must be a directory" in said
+    assert "Name a copy of the base with" in said and option in said
+
+
+def test_a_merged_model_without_its_tokenizer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = topo_adapter.load(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    monkeypatch.setattr(sys, "argv", ["topo", "generate", str(tmp_path / "merged"), "--prompt", PROMPT])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "must hold a tokenizer beside the model" in said and ".save_pretrained(" in said
+
+
+def test_what_an_adapter_calls_its_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(embedded, "smollm2", lambda: "base")
+    model = topo_adapter.load(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+    for name, recorded in (
+        ("embedded", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("base", str(folder / "base")),
+        ("some/repository", "some/repository"),
+    ):
+        embedded.record_base(model, name)
+        assert model.peft_config["default"].base_model_name_or_path == recorded
 
 
 @pytest.mark.parametrize(

