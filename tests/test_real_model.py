@@ -1,4 +1,5 @@
-"""The first layers of the real SmolLM2-135M in float64: every form of a topology against the stranger's attention, to 1e-4 in logits.
+"""The first layers of the real SmolLM2-135M in float64: every form of a topology against the stranger's attention, to
+1e-4 in logits.
 
 All prompts are the beginnings of one text. Attention is causal, so the stranger's logits of the longest prompt are its
 logits of every shorter one and are computed once per case; the forms run each prompt on its own.

@@ -65,6 +65,10 @@ class TopologyArguments:
         default=_DEFAULT.visible_depth,
         metadata={"help": "Digits that must agree for a pair to be visible, until the dial is calibrated."},
     )
+    visits: int = field(
+        default=_DEFAULT.visits,
+        metadata={"help": "Most balls that a query visits; the dial gives each head one or so many."},
+    )
     router_dim: int = field(default=_DEFAULT.router_dim, metadata={"help": "Width of the routers' hidden layer."})
     route_per: str = field(default=_DEFAULT.route_per, metadata={"help": "'query_head' or 'kv_head'."})
     depth_per: str = field(

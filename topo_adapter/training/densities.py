@@ -21,7 +21,7 @@ from .routers import active_configs
 _STRATA = 8
 #: Calibrations in the course of a training, at equal distances; more of them at its start change nothing
 #: (docs/notebook/2026-11-26-calibrating-earlier.md).
-_CALIBRATIONS = 5
+CALIBRATIONS = 5
 _MAX_SPARSEST = 0.25  # share of the steps that may train the sparsest map unmentioned
 _MAX_RATIO = 16.0  # of losses in `loss_weight`, where a map is expected to lose next to nothing
 #: First and last temperature. The forward does not depend on it; in backward a digit whose logit is more than a few
@@ -152,7 +152,7 @@ class DrawnDensities:
 
     def renew(self, model: nn.Module, step: int, steps: int) -> None:
         """Calibrate where it is due before a step of so many, or where a resumed run has not."""
-        fifth = step * _CALIBRATIONS // steps
+        fifth = step * CALIBRATIONS // steps
         if self._calibrated == fifth:
             return
         calibrate(model, self.rows, seed=self.seed, check_padding=self.check_padding)

@@ -34,7 +34,7 @@ from ..measuring.calibration import calibrate
 from .callback import TopologyCallback
 from .cost import data_name
 from .data import rows_of, rows_to_calibrate_on, rows_to_train_on
-from .densities import _CALIBRATIONS, TEMPERATURES
+from .densities import CALIBRATIONS, TEMPERATURES
 from .kl import KLTrainer
 from .local import DistillationTrainer
 from .routers import active_configs, initialize_routers, round_routers
@@ -262,7 +262,7 @@ def distill(
         _train(local, rows, args.last_checkpoint("local"), fresh)
         fresh = False
     if args.kl_steps:
-        calibrations = min(_CALIBRATIONS, args.kl_steps)
+        calibrations = min(CALIBRATIONS, args.kl_steps)
         say(
             f"Stage 2 of 2: all layers learn end to end to predict what the dense model does, {args.kl_steps:,} steps, "
             f"with {calibrations} calibrations on the way and one at the end; each takes a while, on a CPU a minute or "
