@@ -305,6 +305,13 @@ def test_refuses_another_number_of_heads(depths: list[int], route_per: str, mess
         config.depths_of_layer(5, HEADS, KV_HEADS)
 
 
+def test_visits_of_layer() -> None:
+    config = TopologyConfig(visits=3, head_visits={"1": [1, 3, 2, 1]})  # type: ignore[dict-item]
+    assert config.visits_of_layer(0, HEADS) == [3, 3, 3, 3] and config.visits_of_layer(1, HEADS) == [1, 3, 2, 1]
+    with pytest.raises(TopologyConfigError, match=r"head_visits\[1\] must have 2 entries \(query heads\), got 4"):
+        config.visits_of_layer(1, 2)
+
+
 def test_depths_are_copies() -> None:
     config = TopologyConfig(visible_depth={0: [1, 2, 3, 4]})
     config.depths_of_layer(0, HEADS, KV_HEADS)[0] = 7

@@ -32,6 +32,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft_helpers import (
     FAMILIES,
+    HEADS,
     LAYERS,
     ROUTED,
     assert_same_weights,
@@ -394,6 +395,15 @@ def test_config_round_trip(saved: tuple[Path, Tensor]) -> None:
         assert config.visible_depth == {0: 2, 1: [0, 1, 2, 3], 3: 4}
         assert (config.depth, config.router_dim, config.homotopy, config.temperature) == (4, 8, 1.0, 0.25)
         assert (config.local_window, config.num_sink_tokens, config.target_modules) == (3, 2, {"self_attn"})
+
+
+@pytest.mark.parametrize(
+    ("visits", "message"),
+    [({9: [1] * HEADS}, "head_visits names layers 9"), ({0: [1, 2]}, r"head_visits\[0\] must have 4 entries")],
+)
+def test_visits_that_fit_no_layer_are_refused(visits: dict[int, list[int]], message: str) -> None:
+    with pytest.raises(TopologyConfigError, match=message):
+        get_peft_model(tiny(), TopologyConfig(visits=2, head_visits=visits))
 
 
 def test_every_config_field_survives_a_file(tmp_path: Path) -> None:

@@ -106,8 +106,13 @@ class TopologyModel(BaseTuner):
         self._check_base(config)
         for geometry in geometries:
             config.depths_of_layer(geometry.layer, geometry.num_heads, geometry.num_kv_heads)
+            config.visits_of_layer(geometry.layer, geometry.num_heads)
         named = config.visible_depth.keys() if isinstance(config.visible_depth, dict) else []
-        wanted = {"visible_depth": set(named), "layers_to_transform": _layers_to_transform(config) or set()}
+        wanted = {
+            "visible_depth": set(named),
+            "head_visits": set(config.head_visits or {}),
+            "layers_to_transform": _layers_to_transform(config) or set(),
+        }
         for name, layers in wanted.items():
             if layers - found:
                 raise TopologyConfigError(
