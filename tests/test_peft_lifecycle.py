@@ -399,7 +399,7 @@ def test_config_round_trip(saved: tuple[Path, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("visits", "message"),
-    [({9: [1] * HEADS}, "head_visits names layers 9"), ({0: [1, 2]}, r"head_visits\[0\] must have 4 entries")],
+    [({9: [1] * HEADS}, r"head_visits names layers \[9\]"), ({0: [1, 2]}, r"head_visits\[0\] must have 4 entries")],
 )
 def test_visits_that_fit_no_layer_are_refused(visits: dict[int, list[int]], message: str) -> None:
     with pytest.raises(TopologyConfigError, match=message):
