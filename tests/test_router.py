@@ -194,14 +194,18 @@ def test_logits_of_a_router(tied: bool) -> None:
     (one, key), (logits, same_key) = router.addresses(x), router.logits(x)
     assert key.dtype == same_key.dtype == torch.int32 and torch.equal(key, same_key)
     assert torch.equal(digits_to_address(logits.argmax(-1), 2), one.long())
-    routes = router.route(x)
-    assert routes.query.logits is not None and torch.equal(routes.query.logits, logits)
+    routes = router.route(x, keep_logits=True)
+    assert (
+        router.route(x).query.logits is None
+        and routes.query.logits is not None
+        and torch.equal(routes.query.logits, logits)
+    )
     assert not routes.query.logits.requires_grad and torch.equal(routes.query.address(2), one.long())
 
 
 def test_drawn_logits_are_what_the_digits_are_of() -> None:
     router, x = make_router(), hidden_states()
-    routes = router.route(x, 0.7, sample=True)
+    routes = router.route(x, 0.7, sample=True, keep_logits=True)
     assert routes.query.logits is not None
     assert torch.equal(routes.query.logits.argmax(-1), routes.query.digits)
     torch.testing.assert_close(torch.softmax(routes.query.logits / 0.7, -1), routes.query.probs)

@@ -154,7 +154,7 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
         with torch.set_grad_enabled(differentiable):
             states = hidden_states.detach() if purpose.needs_probabilities else hidden_states
             sample = training and config.gumbel_noise
-            chosen = router.route(states, config.temperature, sample)
+            chosen = router.route(states, config.temperature, sample, keep_logits=config.visits > 1)
         logits, key_address = chosen.query.logits, chosen.key.address(config.arity)
         address = chosen.query.address(config.arity) if rule.most_visits == 1 else None
     elif rule.most_visits > 1 or (config.visits > 1 and purpose.needs_addresses):

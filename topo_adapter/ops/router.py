@@ -24,8 +24,8 @@ class RoleDigits(NamedTuple):
 
     probs: float32 `[B, H, T, L, p]`, level probabilities (relaxed in training, softmax at evaluation).
     digits: int64 `[B, H, T, L]`, the hard choice: argmax, ties towards the lower digit.
-    logits: float32 `[B, H, T, L, p]`, what both are of, with the noise that was drawn; no gradient. Other balls than
-        the likeliest are chosen by them.
+    logits: float32 `[B, H, T, L, p]`, what both are of, with the noise that was drawn; no gradient. None where nobody
+        chooses other balls than the likeliest by them.
     """
 
     probs: Tensor
@@ -238,16 +238,19 @@ class TopologyRouter(nn.Module):
             self._packing = version, packed
         return self._packing[1]
 
-    def route(self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False) -> Routes:
+    def route(
+        self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False, keep_logits: bool = False
+    ) -> Routes:
         """Digits and level probabilities for both roles.
 
         Args:
             hidden_states: `[B, T, hidden_size]`.
             temperature: > 0; softmax temperature of the probabilities.
             sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
+            keep_logits: of the queries, as large as their probabilities.
         """
         query_logits, key_logits = self(hidden_states)  # a module call: ZeRO-3 gathers weights there
-        query = relax(query_logits, temperature, sample)
+        query = relax(query_logits, temperature, sample, keep_logits)
         return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
 
 
@@ -256,11 +259,12 @@ def _at_least_16_bits(weight: Tensor) -> Tensor:
     return weight.bfloat16() if weight.dtype.itemsize == 1 else weight
 
 
-def relax(logits: Tensor, temperature: float, sample: bool) -> RoleDigits:
+def relax(logits: Tensor, temperature: float, sample: bool, keep_logits: bool = False) -> RoleDigits:
     """Factorised Gumbel-Softmax of logits `[..., p]` in float32."""
     logits = with_noise(logits) if sample else logits.float()
     probs = torch.softmax(logits / temperature, dim=-1)
-    return RoleDigits(probs, logits.argmax(-1), logits.detach())  # torch.argmax returns the first of equal maxima
+    digits = logits.argmax(-1)  # torch.argmax returns the first of equal maxima
+    return RoleDigits(probs, digits, logits.detach() if keep_logits else None)
 
 
 def with_noise(logits: Tensor) -> Tensor:
