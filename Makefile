@@ -59,7 +59,8 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
     requirements config layout gates merge_decode peft_lifecycle auxiliary checkpoint card \
     training kl shipped_adapter kernels))
 OURS_ALONE := $(addprefix --deselect=tests/test_, shipped_adapter.py::test_quality \
-    shipped_adapter.py::test_it_runs_its_own_density_however_it_is_run kl.py::TestDraw kl.py::TestCalibration)
+    shipped_adapter.py::test_it_runs_its_own_density_however_it_is_run \
+    shipped_adapter.py::test_the_readmes_question_is_answered kl.py::TestDraw kl.py::TestCalibration)
 
 test-oldest: setup-oldest
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/evaluation \

@@ -109,7 +109,7 @@ def test_several_visits_run_on_kernels_as_in_torch(device: str) -> None:
     pytest.importorskip("topo_kernels")
     settings: dict[str, Any] = {"visits": 3, "head_visits": {0: [3, 1, 2, 3]}, "visible_depth": {0: [3, 2, 1, 5]}}
     model = routed(tiny(hidden_size=64, num_hidden_layers=1), density_weight=1.0, **settings)
-    model, ids = model.to(device), tokens(1, 24).to(device)
+    model, ids = model.to(device), tokens(1, 14).to(device)
 
     def outcomes(kernels: bool) -> list[Tensor]:
         with forced(kernels):

@@ -706,7 +706,7 @@ def test_the_chain_of_a_head_is_the_best_of_all(seed: int) -> None:
         for some in itertools.combinations(inside, count)
         if all(covers(pairs[a], pairs[b]) for a, b in itertools.pairwise(some))
     ]
-    assert len(chains) == 80
+    assert len(chains) == 40
     found = tuple(column for *_, column in best_chain(offered, table["choices"]))
     assert found in chains and area(found) == pytest.approx(min(map(area, chains)))
 
@@ -946,7 +946,7 @@ def test_depths_set_by_hand_are_what_is_saved(tmp_path: Path) -> None:
     again = TopologyConfig.from_pretrained(tmp_path)
     assert again.target_density is None and again.visible_depth == config.visible_depth
     table, tree = config.calibration, {"depth": DEPTH, "local_window": WINDOW, "num_sink_tokens": SINKS}
-    with pytest.raises(TopologyConfigError, match="visible_depth must be None, or the map of target_density"):
+    with pytest.raises(TopologyConfigError, match="visible_depth and head_visits must be None, or the maps of target_density"):
         TopologyConfig(**tree, calibration=table, target_density=0.5, visible_depth=1)
     with pytest.raises(TopologyConfigError, match="target_density must be None without a calibration"):
         TopologyConfig(target_density=0.5)
