@@ -52,15 +52,16 @@ PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: setup $(if $(filter true,$(CI)),browser)
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
-# What touches the interfaces of transformers, PEFT and Triton. Left out: the shipped adapter's figures, and what the KL
-# stage draws and when it calibrates, which are ours alone; the card's lines load that adapter, and the KL stage's other
-# tests train, log, resume and evaluate.
+# What touches the interfaces of transformers and PEFT. Left out: the shipped adapter's figures, and what the KL stage
+# draws and when it calibrates, which are ours alone; README's lines load that adapter, and the KL stage's other tests
+# train, log, resume and evaluate. The kernels' own tests run on the oldest Triton on a GPU (CONTRIBUTING.md).
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
     requirements config layout gates merge_decode peft_lifecycle auxiliary checkpoint card \
-    training kl shipped_adapter kernels))
+    training kl shipped_adapter))
 OURS_ALONE := $(addprefix --deselect=tests/test_, shipped_adapter.py::test_quality \
     shipped_adapter.py::test_it_runs_its_own_density_however_it_is_run \
-    shipped_adapter.py::test_the_readmes_question_is_answered kl.py::TestDraw kl.py::TestCalibration)
+    shipped_adapter.py::test_the_readmes_question_is_answered shipped_adapter.py::test_the_cards_lines_use_it \
+    kl.py::TestDraw kl.py::TestCalibration)
 
 test-oldest: setup-oldest
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/evaluation \
