@@ -946,6 +946,9 @@ def test_depths_set_by_hand_are_what_is_saved(tmp_path: Path) -> None:
     again = TopologyConfig.from_pretrained(tmp_path)
     assert again.target_density is None and again.visible_depth == config.visible_depth
     table, tree = config.calibration, {"depth": DEPTH, "local_window": WINDOW, "num_sink_tokens": SINKS}
+    map_of_a_file = {str(layer): depths for layer, depths in choose_depths(table, 0.5).items()}  # type: ignore[arg-type]
+    same = TopologyConfig(**tree, calibration=table, target_density=0.5, visible_depth=map_of_a_file)  # type: ignore
+    assert same.on_the_dial()
     with pytest.raises(TopologyConfigError, match="visible_depth and head_visits must be None, or the maps of"):
         TopologyConfig(**tree, calibration=table, target_density=0.5, visible_depth=1)
     with pytest.raises(TopologyConfigError, match="target_density must be None without a calibration"):

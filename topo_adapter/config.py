@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from .card import write_adapter_card
 from .core.dial import Setting, check_density, choices_of, choose, covers, listed_densities
 from .core.markup import table
+from .core.visits import MAX_VISITS
 from .errors import AdapterFileError, TopologyConfigError
 from .files import Tree, check_tensors, digest_of_file, drop, find, keep, read_fields, read_header, replace_text
 from .history import TrainingRun, checked_runs
@@ -26,8 +27,6 @@ FORMAT_VERSION = 1
 #: Largest number of leaves `arity ** depth`. Leaf distributions are vectors of this size per token and
 #: head, and ride through attention as values during training, so it is a head dimension: keep it small.
 MAX_LEAVES = 4096
-#: Largest number of visits of a query.
-MAX_VISITS = 8
 #: Bounds that no model comes near, so that a file cannot ask for more memory, time or bits than there are.
 _MAX_DEPTH, _MAX_WIDTH, _MAX_LAYERS, _MAX_NAMES, _MAX_INT = (
     MAX_LEAVES.bit_length() - 1,
@@ -302,8 +301,8 @@ class TopologyConfig(PeftConfig):
         if self.target_density is not None:
             check_density(self.target_density)
             chosen = self.setting_at(self.target_density)
-            same = given in (None, chosen.depths) and self.head_visits in (None, chosen.visits)
-            if not same:
+            same_depths = given is None or self.visible_depth == chosen.depths  # a file's keys are integers again
+            if not (same_depths and self.head_visits in (None, chosen.visits)):
                 raise TopologyConfigError(
                     "visible_depth and head_visits must be None, or the maps of target_density, where that is given, "
                     f"got both target_density {self.target_density} and another map; set one of them to None"

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Largest number of visits of a query.
+MAX_VISITS = 8
+
 
 @torch.no_grad()
 def likeliest_leaves(logits: Tensor, count: int) -> Tensor:

@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.visits import MAX_VISITS
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CAPABILITY = (8, 0)
 
 Operation = Literal["route", "visits", "plan", "attend", "decode", "bridge", "distil"]
-_MOST_VISITS = 8
 
 
 class Limits(NamedTuple):
@@ -26,7 +27,7 @@ class Limits(NamedTuple):
     leaves: int | None = None  # `arity**depth`, at the deepest that is asked for
     router_dim: int | None = None
     arity: int | None = None
-    visits: int = _MOST_VISITS
+    visits: int = MAX_VISITS
 
 
 #: The one table of what kernels can do; `misfits` says it in words.
