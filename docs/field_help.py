@@ -20,6 +20,9 @@ def text_of(node: ast.expr, module: Any) -> str:
 class FieldHelp(Extension):
     """Reads the sources; nothing is imported."""
 
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, ast.expr]] = []
+
     def on_attribute_instance(self, *, node: Any, attr: Attribute, **kwargs: Any) -> None:
         value = getattr(node, "value", None)
         if attr.docstring is not None or not isinstance(node, ast.AnnAssign) or not isinstance(value, ast.Call):
@@ -28,4 +31,10 @@ class FieldHelp(Extension):
             if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
                 for key, said in zip(keyword.value.keys, keyword.value.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == "help":
-                        attr.docstring = Docstring(text_of(said, attr.module), lineno=said.lineno, parent=attr)
+                        self.found.append((attr, said))
+
+    def on_package(self, **kwargs: Any) -> None:
+        """A constant that a module imports is known once the whole package has been read."""
+        for attr, said in self.found:
+            attr.docstring = Docstring(text_of(said, attr.module), lineno=said.lineno, parent=attr)
+        self.found.clear()
