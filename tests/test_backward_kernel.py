@@ -221,7 +221,7 @@ def test_gradients_at_every_length(length: int) -> None:
     check(make(replace(_MODEL, length=length, dtype=HALF, balls="giant")))
 
 
-@settings(max_examples=200 if GPU else 25, deadline=None, derandomize=True)
+@settings(max_examples=200 if GPU else 12, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),
     layout=st.sampled_from(list(LAYOUTS)),

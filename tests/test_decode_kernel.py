@@ -186,7 +186,7 @@ def test_matches_reference_on_gpu(case: Case, routing: str) -> None:
     check(problem.problem, attend(problem))
 
 
-@settings(max_examples=200 if GPU else 12, deadline=None, derandomize=True)
+@settings(max_examples=200 if GPU else 8, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 150),
     layout=st.sampled_from(list(LAYOUTS)),

@@ -196,7 +196,7 @@ def test_far_values_on_gpu(case: Case) -> None:
     check(problem, run(problem))
 
 
-@settings(max_examples=200 if GPU else 25, deadline=None, derandomize=True)
+@settings(max_examples=200 if GPU else 12, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),
     sample=st.integers(1, 70),

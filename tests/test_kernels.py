@@ -427,7 +427,7 @@ def test_model_shape_at_every_length(length: int, dtype: torch.dtype) -> None:
         check(problem, attend(problem))
 
 
-@settings(max_examples=200 if GPU else 25, deadline=None, derandomize=True)
+@settings(max_examples=200 if GPU else 12, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 70),
     layout=st.sampled_from(list(LAYOUTS)),
