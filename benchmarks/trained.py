@@ -27,9 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 import topo_adapter.forward
 from topo_adapter import MergeError, TopologyConfigError, measure_density
 from topo_adapter.core.passes import Pass, during
-from topo_adapter.forward import Attention, route
+from topo_adapter.forward import Attention, arrive
 from topo_adapter.layer import hosts
-from topo_adapter.ops.router import TopologyRouter
 from topo_adapter.training.routers import active_configs
 
 from .cases import label
@@ -52,20 +51,20 @@ class Arguments:
 
 
 class LayerInputs(NamedTuple):
-    """What entered one routed layer: hidden states `[B, T, hidden]` with the module's keyword arguments, q, k and v."""
+    """What entered one routed layer and its attention."""
 
-    hidden_states: Tensor
-    kwargs: dict[str, Any]
     attention: Attention
 
     def attend(self) -> Tensor:
         """Router, plan and attention of the layer, as in a forward of the merged model: the layout is known, which the
         first layer reads off the positions for all of them."""
-        layout = self.attention.call.visibility.query
+        attention, before = self.attention, self.attention.call.arrival
+        layout = before.layout
         with mock.patch.object(topo_adapter.forward, "_layout", lambda *_: layout):
-            call = route(self.attention.call.host, self.hidden_states, self.kwargs)
-        assert call is not None  # it was merged when its inputs were taken
-        return replace(self.attention, call=call).hard()
+            arrival = arrive(before.host, before.hidden_states, before.inputs)
+        assert arrival is not None  # it was merged when its inputs were taken
+        call = arrival.route(attention.module, attention.query, attention.key, attention.scoring.scale)
+        return replace(attention, call=call).hard()
 
 
 class TakeInputs(Pass):
@@ -74,11 +73,8 @@ class TakeInputs(Pass):
     def __init__(self) -> None:
         self.found: list[LayerInputs] = []
 
-    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
-        self._last = hidden_states, dict(inputs)
-
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        self.found.append(LayerInputs(*self._last, attention))
+        self.found.append(LayerInputs(attention))
         return attention.topology()
 
 

@@ -58,6 +58,8 @@ class Variant:
 
 
 PAPER = "paper"
+#: Routers that have no hidden layer.
+HEADS: dict[str, Any] = {"router_input": "heads", "router_dim": 90}
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "tied": Variant({"tie_query_key": True}),
@@ -71,6 +73,9 @@ VARIANTS: dict[str, Variant] = {
     "kv_head_visits_4": Variant({"route_per": "kv_head", "visits": 4}),
     "kv_head_visits_8": Variant({"route_per": "kv_head", "visits": 8}),
     "kv_head_own_depths": Variant({"route_per": "kv_head", "depth_per": "query_head"}),
+    "heads": Variant({**HEADS, "visits": 1}),
+    "heads_visits_8": Variant({**HEADS, "visits": 8}),
+    "heads_16_visits_8": Variant({**HEADS, "visits": 8, "arity": 16, "depth": 2, "visible_depth": 1}),
     "router_dim_8": Variant({"router_dim": 8}),
     "router_dim_16": Variant({"router_dim": 16}),
     "router_dim_64": Variant({"router_dim": 64}),

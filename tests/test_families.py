@@ -42,6 +42,7 @@ from topo_adapter import (
     record_routes,
     save_merged,
 )
+from topo_adapter.ops.head_router import HeadRouter
 
 FAMILY_DOCUMENT = DOCUMENT.with_name("families.md")
 WINDOW, SINKS, LENGTH = 3, 2, 21
@@ -303,6 +304,43 @@ def test_density_dial(it: Scene) -> None:
     differ(theirs, dense)
     model.merge_adapter(target_density=1.0)
     same(logits_of(model, ids), dense)
+
+
+@feature("routers on heads")
+def test_routers_on_heads(it: Scene) -> None:
+    model = routed(copy.deepcopy(it.base), router_input="heads", router_dim=90)
+    out = logits_of(model, IDS)
+    same(out, Stranger(it.base, WINDOW, SINKS).logits(IDS, record_routes(model, IDS)), it.tolerance)
+    differ(out, it.dense)
+    same(feed(model, IDS, DynamicCache(config=it.base.config), CHUNKS), out, it.tolerance)
+    model.merge_adapter()
+    same(logits_of(model, IDS), out, it.tolerance)
+
+
+#: Families whose queries and keys reach routers on heads as attention gets them: not rotated, or in another way.
+AS_THEY_ARE = {"GPT-2", "Llama 4"}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_routers_on_heads_do_not_see_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of one word: before the rotary embedding all its queries and keys in the first layer are alike."""
+    base = copy.deepcopy(scene(name).base)
+    model = routed(base, router_input="heads", router_dim=90)
+    seen: list[tuple[Tensor, ...]] = []
+    forward = HeadRouter.forward
+
+    def watched(self: HeadRouter, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((query, key))
+        return forward(self, query, key)
+
+    monkeypatch.setattr(HeadRouter, "forward", watched)
+    logits_of(model, torch.full((1, 9), 7))
+    for x in seen[0]:
+        spread = float((x - x[:, :, :1]).abs().max() / x.abs().max())
+        if name in AS_THEY_ARE:
+            assert spread > 0.1
+        elif name not in ("Qwen3.5", "Granite 4 hybrid", "LFM2", "Jamba"):  # a layer before mixes the positions in
+            assert spread < 1e-5
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 
 import topo_adapter.hf.gates
 from topo_adapter import CacheError, TopologyConfig, UnsupportedModelError
-from topo_adapter.forward import route
+from topo_adapter.forward import arrive
 
 BITING: dict[str, Any] = {"depth": 4, "visible_depth": 2, "router_dim": 8, "local_window": 3, "num_sink_tokens": 2}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -234,12 +234,12 @@ def test_another_kind_of_cache_is_an_error(other: Any) -> None:
     hidden = torch.zeros(1, 4, 32)
     for name in ("cache", "past_key_values", "layer_past"):
         with torch.no_grad(), pytest.raises(CacheError, match=f"{name} must be a DynamicCache or StaticCache"):
-            route(host, hidden, {"hidden_states": hidden, name: other})
+            arrive(host, hidden, {"hidden_states": hidden, name: other})
     with torch.no_grad(), pytest.raises(CacheError, match="one key-value cache"):
-        route(host, hidden, {"hidden_states": hidden, "a": DynamicCache(), "b": DynamicCache()})
+        arrive(host, hidden, {"hidden_states": hidden, "a": DynamicCache(), "b": DynamicCache()})
     with torch.no_grad(), pytest.raises(CacheError, match="EncoderDecoderCache"):
         both = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        route(host, hidden, {"hidden_states": hidden, "cache": both})
+        arrive(host, hidden, {"hidden_states": hidden, "cache": both})
 
 
 def test_continuous_batching_refuses_where_it_is_called() -> None:
@@ -358,10 +358,10 @@ def test_flash_tells_documents_by_cumulated_lengths() -> None:
     hidden, ends = torch.zeros(1, 6, 32), torch.tensor([0, 2, 6], dtype=torch.int32)
     inputs = {"hidden_states": hidden, "cu_seq_lens_q": ends, "position_ids": torch.arange(6)[None]}
     with torch.no_grad():
-        assert route(host, hidden, inputs).visibility.query.document.unique().numel() == 1  # sdpa does not look at them
+        assert arrive(host, hidden, inputs).layout.document.unique().numel() == 1  # sdpa does not look at them
         host.base_config = copy.copy(host.base_config)
         host.base_config._attn_implementation_internal = "flash_attention_2"
-        assert route(host, hidden, inputs).visibility.query.position.tolist() == [[0, 1, 0, 1, 2, 3]]
+        assert arrive(host, hidden, inputs).layout.position.tolist() == [[0, 1, 0, 1, 2, 3]]
 
 
 # ---------------------------------------------------------------- what a module may pass to its attention

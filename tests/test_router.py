@@ -117,7 +117,7 @@ def test_ties_go_to_the_lower_digit() -> None:
 def test_temperature_sharpens_probabilities_and_leaves_digits(temperature: float) -> None:
     router = make_router(3)
     logits, _ = router(hidden_states())
-    role = router.route(hidden_states(), temperature).query
+    role = router.route(hidden_states(), temperature=temperature).query
     assert largest_error(role.probs, torch.softmax(logits.double() / temperature, -1)) < 1e-6
     assert torch.equal(role.digits, logits.argmax(-1))
     assert len(role.digits.unique()) == 3
@@ -205,7 +205,7 @@ def test_logits_of_a_router(tied: bool) -> None:
 
 def test_drawn_logits_are_what_the_digits_are_of() -> None:
     router, x = make_router(), hidden_states()
-    routes = router.route(x, 0.7, sample=True, keep_logits=True)
+    routes = router.route(x, temperature=0.7, sample=True, keep_logits=True)
     assert routes.query.logits is not None
     assert torch.equal(routes.query.logits.argmax(-1), routes.query.digits)
     torch.testing.assert_close(torch.softmax(routes.query.logits / 0.7, -1), routes.query.probs)
@@ -214,7 +214,7 @@ def test_drawn_logits_are_what_the_digits_are_of() -> None:
 
 def test_router_gets_a_gradient_through_the_probabilities() -> None:
     router = make_router()
-    routes = router.route(hidden_states(), 0.5, sample=True)
+    routes = router.route(hidden_states(), temperature=0.5, sample=True)
     (routes.query.probs[..., 0].sum() + routes.key.probs[..., 0].sum()).backward()
     for parameter in router.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
@@ -268,7 +268,7 @@ def test_random_start_uses_many_balls_in_both_roles() -> None:
 def test_standardised_start_spreads_tokens_that_share_a_component(arity: int, tied: bool) -> None:
     router, x = make_router(arity, tie_query_key=tied), hidden_states(4, 50) + 5 * torch.randn(HIDDEN)
     before = router.route(x)
-    router.standardise(x)
+    router.initialise(x)
     for logits in router(x):
         free = logits[..., 1:].transpose(1, 2).flatten(0, 1)  # [tokens, H, L, p - 1]
         assert largest_error(free.mean(0), torch.zeros(HEADS, DEPTH, arity - 1)) < 1e-5
@@ -286,7 +286,7 @@ def test_a_collapsed_router_cannot_be_standardised() -> None:
     router = make_router(2, init_weights="collapse")
     before = {name: value.clone() for name, value in router.state_dict().items()}
     with pytest.raises(TopologyConfigError, match="init_weights"):
-        router.standardise(hidden_states(4, 50))
+        router.initialise(hidden_states(4, 50))
     assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
 
 

@@ -51,7 +51,7 @@ def make(case: Case, seed: int = 0) -> tuple[TopologyRouter, Tensor]:
         case.channels, case.routes, case.arity, case.depth, router_dim=case.width, tie_query_key=case.tied
     )
     common = torch.randn(case.channels)
-    router.standardise(torch.randn(1, 256, case.channels) + common)
+    router.initialise(torch.randn(1, 256, case.channels) + common)
     hidden = torch.randn(case.batch, case.length, case.channels) + common
     return router.to(DEVICE, case.weights), hidden.to(DEVICE, case.dtype)
 

@@ -226,6 +226,8 @@ def _facts(config: TopologyConfig) -> str:
     per = {"query_head": "query head", "kv_head": "key-value head"}[config.route_per]
     roles = "one, as query and as key" if config.tie_query_key else "one as query, one as key"
     width = "as wide as the model" if config.router_dim is None else f"{config.router_dim} wide"
+    if config.router_input == "heads":
+        width = "on each head's own queries and keys"
     rows = [
         ["Tree", f"{config.arity} children a vertex, depth {config.depth}: {config.arity**config.depth:,} leaves"],
         ["Addresses", f"of each token, for each {per}: {roles}"],

@@ -99,6 +99,15 @@ class TopologyConfig(PeftConfig):
             "`visible_depth` by the density dial."
         },
     )
+    router_input: Literal["hidden_states", "heads"] = field(
+        default="hidden_states",
+        metadata={
+            "help": "What routers read of a token. 'hidden_states': what enters the attention module, through a hidden "
+            "layer of `router_dim`. 'heads': each head's own query and key, before the rotary embedding; loses less "
+            "at equal density, has fewer parameters, and is routed without kernels. With it router_dim, "
+            "tie_query_key and init_weights stay at their defaults."
+        },
+    )
     router_dim: int | None = field(
         default=90, metadata={"help": "Width of the router's hidden layer, >= 1; None is the model's hidden size."}
     )
@@ -270,12 +279,21 @@ class TopologyConfig(PeftConfig):
         self._check_choice("depth_per", self.depth_per, ("route", "query_head"))
         self._check_choice("init_weights", self.init_weights, ("random", "collapse"))
         self._check_choice("gradient_bridge", self.gradient_bridge, ("full", "masked"))
+        self._check_choice("router_input", self.router_input, ("hidden_states", "heads"))
         self._check_bool("tie_query_key", self.tie_query_key)
         self._check_bool("gumbel_noise", self.gumbel_noise)
         self._check_float("homotopy", self.homotopy, 0.0, 1.0)
         self._check_float("temperature", self.temperature, 0.0, float("inf"), open_low=True)
         self._check_float("balance_weight", self.balance_weight, 0.0, float("inf"))
         self._check_float("density_weight", self.density_weight, 0.0, float("inf"))
+        if self.router_input == "heads":
+            unused = {"router_dim": 90, "tie_query_key": False, "init_weights": "random"}
+            for name, default in unused.items():
+                if getattr(self, name) != default:
+                    raise TopologyConfigError(
+                        f"{name} must be {default!r}, its default, with router_input='heads', whose routers have "
+                        f"nothing of the kind, got {getattr(self, name)!r}"
+                    )
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
             for index in layers if isinstance(layers, (list, tuple)) else [layers]:
@@ -320,7 +338,7 @@ class TopologyConfig(PeftConfig):
     @property
     def tree(self) -> Tree:
         """What says how the routers' tensors are read."""
-        return Tree(self.arity, self.depth, self.router_dim, self.tie_query_key, self.route_per)
+        return Tree(self.arity, self.depth, self.router_dim, self.tie_query_key, self.route_per, self.router_input)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Tree(NamedTuple):
     router_dim: int | None
     tie_query_key: bool
     route_per: str
+    router_input: str
 
 
 def find(model_id: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path | None:
@@ -250,7 +251,9 @@ def check_entries(path: str | os.PathLike, entries: Mapping[str, Entry], tree: T
 
 
 def _expected(shapes: Mapping[str, tuple[int, ...]], tree: Tree) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of a router that takes hidden states and gives logits as wide as these say; None if they say nothing."""
+    """Shapes of a router that reads and routes as much as these say; None if they say nothing."""
+    if tree.router_input == "heads":
+        return _expected_on_heads(shapes, tree)
     down, query = shapes.get("down.weight", ()), shapes.get("query.weight", ())
     if len(down) != 2 or len(query) != 2 or 0 in (*down, *query) or query[0] % (tree.depth * (tree.arity - 1)):
         return None
@@ -258,6 +261,22 @@ def _expected(shapes: Mapping[str, tuple[int, ...]], tree: Tree) -> dict[str, tu
     roles = ("query",) if tree.tie_query_key else ("query", "key")
     of_roles = {f"{role}.{part}": shape for role in roles for part, shape in _projection(logits, width)}
     return {"down.weight": (width, down[1]), **of_roles}
+
+
+def _expected_on_heads(shapes: Mapping[str, tuple[int, ...]], tree: Tree) -> dict[str, tuple[int, ...]] | None:
+    sizes = {role: shapes.get(f"{role}.weight", ()) for role in ("query", "key")}
+    logits = tree.depth * (tree.arity - 1)
+    if any(len(shape) != 3 or 0 in shape or shape[1] != logits for shape in sizes.values()):
+        return None
+    (routes, _, width), (kv_heads, _, head_dim) = sizes["query"], sizes["key"]
+    alike = routes == kv_heads if tree.route_per == "kv_head" else routes % kv_heads == 0 and width == head_dim
+    if not alike or width % head_dim:
+        return None
+    parts = {
+        role: {"weight": (heads, logits, each), "bias": (heads, logits), "center": (heads, each), "gain": (heads,)}
+        for role, (heads, _, each) in sizes.items()
+    }
+    return {f"{role}.{name}": shape for role, of_role in parts.items() for name, shape in of_role.items()}
 
 
 def _projection(logits: int, width: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -273,7 +292,8 @@ def _finite(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], tree: Tree) -> str:
     """SHA-256 of tensors in the order of their names, and of the tree that they are read as, in hexadecimal."""
-    found = hashlib.sha256(json.dumps(tree).encode())
+    read_as = tree if tree.router_input == "heads" else tree[:-1]  # as before there were others
+    found = hashlib.sha256(json.dumps(read_as).encode())
     for name, tensor in tensors:
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

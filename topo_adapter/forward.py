@@ -1,9 +1,9 @@
 """A routed forward: the pre-hook of an attention module, and the attention function that it calls.
 
-The pre-hook sees hidden states, mask and cache, routes the tokens and passes a `TopologyCall` on as a keyword argument;
-the attention module projects and rotates as always and calls the attention function registered here, which finds the
-call among its arguments. No state is kept between the two, so gradient checkpointing may run a layer as often as it
-likes.
+The pre-hook sees hidden states, mask and cache and passes an `Arrival` on as a keyword argument; the attention module
+projects and rotates as always and calls the attention function registered here, which finds the arrival among its
+arguments, routes the tokens and attends. No state is kept between the two, so gradient checkpointing may run a layer as
+often as it likes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ from .core.layout import (
 )
 from .core.passes import ORDINARY, Pass
 from .core.records import Keys
+from .core.rule import Rule
 from .core.scoring import Scoring
 from .core.visibility import Visibility
 from .errors import UnsupportedModelError
 from .hf.cache import KeyRecords, cache_among
-from .hf.gates import refuse_inputs, refuse_unmodelled
+from .hf.gates import refuse_heads, refuse_inputs, refuse_unmodelled
+from .hf.rotary import unrotated
 from .layer import CHILD, TopologyHost
 from .ops.attention import decode_attention, hard_attention, serves_decode
 from .ops.objective import attach_loss, balance_loss
 from .ops.plan import Plan, make_plan
 from .ops.relaxation import bridged_attention
-from .ops.router import Routes
+from .ops.router import Router, Routes
 from .ops.visits import visited
 
 #: Name of the attention implementation. It must contain none of the substrings that transformers looks for ("flash",
@@ -53,7 +55,7 @@ IMPLEMENTATION = "topology"
 class TopologyCall:
     """Everything the attention function needs beside q, k and v.
 
-    config: as this forward runs it. mask: what the layouts were read from; the attention must be given the same.
+    config: as this forward runs it.
     """
 
     host: TopologyHost
@@ -63,7 +65,7 @@ class TopologyCall:
     routes: Routes | None
     merged: bool
     training: bool
-    mask: Any
+    arrival: Arrival
 
     @property
     def hard(self) -> bool:
@@ -73,6 +75,86 @@ class TopologyCall:
         settled = self.config.homotopy == 1 and not self.training and not torch.is_grad_enabled()
         # the soft path in torch can be traced whole; the hard one asks for values, where no kernel runs it
         return settled and not graph_is_recorded()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Tokens that enter an attention module, before its queries and keys are known.
+
+    hidden_states: `[B, T, hidden_size]`. inputs: everything the module is called with, by name. layout: of the tokens.
+    records: of the cache; None without one. mask: what the layouts were read from; attention must be given the same.
+    differentiable: whether the router's gradient is asked for. routed: whether anyone asks for addresses. past_length:
+    cached tokens, where the router reads heads.
+    """
+
+    host: TopologyHost
+    purpose: Pass
+    config: TopologyConfig
+    router: Router
+    rule: Rule
+    hidden_states: Tensor
+    inputs: dict[str, Any]
+    layout: SequenceLayout
+    records: KeyRecords | None
+    mask: Any
+    merged: bool
+    training: bool
+    differentiable: bool
+    routed: bool
+    past_length: int | Tensor
+
+    def route(self, attention: nn.Module, query: Tensor, key: Tensor, scale: float) -> TopologyCall:
+        """Route the tokens, and put their addresses beside the cached ones.
+
+        Args:
+            query: `[B, H, T, D]`; key: `[B, H_kv, S, D]`, cached tokens included. scale: of the attention's scores.
+        """
+        router, config, rule = self.router, self.config, self.rule
+        chosen, logits, address = None, None, None
+        if not self.routed:  # every head is dense or has no tree
+            batch, length = self.hidden_states.shape[:2]
+            nowhere = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=self.hidden_states.device)
+            address = key_address = nowhere[0].expand(batch, router.num_heads, length)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+                seen = self._seen(attention, query, key)
+            self.purpose.entered(router, seen, scale)
+            if self.differentiable or self.training:
+                with torch.set_grad_enabled(self.differentiable):
+                    sample = self.training and config.gumbel_noise
+                    if self.purpose.needs_probabilities:
+                        seen = tuple(each.detach() for each in seen)
+                    chosen = router.route(
+                        *seen, temperature=config.temperature, sample=sample, keep_logits=config.visits > 1
+                    )
+                logits, key_address = chosen.query.logits, chosen.key.address(config.arity)
+                address = chosen.query.address(config.arity) if rule.most_visits == 1 else None
+            elif rule.most_visits > 1 or (config.visits > 1 and self.purpose.needs_addresses):
+                logits, key_address = router.logits(*seen)
+            else:
+                address, key_address = router.addresses(*seen, merged=self.merged)
+        if address is None:
+            assert logits is not None
+            visits = visited(logits, rule)
+        else:
+            visits = address[:, :, None]
+        records = self.records
+        # cached keys have addresses only: no bridge to them
+        routes = chosen if self.differentiable and (records is None or records.empty) else None
+        keys = Keys(key_address, self.layout) if records is None else records.append(key_address, self.layout)
+        visibility = Visibility(visits, self.layout, keys, rule, logits)
+        return TopologyCall(self.host, self.purpose, config, visibility, routes, self.merged, self.training, self)
+
+    def _seen(self, attention: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """What the router reads of the tokens."""
+        if not self.router.reads_heads:
+            return (self.hidden_states,)
+        length, past = query.shape[2], self.past_length
+        if isinstance(past, Tensor):
+            key = key.index_select(2, past.to(key.device) + torch.arange(length, device=key.device))
+        else:
+            key = key[:, :, past : past + length]
+        return unrotated(attention, query, key, self.inputs)
 
 
 # ---------------------------------------------------------------- the pre-hook
@@ -103,11 +185,12 @@ def _route_forward(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     host = getattr(attention, CHILD)
     inputs = {**dict(zip(host.inputs, args, strict=False)), **kwargs}
     # None is said too: an attention function that hears nothing knows that the module lost its arguments
-    return args, {**kwargs, "topology": route(host, inputs[host.inputs[0]], inputs)}
+    return args, {**kwargs, "topology": arrive(host, inputs[host.inputs[0]], inputs)}
 
 
-def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> TopologyCall | None:
-    """Route the hidden states `[B, T, hidden_size]` that enter the attention module.
+def arrive(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> Arrival | None:
+    """What is known of a forward before its queries and keys are: of the hidden states `[B, T, hidden_size]` that enter
+    the attention module.
 
     Args:
         inputs: everything the module is called with, by name.
@@ -122,7 +205,6 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     if not purpose.takes(host.training):
         purpose = ORDINARY
     config = purpose.in_force(active.config)
-    purpose.entered(router, hidden_states, inputs)
     refuse_inputs(layer, inputs)
     cache = cache_among(inputs)
     # trainers that sample from their model do so in training mode; no gradient is asked for then
@@ -143,30 +225,8 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
     differentiable = purpose.needs_probabilities or (
         not merged and not purpose.needs_addresses and torch.is_grad_enabled()
     )
-    chosen, logits, address, routed = None, None, None, True
     choosing = any(0 < depth <= rule.levels for depth in rule.depths)
-    if not (differentiable or training or purpose.needs_addresses or choosing):
-        routed = False  # every head is dense or has no tree: nobody asks for addresses
-        batch, length = hidden_states.shape[:2]
-        nowhere = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=hidden_states.device)
-        address = key_address = nowhere[0].expand(batch, router.num_heads, length)
-    elif differentiable or training:
-        with torch.set_grad_enabled(differentiable):
-            states = hidden_states.detach() if purpose.needs_probabilities else hidden_states
-            sample = training and config.gumbel_noise
-            chosen = router.route(states, config.temperature, sample, keep_logits=config.visits > 1)
-        logits, key_address = chosen.query.logits, chosen.key.address(config.arity)
-        address = chosen.query.address(config.arity) if rule.most_visits == 1 else None
-    elif rule.most_visits > 1 or (config.visits > 1 and purpose.needs_addresses):
-        logits, key_address = router.logits(hidden_states)
-    else:
-        address, key_address = router.addresses(hidden_states, merged)
-    if address is None:
-        assert logits is not None
-        visits = visited(logits, rule)
-    else:
-        visits = address[:, :, None]
-
+    routed = differentiable or training or purpose.needs_addresses or choosing
     if training and cache is not None and cache.get_seq_length(layer) > 0:
         raise UnsupportedModelError(
             "the key-value cache must be empty in training: cached keys have addresses but no gradient. "
@@ -178,11 +238,15 @@ def route(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) -> 
         records = KeyRecords(cache, layer, router, routed, window)
     mask = inputs.get("attention_mask")
     query = _layout(host, hidden_states, mask, inputs, records)
-    # cached keys have addresses only: no bridge to them
-    routes = chosen if differentiable and (records is None or records.empty) else None
-    keys = Keys(key_address, query) if records is None else records.append(key_address, query)
-    visibility = Visibility(visits, query, keys, rule, logits)
-    return TopologyCall(host, purpose, config, visibility, routes, merged, training, mask)
+    past_length: int | Tensor = 0
+    if router.reads_heads and cache is not None:
+        past_length = cache.get_seq_length(layer)
+        if isinstance(past_length, Tensor):  # a static cache counts on in it
+            past_length = past_length.clone()
+    return Arrival(
+        host, purpose, config, router, rule, hidden_states, inputs, query, records, mask,
+        merged=merged, training=training, differentiable=differentiable, routed=routed, past_length=past_length,
+    )  # fmt: skip
 
 
 def _layout(
@@ -320,7 +384,7 @@ def topology_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    topology: TopologyCall | Literal["lost"] | None = "lost",
+    topology: Arrival | Literal["lost"] | None = "lost",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of a routed module (signature of transformers' attention interface).
@@ -342,10 +406,12 @@ def topology_attention_forward(
         )
     if topology is None:
         return base_attention(module)(module, query, key, value, attention_mask, **kwargs)
-    refuse_unmodelled(module, topology, query, key, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    refuse_heads(topology.host.geometry, query)
+    call = topology.route(module, query, key, scale)
+    refuse_unmodelled(module, call, query, key, attention_mask, kwargs)
     scoring = Scoring(scale, kwargs.get("softcap"))
-    return topology.purpose.attend(Attention(topology, module, query, key, value, attention_mask, scoring, kwargs))
+    return call.purpose.attend(Attention(call, module, query, key, value, attention_mask, scoring, kwargs))
 
 
 def _with_auxiliary_loss(out: Tensor, call: TopologyCall, far_pairs: Tensor) -> Tensor:

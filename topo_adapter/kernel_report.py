@@ -46,9 +46,10 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
                 continue  # nothing trains; nothing is chosen but addresses
             reasons = everywhere + misfits(
                 operation,
-                widths=_widths(module, host),
+                widths=(width := host.geometry.head_dim, getattr(module, "v_head_dim", None) or width),
                 leaves=leaves.get(operation, 1),
-                router_dim=in_force.router.down.out_features,
+                router_dim=getattr(in_force.router, "router_dim", 1),
+                reads_heads=in_force.router.reads_heads,
                 arity=config.arity,
                 visits=visits,
                 homotopy=config.homotopy,
@@ -58,11 +59,3 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
     if not active:
         raise UnsupportedModelError("model must have an active, enabled topology adapter or a merged topology")
     return found
-
-
-def _widths(attention: Any, host: TopologyHost) -> list[int]:
-    """Head dimensions of queries and keys, and of values (multi-head latent attention has two)."""
-    config = host.base_config
-    width = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
-    width = width or getattr(config, "head_dim", None) or host.geometry.hidden_size // host.geometry.num_heads
-    return [width, getattr(attention, "v_head_dim", None) or width]

@@ -18,7 +18,8 @@ from .core.passes import Passes
 from .core.rule import Rule
 from .errors import MergeError, UnsupportedModelError
 from .hf.gates import Geometry, acting_arguments, eager_attention_of
-from .ops.router import TopologyRouter
+from .ops.head_router import HeadRouter
+from .ops.router import Router, TopologyRouter
 
 #: Name of the child module.
 CHILD = "topo_adapter"
@@ -48,7 +49,7 @@ class Schedule:
 class InForce(NamedTuple):
     """The router that a layer's forwards run, its adapter's configuration, and whether it is merged."""
 
-    router: TopologyRouter
+    router: Router
     config: TopologyConfig
     merged: bool
 
@@ -103,6 +104,22 @@ class TopologyHost(nn.Module):
         return known
 
 
+def _router_for(config: TopologyConfig, geometry: Geometry) -> Router:
+    """A fresh router."""
+    heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
+    if config.router_input == "heads":
+        return HeadRouter(heads, kv_heads, geometry.head_dim, config.arity, config.depth, config.route_per)
+    return TopologyRouter(
+        geometry.hidden_size,
+        heads if config.route_per == "query_head" else kv_heads,
+        config.arity,
+        config.depth,
+        config.router_dim,
+        config.tie_query_key,
+        config.init_weights,
+    )
+
+
 class TopologyLayer(TopologyHost, BaseTunerLayer):
     """PEFT layer of a topology adapter: a child module that holds one router per adapter name."""
 
@@ -120,19 +137,10 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: TopologyConfig, device: torch.device) -> None:
         """Add a router. Raises TopologyConfigError if `config` does not fit this layer."""
         self.depths(config)
-        geometry = self.geometry
-        heads = geometry.num_heads if config.route_per == "query_head" else geometry.num_kv_heads
-        router = TopologyRouter(
-            geometry.hidden_size,
-            heads,
-            config.arity,
-            config.depth,
-            config.router_dim,
-            config.tie_query_key,
-            config.init_weights,
-        )
+        router = _router_for(config, self.geometry)
         # under PEFT's low_cpu_mem_usage the parameters are created on meta and stay there until loaded
-        self.topo_routers[adapter_name] = router if router.down.weight.is_meta else router.to(device)
+        on_meta = next(router.parameters()).is_meta
+        self.topo_routers[adapter_name] = router if on_meta else router.to(device)
         self._attention_device = device
         self.topo_configs[adapter_name] = config
         self.unused.add(adapter_name)
@@ -161,7 +169,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
             raise MergeError(f"one topology adapter can be active at a time, got {names}; call set_adapter with one")
         self.unused.discard(names[0])
         router = self.topo_routers[names[0]]
-        assert isinstance(router, TopologyRouter)  # narrows the type; a ModuleDict holds plain Modules
+        assert isinstance(router, Router)  # narrows the type; a ModuleDict holds plain Modules
         return InForce(router, self.topo_configs[names[0]], bool(self.merged_adapters))
 
     def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> list[str]:
@@ -189,7 +197,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
             raise MergeError(f"adapter {self.merged_adapters[0]!r} is merged already; call unmerge_adapter first")
         for name in names:
             router = self.topo_routers[name]
-            assert isinstance(router, TopologyRouter)  # narrows the type
+            assert isinstance(router, Router)  # narrows the type
             router.forget_packing()
         self.merged_adapters.extend(names)
 
@@ -201,9 +209,7 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
 class MergedTopology(TopologyHost):
     """The hard topology of a model without PEFT wrapper; what `merge_and_unload` leaves behind."""
 
-    def __init__(
-        self, attention: nn.Module, geometry: Geometry, router: TopologyRouter, config: TopologyConfig
-    ) -> None:
+    def __init__(self, attention: nn.Module, geometry: Geometry, router: Router, config: TopologyConfig) -> None:
         super().__init__(attention, geometry)
         self.router = router.requires_grad_(False)
         self.topology_config = config

@@ -30,10 +30,11 @@ class Setting(NamedTuple):
     visits: dict[int, list[int]] | None
 
 
-def numbers_of_visits(most: int) -> list[int]:
-    """Those that the dial chooses from, falling: `most` and 1. Others cost calibration time, and at the same density
-    there is a choice of another depth."""
-    return [most, 1] if most > 1 else [1]
+def numbers_of_visits(most: int, arity: int) -> list[int]:
+    """Those that the dial chooses from, falling: `most`, 1, and the powers of 2 that lie between the densities of two
+    depths. Others cost calibration time, and at the same density there is a choice of another depth."""
+    between = [2**n for n in range(arity.bit_length()) if 2 * 2**n <= arity and 2**n < most]
+    return [most, *reversed(between)] if most > 1 else [1]
 
 
 def choices_of(arity: int, levels: int, sparsest_depth: int, visits: int) -> list[tuple[int, int]]:
@@ -41,7 +42,7 @@ def choices_of(arity: int, levels: int, sparsest_depth: int, visits: int) -> lis
 
     At each depth the `numbers_of_visits` that leave a ball out.
     """
-    inside = [(d, m) for d in range(1, levels + 1) for m in numbers_of_visits(visits) if m < arity**d]
+    inside = [(d, m) for d in range(1, levels + 1) for m in numbers_of_visits(visits, arity) if m < arity**d]
     return [(0, 1), *inside, *([(sparsest_depth, 1)] if sparsest_depth > levels else [])]
 
 

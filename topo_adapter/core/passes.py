@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from ..config import TopologyConfig
     from ..forward import Attention
-    from ..ops.router import TopologyRouter
+    from ..ops.router import Router
 
 
 class Pass:
@@ -43,8 +43,8 @@ class Pass:
         """The adapter's configuration, as this forward runs it; the adapter's own is never written to."""
         return config
 
-    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
-        """A layer's router is about to see its hidden states `[B, T, hidden_size]`; inputs: the module's, by name."""
+    def entered(self, router: Router, seen: tuple[Tensor, ...], scale: float) -> None:
+        """A layer's router is about to see what it reads of the tokens; scale: of the attention's scores."""
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         """The attention's output `[B, T, H, D]`, and weights if the base returns any."""

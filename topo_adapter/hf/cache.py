@@ -27,7 +27,7 @@ from ..core.device import graph_is_recorded
 from ..core.layout import SequenceLayout, continued_layout
 from ..core.records import Keys, Records, pack_records
 from ..errors import CacheError
-from ..ops.router import TopologyRouter
+from ..ops.router import Router
 
 #: Names under which attention modules are handed their cache; newer ones are found by their type.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -76,7 +76,7 @@ class KeyRecords:
     length: int | Tensor
 
     def __init__(
-        self, cache: Cache, layer: int, router: TopologyRouter, routed: bool = True, window: int | None = None
+        self, cache: Cache, layer: int, router: Router, routed: bool = True, window: int | None = None
     ) -> None:
         _make_indexed(cache, layer, window)
         self._cache, self._layer = cache, layer

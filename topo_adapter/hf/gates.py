@@ -59,6 +59,7 @@ class Geometry:
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int  # of queries and keys
 
 
 def text_decoder(model: Any) -> Any:
@@ -147,8 +148,12 @@ def geometry_of(attention: Any, name: str) -> Geometry:
     hidden_size = getattr(projection, "in_features", config.hidden_size)
     heads = config.num_attention_heads
     groups = getattr(attention, "num_key_value_groups", None)  # the module's own number is the surest
-    kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(attention.layer_idx, hidden_size, heads, kv_heads)
+    declared = not dataclasses.is_dataclass(config) or "num_key_value_heads" in _declared(config)
+    kv_heads = heads // groups if groups else (declared and getattr(config, "num_key_value_heads", None)) or heads
+    # multi-head latent attention has two dimensions, and more in its queries and keys
+    width = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    width = width or getattr(config, "head_dim", None) or hidden_size // heads
+    return Geometry(attention.layer_idx, hidden_size, heads, kv_heads, width)
 
 
 def why_not(attention: Any) -> str | None:
@@ -197,11 +202,14 @@ def layer_kind(attention: Any) -> str:
         window = getattr(config, "sliding_window", None)
         if not _reads_a_window(inspect.unwrap(type(attention).forward)):
             return FULL
-    declared = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    # an argument that a config only carries along says nothing of the model
-    positions = config.max_position_embeddings if "max_position_embeddings" in declared else None
+    positions = config.max_position_embeddings if "max_position_embeddings" in _declared(config) else None
     hides_nothing = window is None or (positions is not None and window >= positions)
     return FULL if hides_nothing else "sliding_attention"
+
+
+def _declared(config: Any) -> set[str]:
+    """What a config has: an argument that it only carries along says nothing of the model."""
+    return {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
 
 
 def _mixes_kinds(attention: Any) -> bool:
@@ -254,6 +262,15 @@ def refuse_inputs(layer: int, inputs: dict[str, Any]) -> None:
             )
 
 
+def refuse_heads(geometry: Geometry, query: Tensor) -> None:
+    """Raises UnsupportedModelError unless there are as many query heads as the config says; query: `[B, H, T, D]`."""
+    if query.shape[1] != geometry.num_heads:
+        raise UnsupportedModelError(
+            f"layer {geometry.layer} must have {geometry.num_heads} query heads as its config says, got "
+            f"{query.shape[1]}"
+        )
+
+
 def refuse_unmodelled(
     module: nn.Module, call: TopologyCall, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -265,12 +282,7 @@ def refuse_unmodelled(
     Raises:
         UnsupportedModelError, CacheError: it is something that the topology does not model, or not what the hook saw.
     """
-    geometry = call.host.geometry
-    layer = geometry.layer
-    if query.shape[1] != geometry.num_heads:
-        raise UnsupportedModelError(
-            f"layer {layer} must have {geometry.num_heads} query heads as its config says, got {query.shape[1]}"
-        )
+    layer = call.host.geometry.layer
     if kwargs.get("dropout"):
         raise UnsupportedModelError(
             f"attention dropout must be 0 in routed layers, got {kwargs['dropout']} in layer {layer}; set "
@@ -304,7 +316,7 @@ def refuse_unmodelled(
             "cache under a name that was not recognised, or keeps keys elsewhere. Use a DynamicCache or StaticCache, "
             "or use_cache=False."
         )
-    if not _same_mask(mask, call.mask):
+    if not _same_mask(mask, call.arrival.mask):
         raise UnsupportedModelError(
             f"layer {layer} must attend with the attention_mask it is given, but {type(module).__name__} changes it; "
             "the topology would not see what it hides. Leave the layer out with layers_to_transform."

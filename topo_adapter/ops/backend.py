@@ -28,11 +28,12 @@ class Limits(NamedTuple):
     router_dim: int | None = None
     arity: int | None = None
     visits: int = MAX_VISITS
+    reads_heads: bool = True  # serves routers on heads
 
 
 #: The one table of what kernels can do; `misfits` says it in words.
 LIMITS: dict[Operation, Limits] = {
-    "route": Limits(router_dim=128, visits=1),
+    "route": Limits(router_dim=128, visits=1, reads_heads=False),
     "visits": Limits(arity=256),
     "plan": Limits(),
     "attend": Limits(head_dim=(16, 256)),
@@ -50,13 +51,14 @@ def misfits(
     router_dim: int = 1,
     arity: int = 2,
     visits: int = 1,
+    reads_heads: bool = False,
     homotopy: float = 1.0,
 ) -> list[str]:
     """Why an operation of these sizes would not run on kernels, whatever the device; empty if it would.
 
     Args:
         widths: head dimensions of queries, keys and values. leaves: `arity**depth`. router_dim: of the router.
-        arity: of the tree. visits: of a query. homotopy: of a bridge.
+        arity: of the tree. visits: of a query. reads_heads: of the router. homotopy: of a bridge.
     """
     limits, found = LIMITS[operation], []
     if limits.head_dim is not None:
@@ -74,6 +76,8 @@ def misfits(
     if visits > limits.visits:
         most = "one ball" if limits.visits == 1 else f"at most {limits.visits} balls"
         found.append(f"queries must visit {most}, got {visits}")
+    if reads_heads and not limits.reads_heads:
+        found.append("router_input must be 'hidden_states', got 'heads'")
     if operation == "bridge" and homotopy != 1:
         found.append(f"homotopy must be 1, got {homotopy:g}")
     return found

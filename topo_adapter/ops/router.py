@@ -76,7 +76,99 @@ class Float32Linear(nn.Module):
             return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
-class TopologyRouter(nn.Module):
+class Router(nn.Module):
+    """What gives tokens their digits. The subclasses say what of the tokens they see, and make logits of it.
+
+    Attributes:
+        num_heads: routes, `R`. arity, depth: the tree.
+        reads_heads: whether it sees queries `[B, H, T, D]` and keys `[B, H_kv, T, D]`, or hidden states.
+    """
+
+    num_heads: int
+    arity: int
+    depth: int
+    reads_heads = False
+
+    def forward(self, *seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Digit logits of queries and keys, float32 `[B, R, T, L, p]`; one tensor if tied. Keys may have fewer routes:
+        those of `of_routes`."""
+        raise NotImplementedError
+
+    def of_routes(self, keys: Tensor) -> Tensor:
+        """The routes' of what keys have, `[B, R, ...]`."""
+        return keys
+
+    def initialise(self, *seen: Tensor, scale: float) -> None:
+        """Spread these tokens over the tree.
+
+        Args:
+            scale: of the attention's scores.
+
+        Raises:
+            TopologyConfigError: there are too few tokens, or they cannot be spread.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round the parameters, in place; they are computed with in float32 whatever they are.
+
+        Args:
+            dtype: a floating type. With `torch.float8_e4m3fn` it is the matrices that are rounded to it: biases, and a
+                matrix with an entry beyond its range of 448, become bfloat16.
+        """
+        matrices = {id(parameter) for name, parameter in self.named_parameters() if name.endswith("weight")}
+        for parameter in self.parameters():
+            narrow = dtype.itemsize == 1
+            matrix = id(parameter) in matrices
+            fits = not narrow or (matrix and bool(parameter.abs().max() <= torch.finfo(dtype).max))
+            parameter.data = parameter.data.to(dtype if fits else torch.bfloat16)
+
+    @torch.no_grad()
+    def addresses(self, *seen: Tensor, merged: bool = False) -> tuple[Tensor, Tensor]:
+        """The hard choice alone, without probabilities.
+
+        Args:
+            merged: the weights are those of the last `forget_packing`, or have changed in a way that autograd counts.
+
+        Returns:
+            query and key addresses, int32 `[B, R, T]`; the same tensor if tied.
+        """
+        query, key = self(*seen)
+        if query.shape != key.shape:
+            query, key = (digits_to_address(logits.argmax(-1), self.arity).int() for logits in (query, key))
+            return query, self.of_routes(key)
+        # both roles at once: for a single token, as in decoding, the number of operations is the cost
+        logits = query[None] if key is query else torch.stack([query, key])
+        address = digits_to_address(logits.argmax(-1), self.arity).int()
+        return address[0], address[-1]
+
+    @torch.no_grad()
+    def logits(self, *seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the queries' digits, float32 `[B, R, T, L, p]`, and the keys' addresses, int32 `[B, R, T]`."""
+        query, key = self(*seen)
+        return query, self.of_routes(digits_to_address(key.argmax(-1), self.arity).int())
+
+    def route(self, *seen: Tensor, temperature: float = 1.0, sample: bool = False, keep_logits: bool = False) -> Routes:
+        """Digits and level probabilities for both roles.
+
+        Args:
+            temperature: > 0; softmax temperature of the probabilities.
+            sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
+            keep_logits: of the queries, as large as their probabilities.
+        """
+        query_logits, key_logits = self(*seen)  # a module call: ZeRO-3 gathers weights there
+        query = relax(query_logits, temperature, sample, keep_logits)
+        if key_logits is query_logits:
+            return Routes(query, query)
+        key = relax(key_logits, temperature, sample)
+        return Routes(query, RoleDigits(self.of_routes(key.probs), self.of_routes(key.digits)))
+
+    def forget_packing(self) -> None:
+        """Lay the weights out anew for the kernels when they are next needed."""
+
+
+class TopologyRouter(Router):
     """`h = GELU(W_down x)`, then one projection per role to the digit logits of every head and level.
 
     Each level has `arity - 1` logits; child 0 is the reference with logit 0. That is the softmax over
@@ -105,6 +197,7 @@ class TopologyRouter(nn.Module):
         self.num_heads, self.arity, self.depth = num_heads, arity, depth
         width = hidden_size if router_dim is None else router_dim
         logits = num_heads * depth * (arity - 1)
+        self.router_dim = width
         self._packing: tuple[Any, PackedRouter] | None = None
         self.down = Float32Linear(hidden_size, width, bias=False)
         self.query = Float32Linear(width, logits)
@@ -120,7 +213,7 @@ class TopologyRouter(nn.Module):
                 nn.init.normal_(projection.weight, std=1 / math.sqrt(width))
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Digit logits of both roles.
 
         Args:
@@ -138,7 +231,7 @@ class TopologyRouter(nn.Module):
         return F.pad(free, (1, 0))  # child 0 is the reference
 
     @torch.no_grad()
-    def standardise(self, hidden_states: Tensor) -> None:
+    def initialise(self, hidden_states: Tensor, *, scale: float = 1.0) -> None:  # type: ignore[override]
         """Rescale the projections so that every digit logit has mean 0 and deviation 1 over these tokens.
 
         Hidden states share a large common component, which sends a random router's tokens all to one ball;
@@ -167,48 +260,17 @@ class TopologyRouter(nn.Module):
             projection.bias.copy_((projection.bias - mean) / deviation)
 
     @torch.no_grad()
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Round the parameters, in place; they are computed with in float32 whatever they are.
-
-        Args:
-            dtype: a floating type. With `torch.float8_e4m3fn` it is the matrices that are rounded to it: biases, and a
-                matrix with an entry beyond its range of 448, become bfloat16.
-        """
-        for parameter in self.parameters():
-            narrow = dtype.itemsize == 1
-            fits = not narrow or (parameter.ndim > 1 and bool(parameter.abs().max() <= torch.finfo(dtype).max))
-            parameter.data = parameter.data.to(dtype if fits else torch.bfloat16)
-
-    @torch.no_grad()
-    def addresses(self, hidden_states: Tensor, merged: bool = False) -> tuple[Tensor, Tensor]:
-        """The hard choice alone, without probabilities: one fused pass on a GPU.
-
-        Args:
-            hidden_states: `[B, T, hidden_size]`, any float dtype.
-            merged: the weights are those of the last `forget_packing`, or have changed in a way that autograd counts.
-
-        Returns:
-            query and key addresses, int32 `[B, H, T]`; the same tensor if tied.
-        """
+    def addresses(self, hidden_states: Tensor, *, merged: bool = False) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """As of every router; one fused pass on a GPU."""
         whole = self.down.weight.shape == (self.down.out_features, self.down.in_features)  # ZeRO-3 may hold none of it
-        if whole and kernels_serve("route", hidden_states, self.down.weight, router_dim=self.down.out_features):
+        if whole and kernels_serve("route", hidden_states, self.down.weight, router_dim=self.router_dim):
             from topo_kernels import route_addresses
 
             # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
             if not merged and not graph_is_recorded():
                 self.forget_packing()
             return route_addresses(hidden_states, self._packed(hidden_states.dtype))
-        query_logits, key_logits = self(hidden_states)
-        # both roles at once: for a single token, as in decoding, the number of operations is the cost
-        logits = query_logits[None] if self.key is None else torch.stack([query_logits, key_logits])
-        address = digits_to_address(logits.argmax(-1), self.arity).int()
-        return address[0], address[-1]
-
-    @torch.no_grad()
-    def logits(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the queries' digits, float32 `[B, H, T, L, p]`, and the keys' addresses, int32 `[B, H, T]`."""
-        query, key = self(hidden_states)
-        return query, digits_to_address((query if self.key is None else key).argmax(-1), self.arity).int()
+        return super().addresses(hidden_states)
 
     def forget_packing(self) -> None:
         """Lay the weights out anew for the kernels when they are next needed."""
@@ -237,21 +299,6 @@ class TopologyRouter(nn.Module):
             )
             self._packing = version, packed
         return self._packing[1]
-
-    def route(
-        self, hidden_states: Tensor, temperature: float = 1.0, sample: bool = False, keep_logits: bool = False
-    ) -> Routes:
-        """Digits and level probabilities for both roles.
-
-        Args:
-            hidden_states: `[B, T, hidden_size]`.
-            temperature: > 0; softmax temperature of the probabilities.
-            sample: draw Gumbel noise (factorised Gumbel-Softmax, one draw per level).
-            keep_logits: of the queries, as large as their probabilities.
-        """
-        query_logits, key_logits = self(hidden_states)  # a module call: ZeRO-3 gathers weights there
-        query = relax(query_logits, temperature, sample, keep_logits)
-        return Routes(query, query if self.key is None else relax(key_logits, temperature, sample))
 
 
 def _at_least_16_bits(weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Distil(Pass):
         if config.visits == 1 or self.draw is None:
             return config
         # a string seeds alike on every platform and in every process
-        drawn = random.Random(f"{self.draw}/visits").choice(numbers_of_visits(config.visits))
+        drawn = random.Random(f"{self.draw}/visits").choice(numbers_of_visits(config.visits, config.arity))
         return changed(config, visits=drawn, head_visits=None)
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..config import TopologyConfig
 from ..core.passes import Pass, during
 from ..errors import TopologyConfigError
+from ..forward import Attention
 from ..layer import active_layers, evaluating, hosts
-from ..ops.router import TopologyRouter
+from ..ops.router import Router
 
 
 def active_configs(model: nn.Module) -> list[TopologyConfig]:
@@ -24,7 +23,7 @@ def active_configs(model: nn.Module) -> list[TopologyConfig]:
 
 
 def round_routers(model: nn.Module, dtype: torch.dtype, only_8_bit: bool = False) -> None:
-    """`TopologyRouter.round_to` for the routers in force, all of them or those with 8-bit weights."""
+    """`Router.round_to` for the routers in force, all of them or those with 8-bit weights."""
     for host in hosts(model):
         if (active := host.in_force()) is None:
             continue
@@ -59,7 +58,7 @@ def topology_metrics(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
-    """Data-dependent initialisation: spread the tokens of a text evenly over the tree, in every routed layer.
+    """Data-dependent initialisation: spread the tokens of a text over the tree, in every routed layer.
 
     Call it once on a fresh adapter, before training, with the same text on every process.
 
@@ -73,12 +72,17 @@ def initialize_routers(model: nn.Module, input_ids: Tensor) -> None:
     for config in active_configs(model):
         if config.homotopy != 0:
             raise TopologyConfigError(f"homotopy must be 0 to initialise routers, got {config.homotopy}")
-    with during(model, _Standardise()), evaluating(model):
+    with during(model, _Initialise()), evaluating(model):
         model(input_ids=input_ids, use_cache=False)
 
 
-class _Standardise(Pass):
-    """Spreads what enters each router evenly over its tree."""
+class _Initialise(Pass):
+    """Spreads what each router reads over its tree."""
 
-    def entered(self, router: TopologyRouter, hidden_states: Tensor, inputs: dict[str, Any]) -> None:
-        router.standardise(hidden_states)
+    needs_addresses = True  # also at homotopy 0
+
+    def entered(self, router: Router, seen: tuple[Tensor, ...], scale: float) -> None:
+        router.initialise(*seen, scale=scale)
+
+    def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        return attention.base()
