@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -63,5 +66,28 @@ def _put(x: Tensor, where: slice, part: Tensor) -> Tensor:
 
 
 def _rotates(attention: Any) -> bool:
-    """Layers of some models go without: SmolLM3, Llama 4."""
-    return getattr(attention, "use_rope", True) is not False
+    """Whether a module turns its queries and keys at all: layers of some models do not (SmolLM3, Cohere 2, Llama 4)."""
+    kind: Any = type(attention)
+    return all(bool(eval(test, {"self": attention})) == wanted for test, wanted in _conditions_of(kind))
+
+
+@functools.cache
+def _conditions_of(kind: type[nn.Module]) -> list[tuple[CodeType, bool]]:
+    """What a kind of module asks of its own attributes before it rotates, and the answer with which it does."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    except (OSError, SyntaxError):  # no source to read
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.If) or {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)} != {"self"}:
+            continue
+        turning = [answer for branch, answer in ((node.body, True), (node.orelse, False)) if _turns(branch)]
+        if len(turning) == 1:  # else it does either way, or the question is about something else
+            found.append((compile(ast.Expression(node.test), "<condition>", "eval"), turning[0]))
+    return found
+
+
+def _turns(branch: list[ast.stmt]) -> bool:
+    names = {node.id for part in branch for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return any(name.startswith("apply_rotary") for name in names)

@@ -184,12 +184,24 @@ class HeadRouter(Router):
             rotated += mixed[: used // per_level * per_level].split(per_level)
         for mine in rotated[: self.depth]:
             seen = keys @ mine.T
-            means = seen[torch.randperm(tokens, generator=generator)[: self.arity].to(keys.device)]
+            means = self._apart(seen, self.arity, generator)
             for _ in range(_ROUNDS):
                 sums, counts, _ = self._clusters(seen, means)
                 means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), means)
             _, counts, square = self._clusters(seen, means)
             yield means @ mine, square.clamp(min=1e-6), (counts + 0.5) / (tokens + 0.5 * self.arity)
+
+    @staticmethod
+    def _apart(tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """`count` of the tokens `[N, d]` to begin k-means with, drawn by the square of their distance to those before
+        (k-means++, Arthur and Vassilvitskii, 2007)."""
+        chosen = [tokens[int(torch.randint(len(tokens), (), generator=generator))]]
+        square = (tokens - chosen[0]).square().sum(-1)
+        while len(chosen) < count:
+            drawn = torch.multinomial(square.cpu().double() + 1e-30, 1, generator=generator)
+            chosen.append(tokens[int(drawn)])
+            square = torch.minimum(square, (tokens - chosen[-1]).square().sum(-1))
+        return torch.stack(chosen)
 
     @staticmethod
     def _clusters(tokens: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
