@@ -103,8 +103,8 @@ class TopologyConfig(PeftConfig):
         default="hidden_states",
         metadata={
             "help": "What routers read of a token. 'hidden_states': what enters the attention module, through a hidden "
-            "layer of `router_dim`. 'heads': each head's own query and key, before the rotary embedding; loses less "
-            "at equal density, has fewer parameters, and is routed without kernels. With it router_dim, "
+            "layer of `router_dim`. 'heads': each head's own query and key, before the rotary embedding; lost less "
+            "at equal density where it was measured (one model), is smaller, and is routed without kernels. With it router_dim, "
             "tie_query_key and init_weights stay at their defaults."
         },
     )
