@@ -63,7 +63,7 @@ class LayerInputs(NamedTuple):
         with mock.patch.object(topo_adapter.forward, "_layout", lambda *_: layout):
             arrival = arrive(before.host, before.hidden_states, before.inputs)
         assert arrival is not None  # it was merged when its inputs were taken
-        call = arrival.route(attention.module, attention.query, attention.key, attention.scoring.scale)
+        call = arrival.route(attention.query, attention.key, attention.scoring.scale)
         return replace(attention, call=call).hard()
 
 

@@ -146,9 +146,10 @@ def static_cache(model: Any) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=LENGTH + 9)
 
 
+@pytest.mark.parametrize("settings", [{}, {"router_input": "heads"}], ids=str)
 @torch.no_grad()
-def test_decoding_compiles_to_one_graph(kernels: None) -> None:
-    model, ids = merged_model(), tokens()
+def test_decoding_compiles_to_one_graph(kernels: None, settings: dict[str, Any]) -> None:
+    model, ids = merged_model(**settings), tokens()
     right = model(ids, use_cache=False).logits
     cache = static_cache(model)
     model(ids[:, :24], past_key_values=cache)

@@ -37,7 +37,6 @@ from .core.visibility import Visibility
 from .errors import UnsupportedModelError
 from .hf.cache import KeyRecords, cache_among
 from .hf.gates import refuse_heads, refuse_inputs, refuse_unmodelled
-from .hf.rotary import unrotated
 from .layer import CHILD, TopologyHost
 from .ops.attention import decode_attention, hard_attention, serves_decode
 from .ops.objective import attach_loss, balance_loss
@@ -103,7 +102,7 @@ class Arrival:
     routed: bool
     past_length: int | Tensor
 
-    def route(self, attention: nn.Module, query: Tensor, key: Tensor, scale: float) -> TopologyCall:
+    def route(self, query: Tensor, key: Tensor, scale: float) -> TopologyCall:
         """Route the tokens, and put their addresses beside the cached ones.
 
         Args:
@@ -117,7 +116,7 @@ class Arrival:
             address = key_address = nowhere[0].expand(batch, router.num_heads, length)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-                seen = self._seen(attention, query, key)
+                seen = self._seen(query, key)
             self.purpose.entered(router, seen, scale)
             if self.differentiable or self.training:
                 with torch.set_grad_enabled(self.differentiable):
@@ -145,7 +144,7 @@ class Arrival:
         visibility = Visibility(visits, self.layout, keys, rule, logits)
         return TopologyCall(self.host, self.purpose, config, visibility, routes, self.merged, self.training, self)
 
-    def _seen(self, attention: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def _seen(self, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """What the router reads of the tokens."""
         if not self.router.reads_heads:
             return (self.hidden_states,)
@@ -154,7 +153,8 @@ class Arrival:
             key = key.index_select(2, past.to(key.device) + torch.arange(length, device=key.device))
         else:
             key = key[:, :, past : past + length]
-        return unrotated(attention, query, key, self.inputs)
+        query, key, rotation = query.float(), key.float(), self.host.rotation
+        return (query, key) if rotation is None else rotation.undo(query, key, self.inputs.get("position_embeddings"))
 
 
 # ---------------------------------------------------------------- the pre-hook
@@ -408,7 +408,7 @@ def topology_attention_forward(
         return base_attention(module)(module, query, key, value, attention_mask, **kwargs)
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     refuse_heads(topology.host.geometry, query)
-    call = topology.route(module, query, key, scale)
+    call = topology.route(query, key, scale)
     refuse_unmodelled(module, call, query, key, attention_mask, kwargs)
     scoring = Scoring(scale, kwargs.get("softcap"))
     return call.purpose.attend(Attention(call, module, query, key, value, attention_mask, scoring, kwargs))

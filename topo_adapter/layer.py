@@ -18,6 +18,7 @@ from .core.passes import Passes
 from .core.rule import Rule
 from .errors import MergeError, UnsupportedModelError
 from .hf.gates import Geometry, acting_arguments, eager_attention_of
+from .hf.rotary import rotation_of
 from .ops.head_router import HeadRouter
 from .ops.router import Router, TopologyRouter
 
@@ -65,6 +66,7 @@ class TopologyHost(nn.Module):
         # names of what the module's forward takes by position, after itself
         self.inputs = tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
         self.eager_attention, self.acting_arguments = eager_attention_of(kind), acting_arguments(kind)
+        self.rotation = rotation_of(attention)
         # gradient of the auxiliary loss, set by the trainer, and factor on its weights, set by the callback
         self.auxiliary_scale: float | Tensor = 1.0
         self.auxiliary_ramp = 1.0

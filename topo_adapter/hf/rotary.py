@@ -7,75 +7,80 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-@functools.cache
-def rotation_of(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The function by which a kind of attention module turns its queries and keys; None if it is not known."""
-    forward = inspect.unwrap(kind.forward)
-    rotate = forward.__globals__.get("apply_rotary_pos_emb")
-    if rotate is None or not any(name.startswith("apply_rotary") for name in forward.__code__.co_names):
-        return None
-    names = list(inspect.signature(rotate).parameters)
-    if names[:4] == ["q", "k", "cos", "sin"]:
-        return rotate
-    if names[:3] in (["x", "cos", "sin"], ["tensor", "cos", "sin"]):
-        return lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
-    return None
+@dataclass(frozen=True)
+class Rotation:
+    """How an attention module turns its queries and keys.
 
-
-def unrotated(attention: Any, query: Tensor, key: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Take the rotary embedding off queries and keys of the same tokens, by turning them back.
-
-    Where the module's own function for it is not known, or it has none, they stay as attention gets them.
-
-    Args:
-        attention: the module. query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`.
-        inputs: everything the module is called with, by name.
-
-    Returns:
-        The same shapes in float32; scaled where the embedding scales (YaRN).
+    turn: its model's function for it, of queries, keys, cosines and sines. last: of heads that are turned in part, the
+    last channels are (multi-head latent attention), not the first.
     """
-    query, key = query.float(), key.float()
-    angles: Any = inputs.get("position_embeddings")
-    kind: Any = type(attention)
-    rotate = rotation_of(kind)
-    known = isinstance(angles, tuple) and len(angles) == 2 and all(isinstance(each, Tensor) for each in angles)
-    if rotate is None or not known or not _rotates(attention):
-        return query, key
-    cos, sin = (each.float() for each in angles)
-    turned, width = cos.shape[-1], query.shape[-1]
-    if turned > width:
-        return query, key
-    with torch.autocast(query.device.type, enabled=False):
-        if turned == width:
-            return rotate(query, key, cos, -sin)
-        last = hasattr(attention, "qk_rope_head_dim")  # multi-head latent attention turns the last channels
-        mine = slice(width - turned, width) if last else slice(turned)
-        back = rotate(query[..., mine], key[..., mine], cos, -sin)
-    return tuple(_put(x, mine, part) for x, part in zip((query, key), back, strict=True))  # type: ignore[return-value]
+
+    turn: Callable[..., tuple[Tensor, Tensor]]
+    last: bool
+
+    def undo(self, query: Tensor, key: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys of the same tokens back.
+
+        Args:
+            query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, float32.
+            angles: the `position_embeddings` that the module is called with. Others than cosines and sines leave
+                queries and keys as they are.
+
+        Returns:
+            The same shapes in float32; scaled where the embedding scales (YaRN).
+        """
+        if not isinstance(angles, tuple) or len(angles) != 2 or not all(isinstance(each, Tensor) for each in angles):
+            return query, key
+        cos, sin = (each.float() for each in angles)
+        turned, width = cos.shape[-1], query.shape[-1]
+        if turned > width:
+            return query, key
+        with torch.autocast(query.device.type, enabled=False):
+            if turned == width:
+                return self.turn(query, key, cos, -sin)
+            mine = slice(width - turned, width) if self.last else slice(turned)
+            back = self.turn(query[..., mine], key[..., mine], cos, -sin)
+        return tuple(_put(x, mine, part) for x, part in zip((query, key), back, strict=True))  # type: ignore[return-value]
+
+
+def rotation_of(attention: Any) -> Rotation | None:
+    """How a module turns its queries and keys; None if it does not, or not by a function that is known."""
+    forward = inspect.unwrap(type(attention).forward)
+    turn = forward.__globals__.get("apply_rotary_pos_emb")
+    if turn is None or not any(name.startswith("apply_rotary") for name in forward.__code__.co_names):
+        return None
+    names = list(inspect.signature(turn).parameters)
+    if names[:3] in (["x", "cos", "sin"], ["tensor", "cos", "sin"]):
+        turn = functools.partial(_each, turn)
+    elif names[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    conditions = _conditions_of(forward)
+    if not all(bool(eval(test, {"self": attention})) == wanted for test, wanted in conditions):
+        return None  # layers of some models do not turn at all: SmolLM3, Cohere 2, Llama 4
+    return Rotation(turn, last=hasattr(attention, "qk_rope_head_dim"))
+
+
+def _each(turn: Callable[..., Tensor], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turn(query, cos, sin), turn(key, cos, sin)
 
 
 def _put(x: Tensor, where: slice, part: Tensor) -> Tensor:
     return torch.cat([x[..., : where.start or 0], part, x[..., where.stop :]], dim=-1)
 
 
-def _rotates(attention: Any) -> bool:
-    """Whether a module turns its queries and keys at all: layers of some models do not (SmolLM3, Cohere 2, Llama 4)."""
-    kind: Any = type(attention)
-    return all(bool(eval(test, {"self": attention})) == wanted for test, wanted in _conditions_of(kind))
-
-
 @functools.cache
-def _conditions_of(kind: type[nn.Module]) -> list[tuple[CodeType, bool]]:
-    """What a kind of module asks of its own attributes before it rotates, and the answer with which it does."""
+def _conditions_of(forward: Callable[..., Any]) -> list[tuple[CodeType, bool]]:
+    """What a module's forward asks of its own attributes before it rotates, and the answer with which it does."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, SyntaxError):  # no source to read
         return []
     found = []
