@@ -59,7 +59,7 @@ class Variant:
 
 PAPER = "paper"
 #: Routers that have no hidden layer.
-HEADS: dict[str, Any] = {"router_input": "heads", "router_dim": 90}
+HEADS: dict[str, Any] = {"router_input": "heads", "router_dim": TopologyConfig.router_dim}
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "tied": Variant({"tie_query_key": True}),

@@ -287,12 +287,12 @@ class TopologyConfig(PeftConfig):
         self._check_float("balance_weight", self.balance_weight, 0.0, float("inf"))
         self._check_float("density_weight", self.density_weight, 0.0, float("inf"))
         if self.router_input == "heads":
-            unused = {"router_dim": 90, "tie_query_key": False, "init_weights": "random"}
-            for name, default in unused.items():
-                if getattr(self, name) != default:
+            for name in ("router_dim", "tie_query_key", "init_weights"):
+                value, default = getattr(self, name), getattr(TopologyConfig, name)
+                if value != default:
                     raise TopologyConfigError(
                         f"{name} must be {default!r}, its default, with router_input='heads', whose routers have "
-                        f"nothing of the kind, got {getattr(self, name)!r}"
+                        f"nothing of the kind, got {value!r}"
                     )
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform

@@ -117,10 +117,8 @@ class Router(nn.Module):
             dtype: a floating type. With `torch.float8_e4m3fn` it is the matrices that are rounded to it: biases, and a
                 matrix with an entry beyond its range of 448, become bfloat16.
         """
-        matrices = {id(parameter) for name, parameter in self.named_parameters() if name.endswith("weight")}
-        for parameter in self.parameters():
-            narrow = dtype.itemsize == 1
-            matrix = id(parameter) in matrices
+        for name, parameter in self.named_parameters():
+            narrow, matrix = dtype.itemsize == 1, name.endswith("weight")
             fits = not narrow or (matrix and bool(parameter.abs().max() <= torch.finfo(dtype).max))
             parameter.data = parameter.data.to(dtype if fits else torch.bfloat16)
 
