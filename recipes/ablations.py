@@ -75,10 +75,14 @@ VARIANTS: dict[str, Variant] = {
     "kv_head_own_depths": Variant({"route_per": "kv_head", "depth_per": "query_head"}),
     "heads": Variant({**HEADS, "visits": 1}),
     "heads_visits_8": Variant({**HEADS, "visits": 8}),
+    "kv_head_heads_visits_8": Variant({**HEADS, "visits": 8, "route_per": "kv_head"}),
+    "heads_4_visits_8": Variant({**HEADS, "visits": 8, "arity": 4, "depth": 4, "visible_depth": 3}),
     "heads_16_visits_8": Variant({**HEADS, "visits": 8, "arity": 16, "depth": 2, "visible_depth": 1}),
     "router_dim_8": Variant({"router_dim": 8}),
     "router_dim_16": Variant({"router_dim": 16}),
     "router_dim_64": Variant({"router_dim": 64}),
+    "router_dim_90": Variant({"router_dim": 90}),
+    "router_dim_90_visits_8": Variant({"router_dim": 90, "visits": 8}),
     "arity_3": Variant({"arity": 3, "depth": 5, "visible_depth": 3}),
     "arity_5": Variant({"arity": 5, "depth": 3, "visible_depth": 2}),
     "arity_7": Variant({"arity": 7, "depth": 2, "visible_depth": 1}),
@@ -108,6 +112,7 @@ class AblationArguments:
     length: int = field(default=4096, metadata={"help": "Tokens per window, in training and evaluation."})
     local_steps: int = field(default=100)
     kl_steps: int = field(default=300)
+    calibration_rows: int = field(default=DistillConfig.calibration_rows)
     densities: list[float] = field(default_factory=lambda: [0.1, 0.17])
     uniform_depths: bool = field(default=True, metadata={"help": "Measure at every uniform depth too."})
     texts: list[str] = field(default_factory=lambda: list(EVALUATION), metadata={"help": "To evaluate on."})
@@ -149,6 +154,7 @@ def train(name: str, base: Any, tokenizer: Any, arguments: AblationArguments) ->
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         seed=arguments.seed,
+        calibration_rows=arguments.calibration_rows,
         **steps,
     )
     texts = training_texts(arguments)
