@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from topo_adapter import (
     save_merged,
     why_not,
 )
+from topo_adapter.hf.rotary import _turns_halves
+from topo_adapter.layer import hosts
 from topo_adapter.ops.head_router import HeadLinear, HeadRouter
 
 IDS = tokens(2, 21)
@@ -217,7 +221,20 @@ def test_rounding_keeps_what_was_measured() -> None:
     assert router.key.center.dtype == torch.float32 and float(router.key.center[0, 0]) == pytest.approx(700.1)
 
 
-def test_the_report_says_that_it_is_routed_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_why_it_is_routed_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_report, "device_misfits", lambda *_: [])
-    reasons = why_not(routed(tiny("qwen3"), **ON_HEADS))[0]["route"]
-    assert reasons == ["router_input must be 'hidden_states', got 'heads'"]
+    model = routed(tiny("qwen3"), visits=8, **ON_HEADS)
+    model.peft_config["default"].homotopy = 1.0
+    assert why_not(model) == {}
+    for host in hosts(model):
+        host.rotation = replace(host.rotation, halves=False)
+    (reason,) = why_not(model)[0]["route"]
+    assert reason.startswith("router_input must be 'hidden_states' where the rotary embedding does not turn halves")
+    large = routed(tiny("qwen3"), arity=40, depth=6, visible_depth=1, **ON_HEADS)
+    assert "must multiply to at most 256 with router_input='heads', got 512" in why_not(large)[0]["route"][0]
+
+
+@pytest.mark.parametrize(("family", "halves"), [("llama", True), ("gemma3", True), ("cohere", False), ("glm", False)])
+def test_which_rotary_embeddings_turn_halves(family: str, halves: bool) -> None:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert _turns_halves(module.apply_rotary_pos_emb) is halves

@@ -108,10 +108,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"route_per": "kv_head", "visible_depth": {0: [0, 1, 4, 3], 1: 0}},  # depths differ within a route; no tree at 4
     {"arity": 3, "depth": 2, "tie_query_key": True},
     {"depth": 9},  # addresses that do not fit a byte
+    {"router_input": "heads"},
+    {"router_input": "heads", "route_per": "kv_head", "arity": 3, "depth": 2},
 ]
 
 
-PAIRS = list(zip(SETTINGS, ["dynamic", "none", "static", "dynamic", "dynamic"], strict=True))
+PAIRS = list(zip(SETTINGS, ["dynamic", "none", "static", "dynamic", "dynamic", "static", "dynamic"], strict=True))
 
 
 @pytest.mark.parametrize(("settings", "cache_type"), PAIRS, ids=str)
@@ -184,9 +186,10 @@ def fused_step(model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", ["hidden_states", "heads"])
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_trained_router_is_packed_anew(merged: bool, kernels: None) -> None:
-    model, ids = merged_model(), tokens()
+def test_a_trained_router_is_packed_anew(merged: bool, read: str, kernels: None) -> None:
+    model, ids = merged_model(router_input=read), tokens()
 
     def routes() -> list[Tensor]:
         if merged:

@@ -39,6 +39,7 @@ from .hf.cache import KeyRecords, cache_among
 from .hf.gates import refuse_heads, refuse_inputs, refuse_unmodelled
 from .layer import CHILD, TopologyHost
 from .ops.attention import decode_attention, hard_attention, serves_decode
+from .ops.head_router import HeadRouter
 from .ops.objective import attach_loss, balance_loss
 from .ops.plan import Plan, make_plan
 from .ops.relaxation import bridged_attention
@@ -115,10 +116,11 @@ class Arrival:
             nowhere = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=self.hidden_states.device)
             address = key_address = nowhere[0].expand(batch, router.num_heads, length)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-                seen = self._seen(query, key)
-            self.purpose.entered(router, seen, scale)
+            self.purpose.entered(router, lambda: self._seen(query, key), scale)
+            several = rule.most_visits > 1 or (config.visits > 1 and self.purpose.needs_addresses)
             if self.differentiable or self.training:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+                    seen = self._seen(query, key)
                 with torch.set_grad_enabled(self.differentiable):
                     sample = self.training and config.gumbel_noise
                     if self.purpose.needs_probabilities:
@@ -128,10 +130,13 @@ class Arrival:
                     )
                 logits, key_address = chosen.query.logits, chosen.key.address(config.arity)
                 address = chosen.query.address(config.arity) if rule.most_visits == 1 else None
-            elif rule.most_visits > 1 or (config.visits > 1 and self.purpose.needs_addresses):
-                logits, key_address = router.logits(*seen)
+            elif (turned := self._turned(query, key, keep_logits=several)) is not None:
+                logits, leaf, key_address = turned
+                address = leaf if rule.most_visits == 1 else None
+            elif several:
+                logits, key_address = router.logits(*self._seen(query, key))
             else:
-                address, key_address = router.addresses(*seen, merged=self.merged)
+                address, key_address = router.addresses(*self._seen(query, key), merged=self.merged)
         if address is None:
             assert logits is not None
             visits = visited(logits, rule)
@@ -148,13 +153,35 @@ class Arrival:
         """What the router reads of the tokens."""
         if not self.router.reads_heads:
             return (self.hidden_states,)
-        length, past = query.shape[2], self.past_length
+        query, key, rotation = query.float(), self._new(key, query.shape[2]).float(), self.host.rotation
+        angles = self._angles(query)
+        return (query, key) if rotation is None or angles is None else rotation.undo(query, key, angles)
+
+    def _turned(self, query: Tensor, key: Tensor, keep_logits: bool) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """`HeadRouter.turned` of the new tokens; None where the router reads something else or another way serves."""
+        router, rotation = self.router, self.host.rotation
+        if not isinstance(router, HeadRouter):
+            return None
+        key = self._new(key, query.shape[2])
+        angles = self._angles(query)
+        if rotation is None or angles is None:
+            return router.turned(query, key, None, None, keep_logits=keep_logits, merged=self.merged)
+        first = query.shape[3] - angles[0].shape[-1] if rotation.last else 0
+        if not rotation.halves:
+            return None
+        return router.turned(query, key, *angles, first=first, keep_logits=keep_logits, merged=self.merged)
+
+    def _angles(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines that the new tokens were turned by, if they were."""
+        rotation = self.host.rotation
+        return None if rotation is None else rotation.angles(self.inputs.get("position_embeddings"), query.shape[-1])
+
+    def _new(self, key: Tensor, length: int) -> Tensor:
+        """The new tokens' keys, of all."""
+        past = self.past_length
         if isinstance(past, Tensor):
-            key = key.index_select(2, past.to(key.device) + torch.arange(length, device=key.device))
-        else:
-            key = key[:, :, past : past + length]
-        query, key, rotation = query.float(), key.float(), self.host.rotation
-        return (query, key) if rotation is None else rotation.undo(query, key, self.inputs.get("position_embeddings"))
+            return key.index_select(2, past.to(key.device) + torch.arange(length, device=key.device))
+        return key[:, :, past : past + length]
 
 
 # ---------------------------------------------------------------- the pre-hook

@@ -9,7 +9,7 @@ from torch import nn
 from .errors import UnsupportedModelError
 from .hf.gates import execution_device
 from .layer import CHILD, TopologyHost
-from .ops.backend import LIMITS, Operation, device_misfits, misfits
+from .ops.backend import LIMITS, Operation, device_misfits, digit_logits, misfits
 
 
 def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
@@ -41,6 +41,14 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
         leaves = {"bridge": config.arity ** max(depths), "distil": config.arity**config.depth}
         everywhere = device_misfits(execution_device(module), *dtypes)
         visits = max(config.visits_of_layer(host.geometry.layer, host.geometry.num_heads))
+        on_heads = in_force.router.reads_heads
+        of_heads: dict[str, Any] = {}
+        if on_heads:
+            of_heads = {
+                "digit_logits": digit_logits(config.depth, config.arity),
+                "channels": host.geometry.head_dim,
+                "turns_halves": host.rotation is None or host.rotation.halves,
+            }
         for operation in LIMITS:
             if (in_force.merged and operation in leaves) or (operation == "visits" and visits == 1):
                 continue  # nothing trains; nothing is chosen but addresses
@@ -49,9 +57,10 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
                 widths=(width := host.geometry.head_dim, getattr(module, "v_head_dim", None) or width),
                 leaves=leaves.get(operation, 1),
                 router_dim=getattr(in_force.router, "router_dim", 1),
-                reads_heads=in_force.router.reads_heads,
                 arity=config.arity,
-                visits=visits,
+                # routers on heads make the logits that several visits are chosen by
+                visits=1 if operation == "route" and on_heads else visits,
+                **of_heads,
                 homotopy=config.homotopy,
             )
             if reasons:

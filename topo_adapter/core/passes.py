@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,8 +43,8 @@ class Pass:
         """The adapter's configuration, as this forward runs it; the adapter's own is never written to."""
         return config
 
-    def entered(self, router: Router, seen: tuple[Tensor, ...], scale: float) -> None:
-        """A layer's router is about to see what it reads of the tokens; scale: of the attention's scores."""
+    def entered(self, router: Router, seen: Callable[[], tuple[Tensor, ...]], scale: float) -> None:
+        """A layer's router is about to see what it reads of the tokens: `seen()`; scale: of the attention's scores."""
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         """The attention's output `[B, T, H, D]`, and weights if the base returns any."""

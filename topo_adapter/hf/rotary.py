@@ -20,29 +20,36 @@ class Rotation:
     """How an attention module turns its queries and keys.
 
     turn: its model's function for it, of queries, keys, cosines and sines. last: of heads that are turned in part, the
-    last channels are (multi-head latent attention), not the first.
+    last channels are (multi-head latent attention), not the first. halves: each channel of the first half of what is
+    turned is turned with the same one of the second, as `x cos + rotate_half(x) sin`.
     """
 
     turn: Callable[..., tuple[Tensor, Tensor]]
     last: bool
+    halves: bool
 
-    def undo(self, query: Tensor, key: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
+    def angles(self, given: Any, width: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of a call; None where nothing is to be turned back.
+
+        Args:
+            given: the `position_embeddings` that the module is called with. width: channels of a head.
+        """
+        if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(each, Tensor) for each in given):
+            return None
+        return None if given[0].shape[-1] > width else given
+
+    def undo(self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Turn queries and keys of the same tokens back.
 
         Args:
             query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, float32.
-            angles: the `position_embeddings` that the module is called with. Others than cosines and sines leave
-                queries and keys as they are.
+            angles: see there.
 
         Returns:
             The same shapes in float32; scaled where the embedding scales (YaRN).
         """
-        if not isinstance(angles, tuple) or len(angles) != 2 or not all(isinstance(each, Tensor) for each in angles):
-            return query, key
         cos, sin = (each.float() for each in angles)
         turned, width = cos.shape[-1], query.shape[-1]
-        if turned > width:
-            return query, key
         with torch.autocast(query.device.type, enabled=False):
             if turned == width:
                 return self.turn(query, key, cos, -sin)
@@ -65,7 +72,19 @@ def rotation_of(attention: Any) -> Rotation | None:
     conditions = _conditions_of(forward)
     if not all(bool(eval(test, {"self": attention})) == wanted for test, wanted in conditions):
         return None  # layers of some models do not turn at all: SmolLM3, Cohere 2, Llama 4
-    return Rotation(turn, last=hasattr(attention, "qk_rope_head_dim"))
+    return Rotation(turn, last=hasattr(attention, "qk_rope_head_dim"), halves=_turns_halves(turn))
+
+
+def _turns_halves(turn: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(shape, generator=generator) for shape in ((1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    first, second = x.chunk(2, -1)
+    expected = x * cos + torch.cat([-second, first], -1) * sin
+    try:
+        found = turn(x, x, cos, sin)
+    except (RuntimeError, TypeError, ValueError):  # it wants angles of another shape
+        return False
+    return all(each.shape == x.shape and torch.allclose(each, expected) for each in found)
 
 
 def _each(turn: Callable[..., Tensor], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

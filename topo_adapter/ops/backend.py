@@ -28,12 +28,13 @@ class Limits(NamedTuple):
     router_dim: int | None = None
     arity: int | None = None
     visits: int = MAX_VISITS
-    reads_heads: bool = True  # serves routers on heads
+    digit_logits: int | None = None  # of a router on heads, see `digit_logits`
+    channels: int | None = None  # of a head that a router reads
 
 
 #: The one table of what kernels can do; `misfits` says it in words.
 LIMITS: dict[Operation, Limits] = {
-    "route": Limits(router_dim=128, visits=1, reads_heads=False),
+    "route": Limits(router_dim=128, visits=1, digit_logits=256, channels=256),
     "visits": Limits(arity=256),
     "plan": Limits(),
     "attend": Limits(head_dim=(16, 256)),
@@ -41,6 +42,11 @@ LIMITS: dict[Operation, Limits] = {
     "bridge": Limits(head_dim=(16, 256), leaves=256),
     "distil": Limits(head_dim=(16, 256), leaves=256),
 }
+
+
+def digit_logits(depth: int, arity: int) -> int:
+    """Logits of a token and head in a tile: depth and arity, each brought to a power of two, multiplied."""
+    return 2 ** ((depth - 1).bit_length() + (arity - 1).bit_length())
 
 
 def misfits(
@@ -51,14 +57,17 @@ def misfits(
     router_dim: int = 1,
     arity: int = 2,
     visits: int = 1,
-    reads_heads: bool = False,
+    digit_logits: int = 1,
+    channels: int = 1,
+    turns_halves: bool = True,
     homotopy: float = 1.0,
 ) -> list[str]:
     """Why an operation of these sizes would not run on kernels, whatever the device; empty if it would.
 
     Args:
         widths: head dimensions of queries, keys and values. leaves: `arity**depth`. router_dim: of the router.
-        arity: of the tree. visits: of a query. reads_heads: of the router. homotopy: of a bridge.
+        arity: of the tree. visits: of a query. digit_logits, channels: of a router on heads and of what it reads.
+        turns_halves: what it turns back are halves of the channels, or nothing. homotopy: of a bridge.
     """
     limits, found = LIMITS[operation], []
     if limits.head_dim is not None:
@@ -76,8 +85,18 @@ def misfits(
     if visits > limits.visits:
         most = "one ball" if limits.visits == 1 else f"at most {limits.visits} balls"
         found.append(f"queries must visit {most}, got {visits}")
-    if reads_heads and not limits.reads_heads:
-        found.append("router_input must be 'hidden_states', got 'heads'")
+    if limits.digit_logits is not None and digit_logits > limits.digit_logits:
+        found.append(
+            "depth and arity, brought to powers of two, must multiply to at most "
+            f"{limits.digit_logits} with router_input='heads', got {digit_logits}"
+        )
+    if limits.channels is not None and channels > limits.channels:
+        found.append(f"heads must have at most {limits.channels} channels with router_input='heads', got {channels}")
+    if limits.channels is not None and not turns_halves:
+        found.append(
+            "router_input must be 'hidden_states' where the rotary embedding does not turn halves of the channels, got "
+            "'heads'"
+        )
     if operation == "bridge" and homotopy != 1:
         found.append(f"homotopy must be 1, got {homotopy:g}")
     return found

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..core.visibility import per_head
 from ..errors import TopologyConfigError, UnsupportedModelError
+from .backend import digit_logits, kernels_serve
 from .router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from topo_kernels import PackedHeadRouter
 
 #: Principal directions of a head's keys that the digits of a fresh router are spread over.
 _PRINCIPAL = 32
@@ -53,6 +56,11 @@ class HeadLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = (x.float() - self.center.float()[:, None]) * (_UNIT * self.gain.float())[:, None, None]
             return x @ self.weight.float().mT + (_BIAS_UNIT * self.bias.float())[:, None]
+
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 matrix, offset and center: `forward` is `matrix (x - center) + offset`."""
+        matrix = self.weight.float() * (_UNIT * self.gain.float())[:, None, None]
+        return matrix, _BIAS_UNIT * self.bias.float(), self.center.float()
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
@@ -130,6 +138,54 @@ class HeadRouter(Router):
 
     def _logits(self, free: Tensor) -> Tensor:
         return F.pad(free.unflatten(-1, (self.depth, self.arity - 1)), (1, 0))  # child 0 is the reference
+
+    @torch.no_grad()
+    def turned(
+        self,
+        query: Tensor,
+        key: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        *,
+        first: int = 0,
+        keep_logits: bool = False,
+        merged: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """The hard choice of queries and keys that the rotary embedding has turned, in one pass on a GPU.
+
+        Args:
+            query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, of the same tokens.
+            cos, sin: `[B or 1, T, n]`, of the `n` channels from `first` on, halves of which were turned with each
+                other; None where nothing was turned.
+            keep_logits: whether the queries' logits are wanted. merged: as `addresses`.
+
+        Returns:
+            the queries' logits, float32 `[B, R, T, L, p]`, or None; their addresses and the keys', int32 `[B, R, T]`.
+            None where no kernel runs it.
+        """
+        batch, heads, length, width = query.shape
+        linear = self.query.weight
+        if linear.ndim != 3 or key.shape != (batch, self.num_kv_heads, length, width):  # ZeRO-3 may hold none of it
+            return None
+        if linear.shape[0] * linear.shape[2] != heads * width or linear.shape[0] > heads:
+            return None
+        for angle in (cos, sin):
+            if angle is not None and (angle.ndim != 3 or angle.shape[0] not in (1, batch) or angle.shape[1] != length):
+                return None
+        angles = [angle for angle in (cos, sin) if angle is not None]
+        sizes = {"channels": width, "digit_logits": digit_logits(self.depth, self.arity)}
+        if not kernels_serve("route", query, key, *angles, self.query.center, **sizes):
+            return None
+        from topo_kernels import route_heads
+
+        packed = self.packed(self._laid_out, merged)
+        logits, address, key_address = route_heads(query, key, cos, sin, packed, first=first, keep_logits=keep_logits)
+        return logits, address, self.of_routes(key_address)
+
+    def _laid_out(self) -> PackedHeadRouter:
+        from topo_kernels import pack_head_router
+
+        return pack_head_router(*self.query.folded(), *self.key.folded(), depth=self.depth, arity=self.arity)
 
     def of_routes(self, keys: Tensor) -> Tensor:
         """The routes' of what KV heads have, `[B, R, ...]` of `[B, H_kv, ...]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,11 @@ from ..errors import TopologyConfigError
 from .backend import kernels_serve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from topo_kernels import PackedRouter
+
+PackedT = TypeVar("PackedT")
 
 
 class RoleDigits(NamedTuple):
@@ -88,6 +92,7 @@ class Router(nn.Module):
     arity: int
     depth: int
     reads_heads = False
+    _packing: tuple[Any, Any] | None = None  # what the weights were when they were laid out, and the layout
 
     def forward(self, *seen: Tensor) -> tuple[Tensor, Tensor]:
         """Digit logits of queries and keys, float32 `[B, R, T, L, p]`; one tensor if tied. Keys may have fewer routes:
@@ -164,6 +169,25 @@ class Router(nn.Module):
 
     def forget_packing(self) -> None:
         """Lay the weights out anew for the kernels when they are next needed."""
+        self._packing = None
+
+    def packed(self, make: Callable[[], PackedT], merged: bool, *options: Any) -> PackedT:
+        """The weights as the kernels read them, laid out anew when they have changed.
+
+        Args:
+            make: lays them out. merged: as `addresses`. options: what the layout depends on beside the weights.
+        """
+        recorded = graph_is_recorded()
+        # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
+        if not merged and not recorded:
+            self._packing = None
+        if self._packing is not None and recorded and self._packing[0][0] == options:
+            return self._packing[1]
+        tensors = [*self.parameters(), *self.buffers()]
+        version = options, *((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+        if self._packing is None or self._packing[0] != version:
+            self._packing = version, make()
+        return self._packing[1]
 
 
 class TopologyRouter(Router):
@@ -196,7 +220,6 @@ class TopologyRouter(Router):
         width = hidden_size if router_dim is None else router_dim
         logits = num_heads * depth * (arity - 1)
         self.router_dim = width
-        self._packing: tuple[Any, PackedRouter] | None = None
         self.down = Float32Linear(hidden_size, width, bias=False)
         self.query = Float32Linear(width, logits)
         self.key = None if tie_query_key else Float32Linear(width, logits)
@@ -264,39 +287,24 @@ class TopologyRouter(Router):
         if whole and kernels_serve("route", hidden_states, self.down.weight, router_dim=self.router_dim):
             from topo_kernels import route_addresses
 
-            # fused optimizers change weights without counting it in their version; a graph keeps what it recorded
-            if not merged and not graph_is_recorded():
-                self.forget_packing()
-            return route_addresses(hidden_states, self._packed(hidden_states.dtype))
+            dtype = hidden_states.dtype
+            return route_addresses(hidden_states, self.packed(lambda: self._laid_out(dtype), merged, dtype))
         return super().addresses(hidden_states)
 
-    def forget_packing(self) -> None:
-        """Lay the weights out anew for the kernels when they are next needed."""
-        self._packing = None
-
-    def _packed(self, dtype: torch.dtype) -> PackedRouter:
-        """The weights as the kernels read them, laid out anew when they have changed."""
+    def _laid_out(self, dtype: torch.dtype) -> PackedRouter:
         from topo_kernels import pack_router
 
-        if self._packing is not None and graph_is_recorded() and self._packing[1].down.dtype == dtype:
-            return self._packing[1]
-
-        parameters = list(self.parameters())
-        version = dtype, *((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters)
-        if self._packing is None or self._packing[0] != version:
-            packed = pack_router(
-                _at_least_16_bits(self.down.weight),
-                _at_least_16_bits(self.query.weight),
-                self.query.bias,
-                None if self.key is None else _at_least_16_bits(self.key.weight),
-                None if self.key is None else self.key.bias,
-                num_routes=self.num_heads,
-                depth=self.depth,
-                arity=self.arity,
-                dtype=dtype,
-            )
-            self._packing = version, packed
-        return self._packing[1]
+        return pack_router(
+            _at_least_16_bits(self.down.weight),
+            _at_least_16_bits(self.query.weight),
+            self.query.bias,
+            None if self.key is None else _at_least_16_bits(self.key.weight),
+            None if self.key is None else self.key.bias,
+            num_routes=self.num_heads,
+            depth=self.depth,
+            arity=self.arity,
+            dtype=dtype,
+        )
 
 
 def _at_least_16_bits(weight: Tensor) -> Tensor:

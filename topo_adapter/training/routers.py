@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -81,8 +83,8 @@ class _Initialise(Pass):
 
     needs_addresses = True  # also at homotopy 0
 
-    def entered(self, router: Router, seen: tuple[Tensor, ...], scale: float) -> None:
-        router.initialise(*seen, scale=scale)
+    def entered(self, router: Router, seen: Callable[[], tuple[Tensor, ...]], scale: float) -> None:
+        router.initialise(*seen(), scale=scale)
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         return attention.base()
