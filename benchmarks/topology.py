@@ -102,7 +102,7 @@ def decode(
     from topo_kernels.decode import decode_attention
 
     return decode_attention(
-        *(q, k, v, query_address, query.position, query.document),
+        *(q, k, v, query_address[:, :, None], query.position, query.document),
         *(records.address, records.position, records.document, balls, Scoring(layer.scale)),
         local_window=layer.window,
         num_sink_tokens=layer.sinks,

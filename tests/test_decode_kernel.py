@@ -80,9 +80,15 @@ def leaves_of(kind: str) -> int:
 def step(case: Case, routing: str = "mixed", seed: int = 0) -> Step:
     problem = make(case, seed)
     query, key, balls = (t.to(DEVICE) for t in addresses(routing, case.batch, case.routes, case.length))
-    query = query[..., slice(*case.queries)]
-    problem = replace(problem, query_ball=query % balls[:, None], key_ball=key % balls[:, None])
-    return Step(problem, query.int(), balls.int(), pack_records(key, problem.key, leaves_of(routing)))
+    visits = query[:, :, None, slice(*case.queries)]
+    if case.visits > 1:  # a third of them, the first among them, are nowhere
+        more = [addresses(routing, case.batch, case.routes, case.length)[0] for _ in range(case.visits - 1)]
+        visits = torch.cat([visits, torch.stack(more, 2).to(DEVICE)[..., slice(*case.queries)]], 2)
+        visits = visits.masked_fill(torch.rand(visits.shape).to(DEVICE) < 0.3, -1)
+    asked = torch.where(visits < 0, -1, visits % balls[:, None, None])
+    problem = replace(problem, query_ball=asked[:, :, 0], more_balls=asked[:, :, 1:] if case.visits > 1 else None)
+    problem = replace(problem, key_ball=key % balls[:, None])
+    return Step(problem, visits.int(), balls.int(), pack_records(key, problem.key, leaves_of(routing)))
 
 
 def attend(step: Step, **changes: Any) -> Tensor:
@@ -139,6 +145,13 @@ CASES = [
     replace(ONE, window=1, sinks=70),
     replace(ONE, window=500, sinks=0),
     *(replace(ONE, softcap=cap, length=70, dtype=dtype) for cap in (0.5, 30.0) for dtype in (torch.float32, HALF)),
+    *(replace(ONE, visits=m, window=4, queries=(-2, None)) for m in (2, 3, 8)),
+    *(
+        replace(ONE, visits=3, heads=heads, kv_heads=kv_heads, routes=routes, length=100, window=4, dtype=HALF)
+        for heads, kv_heads, routes in ((8, 2, 8), (8, 2, 2), (8, 2, 1), (6, 2, 3), (17, 1, 17))
+    ),
+    replace(ONE, visits=5, layout="left_padding", batch=4, length=40),
+    replace(ONE, visits=2, layout="unfilled", queries=(60, 63), length=130),
 ]
 
 _MODEL = Case(heads=32, kv_heads=8, routes=32, dim=128, window=128, batch=1, queries=(-1, None), dtype=torch.bfloat16)
@@ -162,6 +175,9 @@ GPU_CASES = [
         for heads, kv_heads, routes in ((32, 32, 32), (64, 8, 64), (24, 8, 24), (71, 1, 71), (16, 1, 16), (6, 2, 3))
     ),
     *(replace(_MODEL, length=9000, softcap=cap) for cap in (0.5, 30.0)),
+    *(replace(_MODEL, length=n, visits=m, batch=2) for n in (129, 32768) for m in (2, 3, 8)),
+    *(replace(_MODEL, length=9000, visits=8, routes=routes, queries=(-7, None)) for routes in (32, 8, 1)),
+    *(replace(_MODEL, length=3000, layout=layout, batch=2, queries=(1200, 1205), visits=4) for layout in LAYOUTS),
 ]
 
 
@@ -196,6 +212,7 @@ def test_matches_reference_on_gpu(case: Case, routing: str) -> None:
     sinks=st.integers(0, 5),
     queries=st.integers(1, 9 if GPU else 3),
     max_chunks=st.sampled_from([2, 4, 16]),
+    visits=st.sampled_from([1, 1, 2, 5]),
     seed=st.integers(0, 999),
 )
 def test_small_tiles(
@@ -207,10 +224,11 @@ def test_small_tiles(
     sinks: int,
     queries: int,
     max_chunks: int,
+    visits: int,
     seed: int,
 ) -> None:
     """Many chunks or several tiles in a chunk, several splits, lists that end within a tile."""
-    case = Case(length, (-queries, None), layout, "random", *heads, 16, window, sinks, batch=1)
+    case = Case(length, (-queries, None), layout, "random", *heads, 16, window, sinks, batch=1, visits=visits)
     problem = step(case, routing, seed)
     with small_tiles(max_chunks):
         check(problem.problem, attend(problem))
@@ -231,7 +249,7 @@ def test_every_ball(balls: int) -> None:
     k = torch.zeros(1, 1, length, dim)
     v = torch.randn(1, 1, length, dim)
     out = decode_attention(
-        *(t.to(DEVICE) for t in (q, k, v, query[None, None].int(), position, torch.zeros_like(position))),
+        *(t.to(DEVICE) for t in (q, k, v, query[None, None, None].int(), position, torch.zeros_like(position))),
         *(t.to(DEVICE) for t in (records.address, records.position, records.document)),
         torch.tensor([balls], dtype=torch.int32, device=DEVICE),
         Scoring(1.0),
@@ -243,18 +261,35 @@ def test_every_ball(balls: int) -> None:
     torch.testing.assert_close(out[0, 0].double().cpu(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_absent_and_repeated_visits_change_no_bit() -> None:
+    given = step(replace(ONE, heads=4, kv_heads=2, routes=4, length=100, queries=(-2, None)))
+    more = torch.cat([torch.full_like(given.query_address, -1), given.query_address, given.query_address], 2)
+    assert torch.equal(attend(given), attend(given, query_address=more))
+
+
+def test_queries_that_visit_nothing_see_window_and_sinks() -> None:
+    given = step(replace(ONE, length=100), "disjoint")
+    found = [attend(given, query_address=torch.full_like(given.query_address, -1).repeat(1, 1, m, 1)) for m in (1, 3)]
+    assert all(torch.equal(out, attend(given)) for out in found)
+
+
 # ---------------------------------------------------------------- controls: a wrong step is noticed
 
 
-@pytest.mark.parametrize("wrong", ["window", "sinks", "address", "balls", "position", "document", "record"])
+@pytest.mark.parametrize(
+    "wrong", ["window", "sinks", "address", "visit", "nowhere", "balls", "position", "document", "record"]
+)
 def test_wrong_step_is_noticed(wrong: str) -> None:
-    given = step(replace(ONE, length=100, batch=1), "disjoint" if wrong in ("window", "sinks") else "mixed")
+    case = replace(ONE, length=100, batch=1, visits=3 if wrong in ("visit", "nowhere") else 1, queries=(-5, None))
+    given = step(case, "disjoint" if wrong in ("window", "sinks") else "mixed")
     place = given.records.position.clone()
     place[:, 1] = 0  # a sink is gone
     changes: dict[str, Any] = {
         "window": {"local_window": given.problem.case.window - 1},
         "sinks": {"num_sink_tokens": given.problem.case.sinks - 1},
         "address": {"query_address": given.query_address + 1},
+        "visit": {"query_address": given.query_address[:, :, :1]},
+        "nowhere": {"query_address": given.query_address.clamp(min=0)},
         "balls": {"balls": given.balls + 1},
         "position": {"query_position": given.arguments["query_position"] - 1},
         "document": {"query_document": given.arguments["query_document"] + 1},
@@ -420,7 +455,12 @@ def test_compiles_without_a_break() -> None:
         ("k", lambda t: t[:, :, :1].expand(-1, -1, 2**25, -1), "v must have the shape of k"),
         ("v", lambda t: t[:, :, 1:], "v must have the shape of k"),
         ("v", lambda t: t.to("meta"), "v must be on q's device"),
-        ("query_address", lambda t: t[:, :1], r"query_address must have shape \[2, 2, 1\], got \[2, 1, 1\]"),
+        ("query_address", lambda t: t[:, :1], r"query_address must have shape \[2, 2, 1, 1\], got \[2, 1, 1, 1\]"),
+        (
+            "query_address",
+            lambda t: t[:, :, 0],
+            r"query_address must have shape \[B, R, m, T\] with m from 1 to 8, got",
+        ),
         ("query_address", lambda t: t.long(), "query_address must be int32, got torch.int64"),
         ("query_position", lambda t: t[:1], r"query_position must have shape \[2, 1\]"),
         ("query_position", lambda t: t.float(), "query_position must be int32 or int64, got torch.float32"),

@@ -230,7 +230,7 @@ def test_the_report_says_why_it_is_routed_in_torch(monkeypatch: pytest.MonkeyPat
         host.rotation = replace(host.rotation, halves=False)
     (reason,) = why_not(model)[0]["route"]
     assert reason.startswith("router_input must be 'hidden_states' where the rotary embedding does not turn halves")
-    large = routed(tiny("qwen3"), arity=40, depth=6, visible_depth=1, **ON_HEADS)
+    large = routed(tiny("qwen3"), arity=300, depth=1, visible_depth=1, **ON_HEADS)
     assert "must multiply to at most 256 with router_input='heads', got 512" in why_not(large)[0]["route"][0]
 
 

@@ -110,10 +110,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"depth": 9},  # addresses that do not fit a byte
     {"router_input": "heads"},
     {"router_input": "heads", "route_per": "kv_head", "arity": 3, "depth": 2},
+    {"router_input": "heads", "visits": 3},
+    {"visits": 2, "visible_depth": {0: [0, 1, 4, 3], 1: 0}},
 ]
 
 
-PAIRS = list(zip(SETTINGS, ["dynamic", "none", "static", "dynamic", "dynamic", "static", "dynamic"], strict=True))
+CACHES = ["dynamic", "none", "static", "dynamic", "dynamic", "static", "dynamic", "dynamic", "static"]
+PAIRS = list(zip(SETTINGS, CACHES, strict=True))
 
 
 @pytest.mark.parametrize(("settings", "cache_type"), PAIRS, ids=str)
@@ -131,7 +134,10 @@ def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, requ
     cache = {"none": lambda: None, "dynamic": DynamicCache, "static": lambda: static_cache(model)}[cache_type]()
     cuts = [0, LENGTH] if cache is None else [0, 20, 21, 24, LENGTH]
     found = []
-    with mock.patch.object(topo_kernels, "decode_attention", wraps=topo_kernels.decode_attention) as decode:
+    with (
+        mock.patch.object(topo_kernels, "decode_attention", wraps=topo_kernels.decode_attention) as decode,
+        mock.patch.object(topo_kernels, "route_heads", wraps=topo_kernels.route_heads) as route_heads,
+    ):
         for start, end in pairwise(cuts):
             found.append(
                 model(
@@ -139,6 +145,8 @@ def test_kernels_and_torch_agree(settings: dict[str, Any], cache_type: str, requ
                 )
             )
     assert decode.call_count == (0 if cache is None else 3 * model.config.num_hidden_layers)
+    on_heads = settings.get("router_input") == "heads"
+    assert route_heads.call_count == (len(cuts) - 1 if on_heads else 0)
     real = mask.bool()
     assert largest_error(torch.cat([f.logits for f in found], 1)[real], right[real]) < 1e-5
     assert largest_error(other[real], right[real]) > 1e-3, "another window must show"

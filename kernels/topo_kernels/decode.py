@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_device, check_qkv, check_scoring, check_sinks
+from .checks import MAX_VISITS, check_device, check_qkv, check_scoring, check_sinks
 from .launch import overlap, score_arguments, stride_arguments
 from .primitives import LOWEST, let_next_start, tanh, wait_for_previous
 from .types import Scores, Scoring
@@ -56,7 +56,7 @@ def _scan_kernel(
     key_address,  # [B, S, R] uint8, int16 or int32
     key_position,  # [B, S] int32, plus one
     key_document,  # [B, S] int32
-    query_address,  # [B, R, T] int32
+    query_address,  # [B, R, VISITS, T] int32; -1: nowhere
     query_position,  # [B, T]
     query_document,  # [B, T]
     balls,  # [R] int32
@@ -79,7 +79,9 @@ def _scan_kernel(
     ROUTE_GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     BITS: tl.constexpr,
+    VISITS: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr,
     KEYS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -101,6 +103,7 @@ def _scan_kernel(
     p_list = entries + (o_row * chunks + i_chunk) * chunk
     # A thread takes KEYS neighbours at a time and keeps their bits in one word, so that few counts are exchanged.
     o_group = tl.arange(0, GROUPS) * KEYS
+    o_v = tl.arange(0, BLOCK_V)
     b_found = tl.zeros([BLOCK_U], dtype=tl.int32)
     for i_start in range(0, chunk, GROUPS * KEYS):
         i_key = (i_chunk * chunk + i_start).to(tl.int64)
@@ -121,13 +124,26 @@ def _scan_kernel(
                 # modulo 2^32 (after Lemire). For d = 1, m wraps to 0 and this always holds.
                 b_m = _ceil_2_32_over(tl.load(balls + o_route))
                 b_half = b_m >> 1
-                b_ask = tl.load(query_address + (i_b * R + o_route) * T + i_t).to(tl.uint32)
-                b_offset = b_half - b_ask * b_m
+                p_ask = query_address + (i_b * R + o_route) * VISITS * T + i_t
+                if VISITS == 1:
+                    b_ask = tl.load(p_ask)
+                    b_offset = b_half - b_ask.to(tl.uint32) * b_m
+                    m_ask = b_ask >= 0
+                else:
+                    b_asks = tl.load(p_ask[:, None] + o_v[None, :] * T, mask=(o_v < VISITS)[None, :], other=-1)
+                    b_offsets = b_half[:, None] - b_asks.to(tl.uint32) * b_m[:, None]  # [BLOCK_U, BLOCK_V]
+                    m_asks = b_asks >= 0
                 for i_n in tl.static_range(KEYS):
                     # lists and keys beyond the last repeat it here, and are dropped below: cheaper than masks
                     o_key = tl.minimum(o_group + i_n, last - 1)
                     b_key = tl.load(p_address + o_key[None, :] * stride_as + o_route[:, None])
-                    m_ball = b_key.to(tl.uint32) * b_m[:, None] + b_offset[:, None] <= (b_half + b_half)[:, None]
+                    b_product = b_key.to(tl.uint32) * b_m[:, None]
+                    if VISITS == 1:
+                        m_ball = (b_product + b_offset[:, None] <= (b_half + b_half)[:, None]) & m_ask[:, None]
+                    else:
+                        b_apart = b_product[:, :, None] + b_offsets[:, None, :]
+                        m_each = (b_apart <= (b_half + b_half)[:, None, None]) & m_asks[:, None, :]
+                        m_ball = tl.max(m_each.to(tl.int32), 2) != 0
                     b_words |= m_ball.to(tl.uint32) << (i_n * BITS + i_bit)
             # most tiles hold only keys that the tree alone decides on
             if both != GROUPS * KEYS:
@@ -363,7 +379,7 @@ def _decode(
     tiles = choose_decode_tiles(D, q.dtype)
     kv_group, route_group = H // k.shape[1], H // R
     heads = _heads_per_list(kv_group)
-    lists = H // heads
+    lists, visits = H // heads, query_address.shape[2]
     shared = math.gcd(heads, route_group)  # neighbours that share a route share a bit
     bits = heads // shared
     block_u = min(triton.next_power_of_2(lists), 16)
@@ -394,7 +410,9 @@ def _decode(
             ROUTE_GROUP=route_group,
             HEADS=heads,
             BITS=bits,
+            VISITS=visits,
             BLOCK_U=block_u,
+            BLOCK_V=triton.next_power_of_2(visits),
             GROUPS=tiles.scan_keys // keys,
             KEYS=keys,
             num_warps=tiles.scan_warps,
@@ -452,9 +470,15 @@ def _check(
     if balls.ndim != 1 or balls.shape[0] == 0 or H % balls.shape[0]:
         raise ValueError(f"balls must have shape [R] with R a divisor of q's {H} heads, got {tuple(balls.shape)}.")
     R = balls.shape[0]
+    visits = query["query_address"].shape[2] if query["query_address"].ndim == 4 else 0
+    if not 1 <= visits <= MAX_VISITS:
+        raise ValueError(
+            f"query_address must have shape [B, R, m, T] with m from 1 to {MAX_VISITS}, got "
+            f"{list(query['query_address'].shape)}."
+        )
     integer = (torch.int32, torch.int64)
     needs: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "query_address": ((B, R, T), (torch.int32,)),
+        "query_address": ((B, R, visits, T), (torch.int32,)),
         "query_position": ((B, T), integer),
         "query_document": ((B, T), integer),
         "key_address": ((B, S, R), (torch.uint8, torch.int16, torch.int32)),
@@ -501,7 +525,8 @@ def decode_attention(
         q: `[B, H, T, D]`, float16, bfloat16 or float32; D from 16 to 256. Any strides.
         k, v: `[B, H_kv, S, D]`, q's dtype, H a multiple of H_kv; any strides, but a strided last dimension is copied.
             The new tokens are among the keys. Keys that no query sees are not read: they may be NaN.
-        query_address: int32 `[B, R, T]`, H a multiple of R; in `[0, 2^15)`. Head `h` takes route `h // (H // R)`.
+        query_address: int32 `[B, R, m, T]`, H a multiple of R, m from 1 to 8; an address in each ball that a query
+            visits, in `[0, 2^15)`, or -1 for none. Head `h` takes route `h // (H // R)`.
         query_position: int32 or int64 `[B, T]`; position in the query's document, -1 for padding.
         query_document: int32 or int64 `[B, T]`; any label that fits an int32.
         key_address: uint8, int16 or int32 `[B, S, R]`, in `[0, 2^15)`. Every step reads all of it: the narrower, the

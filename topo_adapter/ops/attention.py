@@ -69,9 +69,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         q: `[B, H, T, D]`; k, v: `[B, H_kv, S, D]`, every slot of the cache. visibility: its keys have records.
 
     Returns:
-        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable. The torch path serves float64,
-        several visits and machines without a GPU: it scores every key, which for a few tokens is less than to sort
-        them.
+        `[B, H, T, D]` in q's dtype; rows of padding queries are 0. Not differentiable. The torch path serves float64
+        and machines without a GPU: it scores every key, which for a few tokens is less than to sort them.
     """
     records, query = visibility.keys.records, visibility.query
     assert records is not None  # serves_decode has looked
@@ -82,7 +81,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         return scanned_attention(q, k, v, seen.mask(), query.real, seen.keys.layout.real, scoring)
     from topo_kernels import decode_attention as kernel
 
-    visits, rule = visibility.route_visits()[:, :, 0], visibility.rule
+    visits, rule = visibility.route_visits().int(), visibility.rule
     return kernel(
         q,
         k,

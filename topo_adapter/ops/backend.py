@@ -38,7 +38,7 @@ LIMITS: dict[Operation, Limits] = {
     "visits": Limits(arity=256),
     "plan": Limits(),
     "attend": Limits(head_dim=(16, 256)),
-    "decode": Limits(head_dim=(16, 256), visits=1),
+    "decode": Limits(head_dim=(16, 256)),
     "bridge": Limits(head_dim=(16, 256), leaves=256),
     "distil": Limits(head_dim=(16, 256), leaves=256),
 }
