@@ -479,7 +479,11 @@ class TestDraw:
         drawn = [drawn_density(3, step, 0.5, 0.9) for step in range(8)]
         assert logged(trainer, "topology/target_density") == drawn
         assert [step for step, _, _ in trainer.seen] == [step for step in range(8) for _ in range(2)]
+        without = logged(trainer, "topology/heads_without_ball")
         for step, depths, calibration in trainer.seen:
+            sparsest = [d for of_layer in choose_depths(calibration, 0.5).values() for d in of_layer]
+            depth = model.peft_config["default"].depth
+            assert without[step] == sum(d > depth for d in sparsest) / len(sparsest)
             assert calibration["length"] == LENGTH
             assert depths == choose_depths(calibration, drawn[step])
             flat = [(layer, head, d) for layer, heads in depths.items() for head, d in enumerate(heads)]

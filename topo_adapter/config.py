@@ -87,8 +87,8 @@ class TopologyConfig(PeftConfig):
         default=1,
         metadata={
             "help": f"m: most balls that a query visits, 1..{MAX_VISITS}, the likeliest of its router. Routers are "
-            "trained for it, and the density dial gives each head 1 or that many. More than 1 is routed and decoded "
-            "without kernels."
+            "trained for it, and the density dial gives each head 1 or that many. More than 1 is routed "
+            "without a kernel where router_input is 'hidden_states'."
         },
     )
     head_visits: dict[int, list[int]] | None = field(

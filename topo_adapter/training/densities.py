@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from statistics import fmean
 from typing import NamedTuple
 
 from accelerate.utils import broadcast_object_list
@@ -93,6 +94,14 @@ def nearest_map(config: TopologyConfig, density: float) -> Map:
     return Map(dict(depths), setting.visits, price, expected_loss(config.calibration, setting))
 
 
+def without_ball(config: TopologyConfig, density: float) -> float:
+    """Share of the heads that the depth map of a density gives no ball: they see window and sinks alone."""
+    assert config.calibration is not None  # of calibrate
+    setting, _ = allot(config.calibration, reachable(config.calibration, density))
+    heads = [depth for of_layer in setting.depths.values() for depth in of_layer]
+    return sum(depth > config.depth for depth in heads) / len(heads)
+
+
 def loss_weight(configs: list[TopologyConfig], maps: list[Map], densities: tuple[float, float]) -> float:
     """Makes the losses of sparse and dense maps alike: what the middle of the range is expected to lose over what this
     step's map is.
@@ -148,6 +157,7 @@ class DrawnDensities:
     def __init__(self, densities: tuple[float, float], rows: Tensor, check_padding: bool, seed: int) -> None:
         check_densities(densities)
         self.densities, self.rows, self.check_padding, self.seed = densities, rows, check_padding, seed
+        self.without_ball = 0.0  # share of the heads at the lowest density, by the last calibration
         self._calibrated: int | None = None  # the fifth of the training that the calibration is of
 
     def renew(self, model: nn.Module, step: int, steps: int) -> None:
@@ -156,8 +166,10 @@ class DrawnDensities:
         if self._calibrated == fifth:
             return
         calibrate(model, self.rows, seed=self.seed, check_padding=self.check_padding)
-        for config in active_configs(model):  # atomic additions differ between processes, their maps must not
+        configs = active_configs(model)
+        for config in configs:  # atomic additions differ between processes, their maps must not
             (config.calibration,) = broadcast_object_list([config.calibration])
+        self.without_ball = fmean(without_ball(config, self.densities[0]) for config in configs)
         self._calibrated = fifth
 
     def draw(self, configs: list[TopologyConfig], step: int) -> tuple[float, list[Map]]:

@@ -122,7 +122,8 @@ class KLTrainer(TopologyTrainerMixin):
         else:
             self.drawn.renew(self.accelerator.unwrap_model(self.model), step, self.state.max_steps)
             density, maps = self.drawn.draw(configs, step)
-            self._target = {"topology/target_density": density}
+            dead = self.drawn.without_ball
+            self._target = {"topology/target_density": density, "topology/heads_without_ball": dead}
             self._loss_weight = loss_weight(configs, maps, self.drawn.densities)
         # around the backward pass too: gradient checkpointing runs the layers again there
         with during(model, TrainAt(configs, maps)):
