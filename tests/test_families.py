@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+import topo_kernels
 from topo_adapter import (
     TopologyConfig,
     TopologyError,
@@ -42,6 +43,8 @@ from topo_adapter import (
     record_routes,
     save_merged,
 )
+from topo_adapter.layer import hosts
+from topo_adapter.ops.backend import forced
 from topo_adapter.ops.head_router import HeadRouter
 
 FAMILY_DOCUMENT = DOCUMENT.with_name("families.md")
@@ -315,6 +318,23 @@ def test_routers_on_heads(it: Scene) -> None:
     same(feed(model, IDS, DynamicCache(config=it.base.config), CHUNKS), out, it.tolerance)
     model.merge_adapter()
     same(logits_of(model, IDS), out, it.tolerance)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_kernels_route_on_heads_as_torch_does(name: str) -> None:
+    model = routed(copy.deepcopy(scene(name).base).float(), router_input="heads", router_dim=90)
+    expected = record_routes(model, IDS)
+    served = [host.rotation is None or host.rotation.halves for host in hosts(model)]
+    with (
+        forced(True, "route"),
+        mock.patch.object(topo_kernels, "route_heads", wraps=topo_kernels.route_heads) as kernel,
+    ):
+        found = record_routes(model, IDS)
+    assert kernel.call_count == sum(served)
+    assert all(served) == (name not in ("Command R", "Command R7B, A", "GLM-4", "Llama 4")), "interleaved or complex"
+    for layer, record in expected.items():  # digits whose logits are equal to rounding may differ
+        assert (found[layer].query_digits == record.query_digits).double().mean() > 0.999
+        assert (found[layer].key_digits == record.key_digits).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -104,8 +104,8 @@ class TopologyConfig(PeftConfig):
         metadata={
             "help": "What routers read of a token. 'hidden_states': what enters the attention module, through a hidden "
             "layer of `router_dim`. 'heads': each head's own query and key, before the rotary embedding; lost less "
-            "at equal density where it was measured (one model), is smaller, and is routed without kernels. With it "
-            "router_dim, tie_query_key and init_weights stay at their defaults."
+            "at equal density where it was measured (one model) and is smaller. With it router_dim, tie_query_key and "
+            "init_weights stay at their defaults."
         },
     )
     router_dim: int | None = field(
