@@ -325,13 +325,11 @@ def test_kernels_route_on_heads_as_torch_does(name: str) -> None:
     model = routed(copy.deepcopy(scene(name).base).float(), router_input="heads", router_dim=90)
     expected = record_routes(model, IDS)
     served = [host.rotation is None or host.rotation.halves for host in hosts(model)]
-    with (
-        forced(True, "route"),
-        mock.patch.object(topo_kernels, "route_heads", wraps=topo_kernels.route_heads) as kernel,
-    ):
+    kernel = mock.Mock(wraps=topo_kernels.route_heads)
+    with forced(True, "route"), mock.patch.object(topo_kernels, "route_heads", kernel):
         found = record_routes(model, IDS)
     assert kernel.call_count == sum(served)
-    assert all(served) == (name not in ("Command R", "Command R7B, A", "GLM-4", "Llama 4")), "interleaved or complex"
+    assert all(served) == (name not in ("Command R", "GLM-4"))  # these turn neighbours, not halves
     for layer, record in expected.items():  # digits whose logits are equal to rounding may differ
         assert (found[layer].query_digits == record.query_digits).double().mean() > 0.999
         assert (found[layer].key_digits == record.key_digits).double().mean() > 0.999

@@ -52,6 +52,8 @@ def inspect(adapter: Adapter) -> None:
     shown.add_row("tree", f"{config.arity} children a vertex, depth {config.depth}: {leaves} leaves")
     shown.add_row("always visible", f"the last {config.local_window} tokens and the first {config.num_sink_tokens}")
     shown.add_row("balls a query visits", str(config.visits) if config.visits == 1 else f"up to {config.visits}")
+    reads = "hidden states" if config.router_input == "hidden_states" else "each head's own query and key"
+    shown.add_row("routers read", reads)
     shown.add_row("a route for each", config.route_per.replace("_", " "))
     shown.add_row("file", "no weights found" if weights is None else f"{os.path.getsize(weights) / 1e6:.2f} MB")
     shown.add_row("digest of its tensors", plain(config.weights_digest or "none"))

@@ -69,7 +69,13 @@ class TopologyArguments:
         default=_DEFAULT.visits,
         metadata={"help": "Most balls that a query visits; the dial gives each head one or so many."},
     )
-    router_dim: int = field(default=_DEFAULT.router_dim, metadata={"help": "Width of the routers' hidden layer."})
+    router_input: str = field(
+        default=_DEFAULT.router_input,
+        metadata={"help": "What routers read: 'hidden_states', or 'heads': each head's own query and key."},
+    )
+    router_dim: int = field(
+        default=_DEFAULT.router_dim, metadata={"help": "Width of the hidden layer of routers on hidden states."}
+    )
     route_per: str = field(default=_DEFAULT.route_per, metadata={"help": "'query_head' or 'kv_head'."})
     depth_per: str = field(
         default=_DEFAULT.depth_per, metadata={"help": "'route' or 'query_head': whose depth the dial chooses."}
