@@ -60,7 +60,7 @@ def _heads_kernel(
 ):
     WIDTH: tl.constexpr = BLOCK_L * BLOCK_C
     n_t = tl.cdiv(T, BLOCK_T)
-    i_head = tl.program_id(0) // n_t % (R + KV_HEADS)
+    i_head = (tl.program_id(0) // n_t % (R + KV_HEADS)).to(tl.int64)  # strides of long rows overflow otherwise
     i_b = (tl.program_id(0) // n_t // (R + KV_HEADS)).to(tl.int64)
     o_t = tl.program_id(0) % n_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
@@ -75,8 +75,8 @@ def _heads_kernel(
         p_x = key + i_b * stride_kb + (i_head - R) * stride_kh + o_t.to(tl.int64)[:, None] * stride_kt
         i_row = R * GROUP + i_head - R
         parts = 1
+    wait_for_previous(OVERLAP)  # before the weights too, which may just have been laid out
     b_logits = tl.zeros([BLOCK_T, WIDTH], dtype=tl.float32) + tl.load(bias + i_head * WIDTH + o_n)[None, :]
-    wait_for_previous(OVERLAP)
     if TURNED > 0:
         # the halves of what is turned are each other's partners; what is not turned is its own
         o_place = o_d - FIRST

@@ -43,7 +43,7 @@ class Rotation:
 
         Args:
             query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, float32.
-            angles: see there.
+            angles: what `angles` made of the call.
 
         Returns:
             The same shapes in float32; scaled where the embedding scales (YaRN).
