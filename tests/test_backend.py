@@ -30,7 +30,11 @@ NARROW = "the head dimension must be 16 to 256, got 8, 8"
         ("attend", {"widths": (8, 8)}, [NARROW]),
         ("attend", {"widths": (192, 128)}, ["queries, keys and values must have one head dimension, got 192, 128"]),
         ("attend", {"leaves": 4096, "homotopy": 0.5, "router_dim": 999}, []),
-        ("decode", {"visits": 3}, ["queries must visit one ball, got 3"]),
+        ("decode", {"visits": 8}, []),
+        ("decode", {"visits": 9}, ["queries must visit at most 8 balls, got 9"]),
+        ("route", {"visits": 3}, ["queries must visit one ball, got 3"]),
+        ("route", {"digit_logits": 256, "channels": 256}, []),
+        ("route", {"channels": 512}, ["heads must have at most 256 channels with router_input='heads', got 512"]),
         ("bridge", {"leaves": 512, "homotopy": 0.5}, [LEAVES, "homotopy must be 1, got 0.5"]),
         ("distil", {"leaves": 256, "homotopy": 0.0}, []),
         ("distil", {"leaves": 512}, [LEAVES]),
@@ -100,7 +104,7 @@ def test_why_not_of_a_model_that_fits_is_empty() -> None:
 def test_why_not_of_several_visits() -> None:
     model = routed(tiny(hidden_size=64), visits=4)
     reason = ["queries must visit one ball, got 4"]
-    assert why_not(model) == {layer: {"route": reason, "decode": reason} for layer in range(4)}
+    assert why_not(model) == {layer: {"route": reason} for layer in range(4)}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
