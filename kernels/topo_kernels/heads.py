@@ -5,7 +5,7 @@ all tokens have in common, multiplies by the router's matrix in float32 (three T
 error about 2^-22) and takes each level's likeliest child. Nothing of the size of queries or keys is written.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -236,8 +236,7 @@ def _route_heads(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, query and key addresses of checked arguments."""
-    packed = PackedHeadRouter(weight, center, bias, head_dim, num_routes, num_kv_heads, depth, arity)
-    logits, query_address, key_address = out = _allocate(query, packed, keep_logits)
+    logits, query_address, key_address = out = _allocate(query, num_routes, num_kv_heads, depth, arity, keep_logits)
     if query_address.numel() == 0:
         return out
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
@@ -275,32 +274,18 @@ def _route_heads(
     return out
 
 
-def _allocate(query: Tensor, packed: PackedHeadRouter, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(
+    query: Tensor, num_routes: int, num_kv_heads: int, depth: int, arity: int, keep_logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, _, T, _ = query.shape
-    shape = (B, packed.num_routes, T, packed.depth, packed.arity) if keep_logits else (0,)
-    addresses = (query.new_empty(B, heads, T, dtype=torch.int32) for heads in (packed.num_routes, packed.num_kv_heads))
-    return query.new_empty(shape, dtype=torch.float32), *addresses  # type: ignore[return-value]
+    logits = query.new_empty((B, num_routes, T, depth, arity) if keep_logits else (0,), dtype=torch.float32)
+    query_address, key_address = (query.new_empty(B, n, T, dtype=torch.int32) for n in (num_routes, num_kv_heads))
+    return logits, query_address, key_address
 
 
 @_route_heads.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    first: int,
-    weight: Tensor,
-    center: Tensor,
-    bias: Tensor,
-    head_dim: int,
-    num_routes: int,
-    num_kv_heads: int,
-    depth: int,
-    arity: int,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed = PackedHeadRouter(weight, center, bias, head_dim, num_routes, num_kv_heads, depth, arity)
-    return _allocate(query, packed, keep_logits)
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(query, *others[-5:])
 
 
 def _check(
