@@ -95,6 +95,7 @@ class Problem:
     window: int
     sinks: int
     more_visits: Tensor | None = None  # `[B, R, m - 1, T]`, beside the query's own address; one of each ball counts
+    dense_until: int = 0
 
     @property
     def scale(self) -> float:
@@ -123,6 +124,7 @@ class Problem:
                 self.window,
                 self.sinks,
                 (visits.shape[2],) * len(depths),
+                self.dense_until,
             ),
         )
 
@@ -138,7 +140,7 @@ class Problem:
         return causal_pairs(self.query, self.key)[:, None].expand(-1, self.q.shape[1], -1, -1)
 
     def plan(self) -> Plan:
-        return build_plan(*self.balls(), self.query, self.key, self.window, self.sinks)
+        return build_plan(*self.balls(), self.query, self.key, self.window, self.sinks, self.dense_until)
 
     def asking(self, rows: slice) -> "Problem":
         """Only some tokens ask; all stay keys."""
@@ -188,6 +190,7 @@ def make_problem(
     dtype: torch.dtype = torch.float64,
     one_hot: bool = False,
     visits: int = 1,
+    dense_until: int = 0,
     seed: int = 0,
 ) -> Problem:
     """One route per entry of `depths`; q, k and v are normal in `dtype`, probabilities at least float32."""
@@ -200,7 +203,7 @@ def make_problem(
     if visits > 1:  # some of them nowhere
         shape = batch, len(depths), visits - 1, length
         more = torch.randint(arity**depth, shape).masked_fill(torch.rand(shape) < 0.2, -1)
-    return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks, more)
+    return Problem(q, k, v, Routes(query, key), tokens, tokens, arity, depths, window, sinks, more, dense_until)
 
 
 def of_visit(plan: Plan, visit: int) -> Plan:

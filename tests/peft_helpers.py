@@ -201,16 +201,18 @@ class Stranger:
 
         Args:
             padding: `[B, T]`, 0 marks padding. documents: `[B, T]`, labels of packed documents.
-            change: `window`, `sinks`, or `depth` (added to every visible depth): for negative controls.
+            change: `window`, `sinks`, `dense_until`, or `depth` (added to every visible depth).
         """
         if records:
             batch, _, length, _ = next(iter(records.values())).query_digits.shape
         real = torch.ones(batch, length, dtype=torch.bool) if padding is None else padding.bool()
         documents = torch.zeros(batch, length, dtype=torch.long) if documents is None else documents
         window, sinks = change.get("window", self.window), change.get("sinks", self.sinks)
-        causal, gap, sink = _real_pairs(real, documents, sinks)
+        causal, position, sink = _real_pairs(real, documents, sinks)
+        gap = position[:, :, None] - position[:, None, :]
+        near = (gap < window) | (position < change.get("dense_until", 0))[:, :, None]
         masks = {
-            layer: _visible(record, causal, gap < window, sink, change.get("depth", 0), self.arity)
+            layer: _visible(record, causal, near, sink, change.get("depth", 0), self.arity)
             for layer, record in records.items()
         }
         _in_use.update(masks=masks, causal=causal, gap=gap)
@@ -234,7 +236,7 @@ class Stranger:
 
 
 def _real_pairs(real: Tensor, documents: Tensor, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal pairs, their distance, and sink pairs, counted token by token over real tokens; `[B, T, T]`."""
+    """Causal pairs `[B, T, T]`, positions `[B, T]` and sink pairs, counted token by token over real tokens."""
     batch, length = real.shape
     position = torch.full((batch, length), -1)
     for b in range(batch):
@@ -247,8 +249,7 @@ def _real_pairs(real: Tensor, documents: Tensor, sinks: int) -> tuple[Tensor, Te
     index = torch.arange(length)
     causal = (index[:, None] >= index) & real[:, :, None] & real[:, None, :]
     causal &= documents[:, :, None] == documents[:, None, :]
-    gap = position[:, :, None] - position[:, None, :]
-    return causal, gap, (position < sinks)[:, None, :].expand_as(causal)
+    return causal, position, (position < sinks)[:, None, :].expand_as(causal)
 
 
 def _visible(record: Any, causal: Tensor, near: Tensor, sink: Tensor, deeper: int, arity: int) -> Tensor:

@@ -71,7 +71,7 @@ def gradients(problem: Problem, dout: Tensor, dtype: torch.dtype) -> tuple[Tenso
         for h in range(case.heads):
             g, r = h * case.kv_heads // case.heads, h * case.routes // case.heads
             balls = problem.query_balls[b : b + 1, r : r + 1], problem.key_ball[b : b + 1, r : r + 1]
-            visible = visible_pairs(*balls, query, key, case.window, case.sinks)[0, 0]
+            visible = visible_pairs(*balls, query, key, case.window, case.sinks, case.dense_until)[0, 0]
             out, lse = eager(q[b, h], k[b, g], v[b, g], visible, problem.scale, case.softcap)
             out.backward(dout[b, h].to(dtype))
             outs.append(out.detach())
@@ -155,6 +155,7 @@ CASES = [
     *(Case(layout=layout) for layout in LAYOUTS if layout != "plain"),
     *(Case(layout=layout, dtype=HALF, length=90) for layout in ("middle_padding", "packed")),
     Case(layout="left_padding", batch=4, length=40),  # whole rows of padding
+    *(Case(layout=layout, dense_until=n) for layout, n in (("plain", 70), ("left_padding", 30), ("packed", 9))),
     *(Case(layout=layout, balls="unvisited", length=170) for layout in ("packed", "relabelled")),
     *(
         Case(heads=6, kv_heads=kv_heads, routes=routes, length=70)

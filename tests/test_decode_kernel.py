@@ -50,6 +50,7 @@ class Step:
             "balls": self.balls,
             "local_window": case.window,
             "num_sink_tokens": case.sinks,
+            "dense_until": case.dense_until,
             "scoring": problem.scoring,
         }
 
@@ -150,6 +151,9 @@ CASES = [
         replace(ONE, visits=3, heads=heads, kv_heads=kv_heads, routes=routes, length=100, window=4, dtype=HALF)
         for heads, kv_heads, routes in ((8, 2, 8), (8, 2, 2), (8, 2, 1), (6, 2, 3), (17, 1, 17))
     ),
+    *(replace(ONE, dense_until=n, length=100, queries=(-4, None)) for n in (97, 98, 100, 2**31 - 1)),
+    replace(ONE, dense_until=20, layout="left_padding", batch=4, length=40),
+    replace(ONE, dense_until=30, layout="packed", length=100, queries=(-9, None), visits=2),
     replace(ONE, visits=5, layout="left_padding", batch=4, length=40),
     replace(ONE, visits=2, layout="unfilled", queries=(60, 63), length=130),
 ]
@@ -277,16 +281,18 @@ def test_queries_that_visit_nothing_see_window_and_sinks() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["window", "sinks", "address", "visit", "nowhere", "balls", "position", "document", "record"]
+    "wrong",
+    ["window", "sinks", "dense_until", "address", "visit", "nowhere", "balls", "position", "document", "record"],
 )
 def test_wrong_step_is_noticed(wrong: str) -> None:
     case = replace(ONE, length=100, batch=1, visits=3 if wrong in ("visit", "nowhere") else 1, queries=(-5, None))
-    given = step(case, "disjoint" if wrong in ("window", "sinks") else "mixed")
+    given = step(case, "disjoint" if wrong in ("window", "sinks", "dense_until") else "mixed")
     place = given.records.position.clone()
     place[:, 1] = 0  # a sink is gone
     changes: dict[str, Any] = {
         "window": {"local_window": given.problem.case.window - 1},
         "sinks": {"num_sink_tokens": given.problem.case.sinks - 1},
+        "dense_until": {"dense_until": 98},  # the first three of the five queries
         "address": {"query_address": given.query_address + 1},
         "visit": {"query_address": given.query_address[:, :, :1]},
         "nowhere": {"query_address": given.query_address.clamp(min=0)},
@@ -470,6 +476,7 @@ def test_compiles_without_a_break() -> None:
         ("key_document", lambda t: t.long(), "key_document must be int32, got torch.int64"),
         ("balls", lambda t: t.repeat(3), r"balls must have shape \[R\] with R a divisor of q's 2 heads, got \(6,\)"),
         ("local_window", lambda n: 0, "local_window must be >= 1, got 0"),
+        ("dense_until", lambda n: -1, "dense_until must be >= 0 and < 2"),
         ("num_sink_tokens", lambda n: -1, "num_sink_tokens must be >= 0, got -1"),
         ("scoring", lambda _: Scoring(1.0, 0.0), "softcap must be None or > 0, got 0.0"),
         ("scoring", lambda _: Scoring(0.0, None), "scale must be > 0, got 0.0"),

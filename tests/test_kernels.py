@@ -120,6 +120,7 @@ class Case:
     softcap: float | None = None
     batch: int = 2
     visits: int = 1  # of a query
+    dense_until: int = 0
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -156,7 +157,8 @@ class Problem:
 
     def plan(self, extra_window: int = 0, extra_sinks: int = 0) -> Plan:
         window, sinks = self.case.window + extra_window, self.case.sinks + extra_sinks
-        return build_plan(self.query_balls, self.key_ball, self.query, self.key, window, sinks)
+        dense_until = self.case.dense_until
+        return build_plan(self.query_balls, self.key_ball, self.query, self.key, window, sinks, dense_until)
 
 
 def make(case: Case, seed: int = 0) -> Problem:
@@ -249,7 +251,8 @@ def errors(problem: Problem, out: Tensor) -> tuple[float, float]:
                     problem.query_balls[b : b + 1, r : r + 1, :, rows],
                     problem.key_ball[b : b + 1, r : r + 1],
                 )
-                visible = visible_pairs(query_balls, key_ball, query, key, case.window, case.sinks)
+                always = case.window, case.sinks, case.dense_until
+                visible = visible_pairs(query_balls, key_ball, query, key, *always)
                 if case.softcap is None:
                     exact = reference_attention(q, k, v, visible, problem.scale)
                 else:
@@ -282,6 +285,8 @@ CASES = [
     *(Case(layout=layout) for layout in LAYOUTS if layout != "plain"),
     *(Case(layout=layout, dtype=HALF, length=90) for layout in ("middle_padding", "packed")),
     Case(layout="left_padding", batch=4, length=40),  # whole rows of padding
+    *(Case(layout=layout, dense_until=n) for layout in ("plain", "left_padding", "packed") for n in (1, 40, 130)),
+    Case(dense_until=70, dtype=HALF, visits=2),
     *(Case(layout=layout, balls="unvisited", length=170) for layout in ("packed", "relabelled")),
     *(
         Case(heads=6, kv_heads=kv_heads, routes=routes, length=70)

@@ -54,6 +54,12 @@ def test_windows_and_sinks(layout: str, window: int, sinks: int) -> None:
     check(make_problem(layout, window=window, sinks=sinks))
 
 
+@pytest.mark.parametrize("dense_until", [1, 9, 23, 24, 99])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_first_tokens_that_see_all_before_them(layout: str, dense_until: int) -> None:
+    check(make_problem(layout, dense_until=dense_until, visits=2))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     layout=st.sampled_from(list(LAYOUTS)),

@@ -34,6 +34,7 @@ class Case:
     sinks: int = 3
     batch: int = 2
     absent: float = 0.0  # share of the queries that are in no ball
+    dense_until: int = 0
 
     def __str__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -76,8 +77,8 @@ class Problem:
     def reference(self) -> Plan:
         addresses = self.query_address, self.key_address
         query_ball, key_ball = (torch.where(a < 0, -1, a % self.balls[:, None]) for a in addresses)
-        plan = build_plan(query_ball[:, :, None], key_ball, self.query, self.key, self.case.window, self.case.sinks)
-        return of_visit(plan, 0)
+        always = self.case.window, self.case.sinks, self.case.dense_until
+        return of_visit(build_plan(query_ball[:, :, None], key_ball, self.query, self.key, *always), 0)
 
     def arguments(self) -> dict[str, Tensor]:
         """The tensors that `tree_plan` takes."""
@@ -196,6 +197,7 @@ CASES = [
     *(Case(queries=(-n, None), layout=layout) for n in (1, 70) for layout in ("plain", "left_padding", "relabelled")),
     Case(queries=(60, 68), layout="right_padding"),
     Case(sinks=0, window=1),
+    *(Case(layout=layout, dense_until=n) for layout in ("plain", "left_padding", "packed") for n in (9, 60)),
     Case(sinks=70),  # more sinks than a chunk holds
     Case(sinks=500, window=500),  # more than there are tokens
     *(Case(absent=0.7, length=70, batch=1, layout=layout) for layout in ("plain", "middle_padding")),

@@ -9,10 +9,10 @@ import torch
 from helpers import LAYOUTS, Problem, make_problem
 from torch import Tensor
 
-from topo_adapter.core.layout import SequenceLayout
+from topo_adapter.core.layout import SequenceLayout, contiguous_layout
 from topo_adapter.core.records import Keys
 from topo_adapter.core.rule import Rule
-from topo_adapter.core.visibility import Visibility, always_visible, per_head, visible_pairs
+from topo_adapter.core.visibility import Visibility, always_density, always_visible, per_head, visible_pairs
 from topo_adapter.ops.router import Routes
 from topo_adapter.ops.visits import at, visited
 
@@ -44,7 +44,8 @@ def by_definition(problem: Problem) -> list[list[list[list[bool]]]]:
         depth = problem.depths[h]
         visits = [query_digits[b][h][i - first], *(more[b][h][i - first] if more else [])]
         tree = any(visit[:depth] == key_digits[b][h][j][:depth] for visit in visits)
-        return tree or mine.index(i) - mine.index(j) < problem.window or j in mine[: problem.sinks]
+        near = mine.index(i) - mine.index(j) < problem.window or j in mine[: problem.sinks]
+        return tree or near or i in mine[: problem.dense_until]
 
     return [
         [[[sees(b, h, i, j) for j in range(length)] for i in range(first, length)] for h in range(len(problem.depths))]
@@ -69,6 +70,23 @@ def test_matches_the_definition(layout: str, arity: int, visits: int) -> None:
 def test_matches_the_definition_at_other_windows_and_sinks(window: int, sinks: int) -> None:
     problem = make_problem("packed", length=14, depths=(2, 4), window=window, sinks=sinks)
     assert torch.equal(mask_of(problem), torch.tensor(by_definition(problem)))
+
+
+@pytest.mark.parametrize("dense_until", [1, 5, 13, 14, 99])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_first_tokens_may_see_all_before_them(layout: str, dense_until: int) -> None:
+    problem = make_problem(layout, length=14, depths=(3, 4), window=2, sinks=1, dense_until=dense_until)
+    assert torch.equal(mask_of(problem), torch.tensor(by_definition(problem)))
+
+
+@pytest.mark.parametrize("dense_until", [0, 1, 3, 7, 20, 50])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 2), (30, 0), (2, 30)])
+def test_always_density_counts_pairs(window: int, sinks: int, dense_until: int) -> None:
+    for length in (1, 2, 5, 20, 21):
+        layout = contiguous_layout(1, length)
+        seen = always_visible(layout, layout, window, sinks, dense_until)
+        expected = seen.sum().item() / (length * (length + 1) / 2)
+        assert always_density(length, window, sinks, dense_until) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("layout", ["plain", "left_padding", "packed"])

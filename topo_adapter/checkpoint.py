@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .card import write_merged_card
-from .errors import AdapterFileError, UnsupportedModelError
+from .errors import AdapterFileError, TopologyConfigError, UnsupportedModelError
 from .files import newest, replacing
 from .fingerprint import fingerprint, same_base
 from .layer import CHILD, MergedTopology
@@ -38,6 +38,8 @@ _CHOOSE_CODE = {
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     *("auto_map", "custom_pipelines"),
 }
+#: What a merged model's config.json says of itself.
+_OWN = ("base_config", "architectures", "dense_until")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -123,7 +125,9 @@ def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None
         config.write(folder)  # without the card that tells how to load an adapter
         file = whole / "config.json"
         own = json.loads(file.read_text(encoding="utf-8"))
-        MergedConfig(base_config=own, architectures=own.get("architectures")).to_json_file(file)
+        dense_until = next(iter(merged.values())).dense_until
+        about = MergedConfig(base_config=own, dense_until=dense_until, architectures=own.get("architectures"))
+        about.to_json_file(file)
         _write_card(model, whole, earlier=Path(directory))
 
 
@@ -142,15 +146,17 @@ class MergedConfig(PreTrainedConfig):
 
     Attributes:
         base_config: the base's config.json.
+        dense_until: as `merge_adapter` takes it.
     """
 
     model_type = MODEL_TYPE
     base_config: dict[str, Any] | None = None
+    dense_until: int = 0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Nothing but the base's config is taken from a file; what the caller asks for is left to the base."""
-        own = {name: config_dict.get(name) for name in ("base_config", "architectures")}
+        own = {name: config_dict[name] for name in _OWN if name in config_dict}
         config = cls(**own)
         return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
 
@@ -249,7 +255,10 @@ def load_merged(directory: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
                 f"{directory} must hold the base that its config.json describes, got {len(found)} {problem}, the first "
                 f"{found[:3]}; save the merged model again"
             )
-    return adapter.merge_and_unload()
+    try:
+        return adapter.merge_and_unload(dense_until=merged.dense_until)
+    except TopologyConfigError as error:
+        raise AdapterFileError(f"{directory} must hold a config.json that save_merged wrote, got: {error}") from error
 
 
 def _class_of(merged: MergedConfig, config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -248,7 +248,7 @@ def arrive(host: TopologyHost, hidden_states: Tensor, inputs: dict[str, Any]) ->
         if not learning or isinstance(past, Tensor) or past > 0 or inputs.get("output_attentions"):
             return None
 
-    rule = host.rule(config, router.num_heads, keep=merged)
+    rule = host.rule(config, router.num_heads, merged)
     differentiable = purpose.needs_probabilities or (
         not merged and not purpose.needs_addresses and torch.is_grad_enabled()
     )
@@ -383,7 +383,9 @@ class Attention:
         """What the adapter makes of it: hard where it may be, else with its gradients and auxiliary loss."""
         call, weights = self.call, None
         if call.hard:
-            return self.hard(), None
+            # keys and queries lie below it: the model's own attention is the fastest that shows all of them
+            dense = self.key.shape[2] <= call.visibility.rule.dense_until
+            return self.base()[0] if dense else self.hard(), None
         plan = self.measured_plan() if call.training else None
         if call.config.homotopy > 0:
             out, far_pairs = self.bridged(plan)

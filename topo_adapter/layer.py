@@ -74,6 +74,7 @@ class TopologyHost(nn.Module):
         self.density_counts: Tensor | None = None  # of the last `recording_density`
         self.passes = Passes()
         self.schedule = Schedule()
+        self.dense_until = 0  # of merged forwards
         self.unused: set[str] = set()  # adapters that were never loaded nor in force
         self._rules: dict[tuple[Any, ...], Rule] = {}
 
@@ -90,18 +91,25 @@ class TopologyHost(nn.Module):
         """Visible depth of each query head."""
         return config.depths_of_layer(self.geometry.layer, self.geometry.num_heads, self.geometry.num_kv_heads)
 
-    def rule(self, config: TopologyConfig, routes: int, keep: bool) -> Rule:
+    def always(self, config: TopologyConfig, merged: bool) -> tuple[int, int, int]:
+        """Window, sinks, and the position below which queries see all before them: `Rule.always`."""
+        return config.local_window, config.num_sink_tokens, self.dense_until if merged else 0
+
+    def rule(self, config: TopologyConfig, routes: int, merged: bool) -> Rule:
         """What a configuration makes visible here.
 
-        routes: of the router. keep: for the forwards that follow, whose depths stay, as in training they do not.
+        routes: of the router. merged: depths stay as they are for the forwards that follow, as in training they do not.
         """
-        window = config.local_window, config.num_sink_tokens
+        window, sinks, dense_until = self.always(config, merged)
         visits = tuple(config.visits_of_layer(self.geometry.layer, self.geometry.num_heads))
-        values = config.arity, config.depth, tuple(self.depths(config)), routes, *window, visits
+        values = (
+            *(config.arity, config.depth, tuple(self.depths(config)), routes),
+            *(window, sinks, visits, dense_until),
+        )
         known = self._rules.get(values)
         if known is None:
             known = Rule(*values)
-            if keep:
+            if merged:
                 self._rules[values] = known
         return known
 
@@ -206,15 +214,19 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
     def unmerge(self) -> None:
         """Back to the unmerged path. No weight was changed, so this is exact."""
         self.merged_adapters.clear()
+        self.dense_until = 0
 
 
 class MergedTopology(TopologyHost):
     """The hard topology of a model without PEFT wrapper; what `merge_and_unload` leaves behind."""
 
-    def __init__(self, attention: nn.Module, geometry: Geometry, router: Router, config: TopologyConfig) -> None:
+    def __init__(
+        self, attention: nn.Module, geometry: Geometry, router: Router, config: TopologyConfig, dense_until: int
+    ) -> None:
         super().__init__(attention, geometry)
         self.router = router.requires_grad_(False)
         self.topology_config = config
+        self.dense_until = dense_until
 
     def in_force(self) -> InForce | None:
         return InForce(self.router, self.topology_config, True)

@@ -180,6 +180,7 @@ class TopologyModel(BaseTuner):
         safe_merge: bool = False,
         target_density: float | None = None,
         length: int | None = None,
+        dense_until: int | None = None,
     ) -> None:
         """Switch the active (or the named) adapter to the hard path; see `TopologyLayer.merge`.
 
@@ -187,11 +188,16 @@ class TopologyModel(BaseTuner):
             target_density: in (0, 1]; turns the adapter's dial as `set_density` does, also while it is merged. None
                 merges at the depths as they are: a calibrated adapter has a density of its own.
             length: tokens of the texts in which `target_density` is meant; None is the calibrated length.
+            dense_until: >= 0; tokens at positions below it see all tokens before them. Up to that length the model runs
+                its own dense attention, beyond it the pairs of those first tokens come on top of `target_density`.
+                Part of what a merged model is, saved with it, and not of the adapter. None is 0, or where the adapter
+                is merged already leaves it as it is.
 
         Raises:
             MergeError: homotopy below 1, more than one adapter, or with `safe_merge` a weight that is not finite;
                 `target_density` without a calibration.
-            TopologyConfigError: `target_density` out of range, or below what the deepest map reaches; `length` alone.
+            TopologyConfigError: `target_density` out of range, or below what the deepest map reaches; `length` alone;
+                `dense_until` out of range.
         """
         # before any layer changes, so that a refusal leaves no half-merged model
         names = {name for layer in _layers(self.model) for name in layer.check_merge(adapter_names, safe_merge)}
@@ -199,9 +205,11 @@ class TopologyModel(BaseTuner):
         if merged and names != merged:
             raise MergeError(f"adapter {min(merged)!r} is merged already; call unmerge_adapter first")
         self._check_auxiliary(names)
+        self._check_dense_until(dense_until)
         self._turn_dial(names, target_density, length)
-        if target_density is None or not merged:
+        if not merged or (target_density is None and dense_until is None):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._see_all(names, dense_until)
 
     def merge_and_unload(
         self,
@@ -210,6 +218,7 @@ class TopologyModel(BaseTuner):
         adapter_names: list[str] | None = None,
         target_density: float | None = None,
         length: int | None = None,
+        dense_until: int | None = None,
     ) -> nn.Module:
         """The base model with the hard topology and without PEFT; arguments and errors as `merge_adapter`."""
         layers = _layers(self.model)
@@ -217,8 +226,23 @@ class TopologyModel(BaseTuner):
             name for each in layers for name in each.check_merge(each.merged_adapters or adapter_names, safe_merge)
         }
         self._check_auxiliary(names)
+        self._check_dense_until(dense_until)
         self._turn_dial(names, target_density, length)
+        self._see_all(names, dense_until)
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    @staticmethod
+    def _check_dense_until(dense_until: int | None) -> None:
+        integer = isinstance(dense_until, int) and not isinstance(dense_until, bool)
+        if dense_until is not None and not (integer and 0 <= dense_until < 2**31):
+            raise TopologyConfigError(
+                f"dense_until must be an integer >= 0 and < 2**31, a number of tokens, or None, got {dense_until!r}"
+            )
+
+    def _see_all(self, names: set[str], dense_until: int | None) -> None:
+        for layer in _layers(self.model):
+            if dense_until is not None and names & set(layer.topo_routers):
+                layer.dense_until = dense_until
 
     def _check_auxiliary(self, names: set[str]) -> None:
         for name in names:
@@ -285,7 +309,7 @@ class TopologyModel(BaseTuner):
             if merge and layer.merged_adapters:
                 name = layer.merged_adapters[0]
                 router, config = layer.topo_routers[name], layer.topo_configs[name]
-                host = MergedTopology(module, layer.geometry, router, config)  # type: ignore[arg-type]
+                host = MergedTopology(module, layer.geometry, router, config, layer.dense_until)  # type: ignore[arg-type]
                 host.train(module.training)
                 install(module, host)
         if not hosts(self.model):

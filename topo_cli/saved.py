@@ -115,6 +115,9 @@ def merge(
     base: Base = None,
     density: Density = None,
     length: Length = None,
+    dense_until: Annotated[
+        int, typer.Option(min=0, help="Tokens at positions below it see all before them: short texts run dense.")
+    ] = 0,
     dtype: Dtype = "auto",
 ) -> None:
     """Write base and adapter as one model, which `AutoModelForCausalLM` opens after `import topo_adapter`."""
@@ -123,7 +126,7 @@ def merge(
         raise TopologyConfigError(f"output must hold no model or adapter yet, got {output}")
     with _opening(named, adapter, base):
         tokenizer, model = _tokenizer(named), _load(named, "cpu", dtype)
-    model = load(model, adapter).merge_and_unload(target_density=density, length=length)
+    model = load(model, adapter).merge_and_unload(target_density=density, length=length, dense_until=dense_until)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {named} with the topology of {adapter}, as one model")

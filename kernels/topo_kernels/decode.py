@@ -41,17 +41,17 @@ def _ceil_2_32_over(b_d):
 
 @triton.jit
 def _without_tree(
-    p_position, p_document, o_key, last, stride_ps, stride_ds, position, document, local_window, num_sink_tokens
+    p_position, p_document, o_key, last, stride_ps, stride_ds, position, document, reach, num_sink_tokens
 ):
     """Which keys a query may see at all, and which it sees whatever their balls; nothing from key `last` on."""
     m_key = o_key < last
     b_kpos = tl.load(p_position + o_key * stride_ps, mask=m_key, other=0)
     b_kdoc = tl.load(p_document + o_key * stride_ds, mask=m_key, other=0)
     m_causal = (b_kpos > 0) & (b_kpos <= position) & (b_kdoc == document)
-    return m_causal, m_causal & ((position - b_kpos < local_window) | (b_kpos <= num_sink_tokens))
+    return m_causal, m_causal & ((position - b_kpos < reach) | (b_kpos <= num_sink_tokens))
 
 
-@triton.jit(do_not_specialize=["T", "S", "chunks", "chunk", "U", "R", "local_window", "num_sink_tokens"])
+@triton.jit(do_not_specialize=["T", "S", "chunks", "chunk", "U", "R", "local_window", "num_sink_tokens", "dense_until"])
 def _scan_kernel(
     key_address,  # [B, S, R] uint8, int16 or int32
     key_position,  # [B, S] int32, plus one
@@ -76,6 +76,7 @@ def _scan_kernel(
     R,
     local_window,
     num_sink_tokens,
+    dense_until,
     ROUTE_GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     BITS: tl.constexpr,
@@ -99,6 +100,7 @@ def _scan_kernel(
     wait_for_previous(OVERLAP)
     position = tl.load(query_position + i_b * T + i_t).to(tl.int32) + 1  # like the keys': 0 for padding
     document = tl.load(query_document + i_b * T + i_t).to(tl.int32)
+    reach = tl.where(position <= dense_until, position, local_window)  # of an early query: all keys before it
     o_row = (i_b * U + o_u) * T + i_t  # [BLOCK_U]
     p_list = entries + (o_row * chunks + i_chunk) * chunk
     # A thread takes KEYS neighbours at a time and keeps their bits in one word, so that few counts are exchanged.
@@ -112,7 +114,7 @@ def _scan_kernel(
         p_document = key_document + i_b * stride_db + i_key * stride_ds
         m_causal, m_always = _without_tree(
             *(p_position, p_document, tl.arange(0, GROUPS * KEYS), last, stride_ps, stride_ds),
-            *(position, document, local_window, num_sink_tokens),
+            *(position, document, reach, num_sink_tokens),
         )
         both = tl.sum(m_causal.to(tl.int32) + (m_always.to(tl.int32) << 16), 0)
         if both > 0:
@@ -152,7 +154,7 @@ def _scan_kernel(
                 for i_n in tl.static_range(KEYS):
                     m_may, m_must = _without_tree(
                         *(p_position, p_document, o_group + i_n, last, stride_ps, stride_ds),
-                        *(position, document, local_window, num_sink_tokens),
+                        *(position, document, reach, num_sink_tokens),
                     )
                     b_may |= tl.where(m_may, ALL, 0).to(tl.uint32) << (i_n * BITS)
                     b_must |= tl.where(m_must, ALL, 0).to(tl.uint32) << (i_n * BITS)
@@ -368,6 +370,7 @@ def _decode(
     balls: Tensor,
     local_window: int,
     num_sink_tokens: int,
+    dense_until: int,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -406,7 +409,7 @@ def _decode(
         _scan_kernel[(scans, chunks)](
             *(key_address, key_position, key_document, *query, balls.contiguous(), entries, counts),
             *(*key_address.stride()[:2], *key_position.stride(), *key_document.stride()),
-            *(T, S, chunks, chunk, lists, R, local_window, num_sink_tokens),
+            *(T, S, chunks, chunk, lists, R, local_window, num_sink_tokens, dense_until),
             ROUTE_GROUP=route_group,
             HEADS=heads,
             BITS=bits,
@@ -514,6 +517,7 @@ def decode_attention(
     *,
     local_window: int,
     num_sink_tokens: int,
+    dense_until: int = 0,
 ) -> Tensor:
     """Attention of new tokens over a cache, over the visible pairs of docs/method.md, section 2.
 
@@ -536,7 +540,8 @@ def decode_attention(
         key_document: int32 `[B, S]`, any strides.
         balls: int32 `[R]`, number of balls at each route's visible depth, 1 (dense) to 2^15: the ball of an address is
             its remainder by this.
-        local_window: >= 1. num_sink_tokens: >= 0.
+        local_window: >= 1. num_sink_tokens: >= 0. dense_until: >= 0; queries at positions below it see all keys before
+            them.
 
     Returns:
         `[B, H, T, D]` in q's dtype, the transposed view of a contiguous `[B, T, H, D]`. Rows of padding queries are 0.
@@ -549,6 +554,8 @@ def decode_attention(
     key = {"key_address": key_address, "key_position": key_position, "key_document": key_document}
     _check(q, k, v, query, key, balls, local_window)
     check_sinks(num_sink_tokens)
+    if not 0 <= dense_until < 2**31:
+        raise ValueError(f"dense_until must be >= 0 and < 2**31, got {dense_until}.")
     check_scoring(scoring)
     check_device("decode_attention", q=q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -558,6 +565,6 @@ def decode_attention(
         )
     if q.numel() == 0:
         return torch.empty_like(q)
-    options = (local_window, num_sink_tokens, scoring.scale, scoring.softcap)
+    options = (local_window, num_sink_tokens, dense_until, scoring.scale, scoring.softcap)
     out = _decode(q, k, v, *query.values(), *key.values(), balls, *options)
     return out.transpose(1, 2)

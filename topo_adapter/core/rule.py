@@ -21,12 +21,13 @@ class Rule:
             at `L + 1` a query is in no key's ball.
         routes: `R`, as many as query heads, or each shared by as many query heads.
         local_window: >= 1. num_sink_tokens: >= 0.
+        dense_until: >= 0; queries at positions below it see all keys before them.
         visits: `m >= 1`, the balls that a query of each query head visits; empty: one each.
         route_depths: visible depth of each route, or of each query head where depths or visits differ within a route.
         route_visits: visits of the same. most_visits: the most of them.
         ball_sizes: addresses modulo these, one for each of `route_depths`, are balls.
         below_the_leaves: whether any route sees nothing by the tree.
-        window_and_sinks: `local_window, num_sink_tokens`.
+        always: `local_window, num_sink_tokens, dense_until`, what is visible whatever the addresses are.
     """
 
     arity: int
@@ -36,12 +37,13 @@ class Rule:
     local_window: int
     num_sink_tokens: int
     visits: tuple[int, ...] = ()
+    dense_until: int = 0
     route_depths: tuple[int, ...] = field(init=False)
     route_visits: tuple[int, ...] = field(init=False)
     most_visits: int = field(init=False)
     ball_sizes: tuple[int, ...] = field(init=False)
     below_the_leaves: bool = field(init=False)
-    window_and_sinks: tuple[int, int] = field(init=False)
+    always: tuple[int, int, int] = field(init=False)
     _sent: dict[tuple[torch.device, str], Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Rule:
         object.__setattr__(self, "most_visits", max(visits))
         object.__setattr__(self, "ball_sizes", tuple([num_balls(self.arity, self.levels, depth) for depth in depths]))
         object.__setattr__(self, "below_the_leaves", max(depths) > self.levels)
-        object.__setattr__(self, "window_and_sinks", (self.local_window, self.num_sink_tokens))
+        object.__setattr__(self, "always", (self.local_window, self.num_sink_tokens, self.dense_until))
 
     def at(self, depths: Sequence[int], visits: Sequence[int] = ()) -> Rule:
         """The same at other depths, with other visits; none: one each."""

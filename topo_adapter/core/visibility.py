@@ -1,9 +1,9 @@
 """The one definition of what a query sees (docs/method.md, section 2).
 
 Query `i` sees key `j` iff `j <= i`, both are real tokens of one document, and one of the visits of `i` lies in the ball
-of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document. Below the leaves
-(docs/method.md) no key has the ball of a query. Everything else in this library - soft masks, the sorted plan, the
-kernels - is tested against this.
+of `j`, or `i - j < local_window`, or `j` is one of the first `num_sink_tokens` of the document, or `i` is one of its
+first `dense_until`. Below the leaves (docs/method.md) no key has the ball of a query. Everything else in this library -
+soft masks, the sorted plan, the kernels - is tested against this.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from .records import Keys
 from .rule import Rule
 
 
-def always_visible(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
-    """bool `[B, T, S]`: pairs visible whatever the addresses are (local window and attention sinks)."""
-    return causal_pairs(query, key) & _near_or_sink(query, key, local_window, num_sink_tokens)
+def always_visible(
+    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int, dense_until: int = 0
+) -> Tensor:
+    """bool `[B, T, S]`: pairs visible whatever the addresses are (local window, attention sinks, early queries)."""
+    return causal_pairs(query, key) & _without_tree(query, key, local_window, num_sink_tokens, dense_until)
 
 
-def _near_or_sink(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> Tensor:
-    """bool `[B, T, S]`: of causal pairs, those that window and sinks make visible."""
-    gap = query.position[:, :, None] - key.position[:, None, :]
-    return (gap < local_window) | (key.position[:, None, :] < num_sink_tokens)
+def _without_tree(
+    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int, dense_until: int
+) -> Tensor:
+    """bool `[B, T, S]`: of causal pairs, those that are visible whatever the addresses are."""
+    at, of = query.position[:, :, None], key.position[:, None, :]
+    seen = (at - of < local_window) | (of < num_sink_tokens)
+    return seen | (at < dense_until) if dense_until else seen
 
 
 def visible_pairs(
@@ -36,6 +41,7 @@ def visible_pairs(
     key: SequenceLayout,
     local_window: int,
     num_sink_tokens: int,
+    dense_until: int = 0,
 ) -> Tensor:
     """Section 2's mask.
 
@@ -50,19 +56,26 @@ def visible_pairs(
     tree = query_balls[:, :, 0, :, None] == key_ball[..., None, :]
     for visit in range(1, query_balls.shape[2]):
         tree |= query_balls[:, :, visit, :, None] == key_ball[..., None, :]
-    tree |= _near_or_sink(query, key, local_window, num_sink_tokens)[:, None]
+    tree |= _without_tree(query, key, local_window, num_sink_tokens, dense_until)[:, None]
     tree &= causal_pairs(query, key)[:, None]
     return tree
 
 
-def always_density(length: int, local_window: int, num_sink_tokens: int) -> float:
-    """Share in (0, 1] of the causal pairs of one document of `length` tokens that window and sinks make visible."""
+def always_density(length: int, local_window: int, num_sink_tokens: int, dense_until: int = 0) -> float:
+    """Share in (0, 1] of the causal pairs of a document of `length` tokens that no address can hide."""
+    dense = min(length, dense_until)
+    pairs = _pairs_without_tree(length, local_window, num_sink_tokens)
+    pairs += dense * (dense + 1) // 2 - _pairs_without_tree(dense, local_window, num_sink_tokens)
+    return pairs / (length * (length + 1) // 2)
+
+
+def _pairs_without_tree(length: int, local_window: int, num_sink_tokens: int) -> int:
+    """Pairs of one document of `length` tokens that window and sinks make visible."""
     reached = min(length, local_window)  # queries whose window reaches the first token
     far = length - reached
     some = min(far, num_sink_tokens)  # queries that have fewer sinks than all beyond their window
     in_window = reached * (reached + 1) // 2 + far * local_window
-    sinks = some * (some + 1) // 2 + (far - some) * num_sink_tokens
-    return (in_window + sinks) / (length * (length + 1) // 2)
+    return in_window + some * (some + 1) // 2 + (far - some) * num_sink_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +131,11 @@ class Visibility:
 
     def always(self) -> Tensor:
         """bool `[B, T, S]`: visible whatever the addresses are."""
-        return always_visible(self.query, self.keys.layout, *self.rule.window_and_sinks)
+        return always_visible(self.query, self.keys.layout, *self.rule.always)
 
     def mask(self) -> Tensor:
         """bool `[B, r, T, S]`, for each of the `route_depths`: `visible_pairs`."""
-        return visible_pairs(*self.balls(), self.query, self.keys.layout, *self.rule.window_and_sinks)
+        return visible_pairs(*self.balls(), self.query, self.keys.layout, *self.rule.always)
 
 
 def per_head(x: Tensor, heads: int, dim: int = 1) -> Tensor:

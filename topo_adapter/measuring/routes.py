@@ -33,12 +33,15 @@ class RecordedRoutes:
     visible_depth: Tensor
     visits: Tensor
 
-    def visibility(self, layout: SequenceLayout, arity: int, local_window: int, num_sink_tokens: int) -> Visibility:
+    def visibility(
+        self, layout: SequenceLayout, arity: int, local_window: int, num_sink_tokens: int, dense_until: int = 0
+    ) -> Visibility:
         """Who sees whom of these tokens."""
         keys = Keys(digits_to_address(self.key_digits, arity), layout)
         depths = tuple(self.visible_depth.tolist())
         visits = (self.visits.shape[2],) * len(depths)  # at most: those that a head has not are -1
-        rule = Rule(arity, self.key_digits.shape[-1], depths, len(depths), local_window, num_sink_tokens, visits)
+        levels, always = self.key_digits.shape[-1], (local_window, num_sink_tokens)
+        rule = Rule(arity, levels, depths, len(depths), *always, visits, dense_until)
         return Visibility(self.visits, layout, keys, rule)
 
     def balls(self, arity: int) -> tuple[Tensor, Tensor]:
@@ -114,10 +117,10 @@ def measure_density(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
     records = record_routes(model, input_ids, attention_mask)
     layout = layout_from_padding(real)
     densities = {}
-    for host, config, _ in active_layers(model):
+    for host, config, merged in active_layers(model):
         record = records[host.geometry.layer]
         device = record.visits.device
         tokens = SequenceLayout(layout.document.to(device), layout.position.to(device))
-        plan = make_plan(record.visibility(tokens, config.arity, config.local_window, config.num_sink_tokens))
+        plan = make_plan(record.visibility(tokens, config.arity, *host.always(config, merged)))
         densities[host.geometry.layer] = (plan.visible_count() / plan.causal_count()).cpu()
     return densities

@@ -96,4 +96,5 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sc
         scoring,
         local_window=rule.local_window,
         num_sink_tokens=rule.num_sink_tokens,
+        dense_until=rule.dense_until,
     )

@@ -157,8 +157,7 @@ def _triton_far_mass(
     """As `_torch_far_mass`."""
     from topo_kernels import LocalTensors, far_mass
 
-    rule = visibility.rule.window_and_sinks
-    plan = local_plan(visibility.query, visibility.query, *rule)
+    plan = local_plan(visibility.query, visibility.query, *visibility.rule.always)
     sampled = plan.document_start[:, rows], plan.start[:, rows], plan.end[:, rows]
     kept, query_mean, key_mean = far_mass(
         q,

@@ -1,10 +1,10 @@
 """From balls to a plan: sorted orders and contiguous key ranges (docs/method.md, section 6).
 
 Keys are sorted by (document, ball, position) or (ball, document, position). A query's tree keys - same document, same
-ball, at least `local_window` tokens back, no sinks - are then one contiguous range. The local pass covers exactly the
-rest: a contiguous range of the keys sorted by (document, position), plus the sinks of the query's document that lie
-before that range. The two are disjoint, so merging them by log-sum-exp counts no key twice. O(N log N) time, O(N)
-memory, no host synchronisation.
+ball, at least `local_window` tokens back, no sinks - are then one contiguous range, empty for queries at positions
+below `dense_until`. The local pass covers exactly the rest: a contiguous range of the keys sorted by (document,
+position), plus the sinks of the query's document that lie before that range. The two are disjoint, so merging them by
+log-sum-exp counts no key twice. O(N log N) time, O(N) memory, no host synchronisation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LocalPlan:
     Attributes:
         order: `[B, S]`; local rank -> key index: real keys by (document, position), padding last. None where the rows
             are known to be plain (one document, no padding): then it is the identity.
-        document_start, start, end: `[B, T]`; local ranks. A query sees `[start, end)` (window) and
+        document_start, start, end: `[B, T]`; local ranks. A query sees `[start, end)` (its window, or all) and
             `[document_start, min(document_start + sinks, start))`.
         tree_queries: `[B, T]`; the real queries by local rank, then -1 for each padding query; None if plain.
         tree_keys: `[B, S]`; local rank -> key index, -1 for sinks and padding; None if plain.
@@ -89,11 +89,11 @@ def make_plan(visibility: Visibility) -> Plan:
     """
     query, key = visibility.query, visibility.keys.layout
     rule = visibility.rule
-    local, sizes = local_plan(query, key, *rule.window_and_sinks), rule.ball_sizes
-    if max(sizes) == 1 and local.order is None:
+    local, sizes = local_plan(query, key, *rule.always), rule.ball_sizes
+    if local.order is None and (max(sizes) == 1 or query.position.shape[1] <= rule.dense_until):
         return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
     if not kernels_serve("plan", visibility.visits, visits=rule.most_visits):
-        tree = _sorted_tree(*visibility.balls(), query, key, *rule.window_and_sinks)
+        tree = _sorted_tree(*visibility.balls(), query, key, *rule.always)
         return _joined(tree, local, rule.num_sink_tokens)
     return _joined(_kernels_tree(visibility, local), local, rule.num_sink_tokens)
 
@@ -147,10 +147,11 @@ def build_plan(
     key: SequenceLayout,
     local_window: int,
     num_sink_tokens: int,
+    dense_until: int = 0,
 ) -> Plan:
     """The plan of a forward from balls, in torch; arguments as `topo_adapter.core.visibility.visible_pairs`."""
-    tree = _sorted_tree(query_balls, key_ball, query, key, local_window, num_sink_tokens)
-    local = _general_local_plan(query, key, local_window, num_sink_tokens)
+    tree = _sorted_tree(query_balls, key_ball, query, key, local_window, num_sink_tokens, dense_until)
+    local = _general_local_plan(query, key, local_window, num_sink_tokens, dense_until)
     return _joined(tree, local, num_sink_tokens)
 
 
@@ -161,6 +162,7 @@ def _sorted_tree(
     key: SequenceLayout,
     local_window: int,
     num_sink_tokens: int,
+    dense_until: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`query_order`, `range_start`, `range_end` and `key_order` of a `Plan`."""
     span = key.position.shape[1] + 1  # larger than any position
@@ -178,37 +180,42 @@ def _sorted_tree(
     query_rank = rank(query.position, query_balls, query).masked_fill(~visiting, _EXCLUDED)
     query_order = query_rank.argsort(-1)
     first = rank(torch.zeros_like(query.position), query_balls, query)
-    # keys below this position are out of the window; 0 for padding, whose range is empty then
-    reach = (query.position - local_window + 1).clamp(min=0)
+    # keys below this position are left to the tree; 0 for padding, whose range is empty then
+    reach = (query.position - local_window + 1).clamp(min=0).masked_fill(query.position < dense_until, 0)
     keys = sorted_rank[:, :, None].expand(-1, -1, query_balls.shape[2], -1).contiguous()
     start = torch.searchsorted(keys, first)
     end = torch.where(visiting, torch.searchsorted(keys, rank(reach, query_balls, query)), start)
     return query_order.int(), start.gather(-1, query_order).int(), end.gather(-1, query_order).int(), key_order.int()
 
 
-_LOCAL_PLANS: WeakKeyDictionary[SequenceLayout, dict[tuple[int, int], LocalPlan]] = WeakKeyDictionary()
+_LOCAL_PLANS: WeakKeyDictionary[SequenceLayout, dict[tuple[int, int, int], LocalPlan]] = WeakKeyDictionary()
 
 
-def local_plan(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> LocalPlan:
+def local_plan(
+    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int, dense_until: int = 0
+) -> LocalPlan:
     """The part of a plan that depends on layouts alone, computed once for all layers that share a layout object."""
     if query is not key:
-        return _general_local_plan(query, key, local_window, num_sink_tokens)
+        return _general_local_plan(query, key, local_window, num_sink_tokens, dense_until)
     known = _LOCAL_PLANS.setdefault(query, {})
-    options = (local_window, num_sink_tokens)
+    options = local_window, num_sink_tokens, dense_until
     if options not in known:
         make = _plain_local_plan if query.plain else _general_local_plan
-        known[options] = make(query, key, local_window, num_sink_tokens)
+        known[options] = make(query, key, *options)
     return known[options]
 
 
-def _plain_local_plan(query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int) -> LocalPlan:
+def _plain_local_plan(
+    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int, dense_until: int
+) -> LocalPlan:
     end = torch.arange(1, query.position.shape[1] + 1, dtype=torch.int32, device=query.position.device)
     end = end.expand(query.position.shape).contiguous()
-    return LocalPlan(None, torch.zeros_like(end), (end - local_window).clamp(min=0), end, None, None)
+    start = (end - local_window).clamp(min=0).masked_fill(end <= dense_until, 0)
+    return LocalPlan(None, torch.zeros_like(end), start, end, None, None)
 
 
 def _general_local_plan(
-    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int
+    query: SequenceLayout, key: SequenceLayout, local_window: int, num_sink_tokens: int, dense_until: int
 ) -> LocalPlan:
     span = key.position.shape[1] + 1  # larger than any position
     place = (key.document * span + key.position).masked_fill(~key.real, _EXCLUDED)
@@ -218,6 +225,7 @@ def _general_local_plan(
     end = torch.searchsorted(sorted_place, document + query.position, right=True)
     end = torch.where(query.real, end, document_start)
     start = torch.maximum(document_start, end - local_window)
+    start = torch.where(query.position < dense_until, document_start, start)
     tree_queries = torch.where(query.real, end, _EXCLUDED).argsort(stable=True, dim=-1)
     tree_queries = torch.where(query.real.gather(1, tree_queries), tree_queries, -1)
     tree_keys = torch.where((key.position >= num_sink_tokens).gather(1, order), order, -1)

@@ -57,7 +57,8 @@ def balls_html(
 
     def see(look: Look) -> None:
         rule = look.visibility.rule
-        shared.update(window=rule.local_window, sinks=rule.num_sink_tokens, levels=rule.levels)
+        window, sinks, dense_until = rule.always
+        shared.update(window=window, sinks=sinks, dense=dense_until, levels=rule.levels)
         found[look.layer] = {"layer": look.layer, "heads": _heads(look)}
 
     looking(model, ids, see, chosen)
