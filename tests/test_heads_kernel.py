@@ -4,7 +4,7 @@ interpreter."""
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from topo_adapter.core.tree import digits_to_address
 from topo_adapter.ops.head_router import HeadRouter
 from topo_kernels import pack_head_router, route_heads
-from topo_kernels.heads import PackedHeadRouter
+from topo_kernels.heads import PackedHeadRouter, Pairs
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -34,6 +34,7 @@ class Case:
     per: str = "query_head"
     turned: int = 32  # channels; 0: none
     last: bool = False
+    pairs: Pairs = "halves"
     angle_rows: int | None = None
     dtype: torch.dtype = torch.float32
 
@@ -69,7 +70,11 @@ def make(case: Case, seed: int = 0) -> Problem:
     cos = sin = None
     if case.turned:
         rows = case.batch if case.angle_rows is None else case.angle_rows
-        angle = torch.randn(rows, case.length, case.turned // 2).repeat(1, 1, 2)
+        angle = torch.randn(rows, case.length, case.turned // 2)
+        if case.pairs == "neighbours":
+            angle = angle.repeat_interleave(2, -1)
+        else:  # what is given once stands beside what is not to be read
+            angle = torch.cat([angle, angle if case.pairs == "halves" else torch.randn_like(angle)], -1)
         cos, sin = (x.to(DEVICE, case.dtype) for x in (angle.cos(), angle.sin()))
     return Problem(case, router.to(DEVICE), query.to(DEVICE, case.dtype), key.to(DEVICE, case.dtype), cos, sin)
 
@@ -80,8 +85,8 @@ def pack(router: HeadRouter) -> PackedHeadRouter:
 
 def run(problem: Problem, **changes: Any) -> tuple[Tensor | None, Tensor, Tensor]:
     given = {"query": problem.query, "key": problem.key, "cos": problem.cos, "sin": problem.sin}
-    options = {"packed": pack(problem.router), "first": problem.first, "keep_logits": True}
-    return route_heads(**(given | options | changes))
+    options = {"packed": pack(problem.router), "first": problem.first, "pairs": problem.case.pairs}
+    return route_heads(**(given | options | {"keep_logits": True} | changes))
 
 
 def definition(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -91,10 +96,14 @@ def definition(problem: Problem) -> tuple[Tensor, Tensor]:
         x = x.double()
         if problem.cos is not None and problem.sin is not None:
             cos, sin = (each.double()[:, None] for each in (problem.cos, problem.sin))
-            inside = x[..., problem.first : problem.first + case.turned]
-            low, high = inside.chunk(2, -1)
-            back = inside * cos - torch.cat([-high, low], -1) * sin
-            x = torch.cat([x[..., : problem.first], back, x[..., problem.first + case.turned :]], -1)
+            pair = torch.arange(case.turned // 2)
+            one, other = (pair, pair + len(pair)) if case.pairs == "halves" else (2 * pair, 2 * pair + 1)
+            angle = pair if case.pairs == "neighbours_once" else one
+            cos, sin, one, other = cos[..., angle], sin[..., angle], one + problem.first, other + problem.first
+            turned = x.clone()
+            turned[..., one] = x[..., one] * cos + x[..., other] * sin
+            turned[..., other] = x[..., other] * cos - x[..., one] * sin
+            x = turned
         routes = linear.weight.shape[0]
         x = x.unflatten(1, (routes, -1)).transpose(2, 3).flatten(3)
         x = (x - linear.center.double()[:, None]) * linear.gain.double()[:, None, None]
@@ -136,6 +145,21 @@ CASES = [
     Case(depth=1),
     Case(dim=256, turned=64, length=40, batch=1, dtype=HALF),
     *(Case(dtype=HALF, heads=heads, dim=64, turned=64, depth=8) for heads in (2, 8)),
+    Case(dim=21, turned=6, last=True, length=33),  # from an odd channel on, an odd number of pairs
+    *(
+        Case(pairs=pairs, **changes)
+        for pairs in ("neighbours", "neighbours_once")
+        for changes in (
+            {},
+            {"length": 1, "batch": 5, "angle_rows": 1},
+            {"turned": 16},
+            {"turned": 16, "last": True},
+            {"dim": 22, "turned": 6, "last": True, "length": 33},  # an odd number of pairs
+            {"dim": 21, "turned": 6, "length": 33},
+            {"heads": 6, "per": "kv_head", "dim": 20, "turned": 20},
+            {"heads": 3, "kv_heads": 1, "dim": 128, "turned": 128, "depth": 8, "dtype": HALF},
+        )
+    ),
 ]
 GPU_CASES = [
     replace(case, batch=2, length=1030, dtype=dtype) for case in CASES for dtype in (torch.float32, HALF, BF16)
@@ -200,6 +224,26 @@ def test_it_would_notice(wrong: str) -> None:
         changes["packed"] = packed._replace(bias=packed.bias.roll(1, 0))
     with pytest.raises(AssertionError):
         check(problem, run(problem, **changes))
+
+
+@pytest.mark.parametrize("pairs", get_args(Pairs))
+@pytest.mark.parametrize("turned", [16, 32])
+def test_other_pairs_show(pairs: Pairs, turned: int) -> None:
+    """Negative control: each way to pair the channels gives other digits than the others."""
+    problem = make(Case(pairs=pairs, turned=turned))
+    right = run(problem)
+    for other in set(get_args(Pairs)) - {pairs}:
+        wrong = run(problem, pairs=other)
+        assert all((a != b).float().mean() > 0.1 for a, b in zip(right[1:], wrong[1:], strict=True))
+        with pytest.raises(AssertionError):
+            check(problem, wrong)
+
+
+def test_pairs_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match="first must be even where neighbours were turned with each other, got 3"):
+        run(make(Case(turned=16)), pairs="neighbours", first=3)
+    with pytest.raises(ValueError, match="pairs must be one of 'halves', 'neighbours', 'neighbours_once', got 'both'"):
+        run(make(Case()), pairs="both")
 
 
 @pytest.mark.parametrize(

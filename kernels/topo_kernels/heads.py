@@ -5,7 +5,7 @@ all tokens have in common, multiplies by the router's matrix in float32 (three T
 error about 2^-22) and takes each level's likeliest child. Nothing of the size of queries or keys is written.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import triton
@@ -18,6 +18,11 @@ from .primitives import let_next_start, wait_for_previous
 
 MAX_DIGIT_LOGITS = 256  # depth and arity, each brought to a power of two, multiplied: of one tile
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: Which of the n channels that a rotary embedding turns are turned with each other, and by which cosine and sine.
+#: halves: i with i + n/2, each by its own (Llama). neighbours: 2i with 2i + 1, each by its own (Cohere).
+#: neighbours_once: the same, both by those of channel i; the second half of what is given is not read (GLM).
+Pairs = Literal["halves", "neighbours", "neighbours_once"]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,6 +54,7 @@ def _heads_kernel(
     D: tl.constexpr,
     TURNED: tl.constexpr,  # channels that the rotary embedding turns; 0: none
     FIRST: tl.constexpr,  # of them
+    PAIRS: tl.constexpr,  # as `Pairs`
     DEPTH: tl.constexpr,
     ARITY: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
@@ -78,21 +84,33 @@ def _heads_kernel(
     wait_for_previous(OVERLAP)  # before the weights too, which may just have been laid out
     b_logits = tl.zeros([BLOCK_T, WIDTH], dtype=tl.float32) + tl.load(bias + i_head * WIDTH + o_n)[None, :]
     if TURNED > 0:
-        # the halves of what is turned are each other's partners; what is not turned is its own
         o_place = o_d - FIRST
-        m_turned = (o_place >= 0) & (o_place < TURNED)
-        m_first = o_place < TURNED // 2
-        o_partner = tl.where(m_turned, tl.where(m_first, o_d + TURNED // 2, o_d - TURNED // 2), o_d)
-        m_angle = m_t[:, None] & m_turned[None, :]
-        p_cos = cos + i_b * stride_cosb + o_t[:, None] * stride_cost + o_place[None, :]
-        p_sin = sin + i_b * stride_sinb + o_t[:, None] * stride_sint + o_place[None, :]
+        o_angle, N_ANGLES = o_place, TURNED
+        if PAIRS == "halves":
+            # the halves of what is turned are each other's partners; what is not turned is its own
+            m_turned = (o_place >= 0) & (o_place < TURNED)
+            m_first = o_place < TURNED // 2
+            o_partner = tl.where(m_turned, tl.where(m_first, o_d + TURNED // 2, o_d - TURNED // 2), o_d)
+        else:
+            m_first = o_place % 2 == 0  # FIRST is even: pairs begin where the block's do
+            if PAIRS == "neighbours_once":
+                o_angle, N_ANGLES = tl.arange(0, BLOCK_D // 2) - FIRST // 2, TURNED // 2
+        m_angle = m_t[:, None] & ((o_angle >= 0) & (o_angle < N_ANGLES))[None, :]
+        p_cos = cos + i_b * stride_cosb + o_t[:, None] * stride_cost + o_angle[None, :]
+        p_sin = sin + i_b * stride_sinb + o_t[:, None] * stride_sint + o_angle[None, :]
         b_cos = tl.load(p_cos, mask=m_angle, other=1.0).to(tl.float32)
         b_sin = tl.load(p_sin, mask=m_angle, other=0.0).to(tl.float32)
+        if PAIRS == "neighbours_once":
+            b_cos, b_sin = tl.interleave(b_cos, b_cos), tl.interleave(b_sin, b_sin)
         b_sin = tl.where(m_first[None, :], b_sin, -b_sin)
     for i_part in range(parts):
         b_x = tl.load(p_x + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
         if TURNED > 0:
-            b_partner = tl.load(p_x + o_partner[None, :], mask=m_x, other=0.0).to(tl.float32)
+            if PAIRS == "halves":
+                b_partner = tl.load(p_x + o_partner[None, :], mask=m_x, other=0.0).to(tl.float32)
+            else:  # a thread holds both neighbours
+                b_one, b_other = tl.split(tl.reshape(b_x, [BLOCK_T, BLOCK_D // 2, 2]))
+                b_partner = tl.interleave(b_other, b_one)
             b_x = b_x * b_cos + b_partner * b_sin
         b_x -= tl.load(center + (i_row + i_part) * BLOCK_D + o_d)[None, :]
         p_weight = weight + (i_row + i_part) * BLOCK_D * WIDTH + o_d[:, None] * WIDTH + o_n[None, :]
@@ -225,6 +243,7 @@ def _route_heads(
     cos: Tensor | None,
     sin: Tensor | None,
     first: int,
+    pairs: str,
     weight: Tensor,
     center: Tensor,
     bias: Tensor,
@@ -261,6 +280,7 @@ def _route_heads(
             D=D,
             TURNED=turned,
             FIRST=first,
+            PAIRS=pairs,
             DEPTH=depth,
             ARITY=arity,
             KEEP_LOGITS=keep_logits,
@@ -289,7 +309,13 @@ def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check(
-    query: Tensor, key: Tensor, cos: Tensor | None, sin: Tensor | None, first: int, packed: PackedHeadRouter
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    first: int,
+    pairs: Pairs,
+    packed: PackedHeadRouter,
 ) -> None:
     heads, D = len(packed.center) - packed.num_kv_heads, packed.head_dim
     if query.ndim != 4 or query.shape[1] != heads or query.shape[3] != D:
@@ -299,6 +325,10 @@ def _check(
         raise ValueError(f"key must have shape {[B, packed.num_kv_heads, T, D]}, got {list(key.shape)}.")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must both be given, or neither, got one.")
+    if pairs not in get_args(Pairs):
+        raise ValueError(f"pairs must be one of {', '.join(map(repr, get_args(Pairs)))}, got {pairs!r}.")
+    if pairs != "halves" and first % 2:
+        raise ValueError(f"first must be even where neighbours were turned with each other, got {first}.")
     for name, tensor in (("query", query), ("key", key), ("cos", cos), ("sin", sin)):
         if tensor is None:
             continue
@@ -328,6 +358,7 @@ def route_heads(
     packed: PackedHeadRouter,
     *,
     first: int = 0,
+    pairs: Pairs = "halves",
     keep_logits: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Digit logits and hard addresses of queries and keys whose rotary embedding is turned back on the way.
@@ -339,9 +370,12 @@ def route_heads(
     Args:
         query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, of the same tokens; float16, bfloat16 or float32, any strides (a
             strided last dimension is copied).
-        cos, sin: `[B or 1, T, n]`, of the angles by which the `n` channels from `first` on were turned, each of the
-            first half with that of the second (`x cos + rotate_half(x) sin`, as transformers' Llama does); any float
-            dtype of these. None: nothing was turned.
+        cos, sin: `[B or 1, T, n]`, of the angles by which the `n` channels from `first` on were turned (`x cos +
+            rotate_half(x) sin`); any float dtype of these. None: nothing was turned.
+        pairs: which of these channels were turned with each other. "halves": `i` with `i + n/2`, each by its own
+            cosine and sine, as transformers' Llama does. "neighbours": `2i` with `2i + 1`, each by its own (Cohere);
+            `first` must be even. "neighbours_once": the same, both by those of channel `i`; the second half is not
+            read (GLM).
         packed: from `pack_head_router`. keep_logits: whether the queries' logits are wanted.
 
     Returns:
@@ -352,7 +386,7 @@ def route_heads(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         RuntimeError: the device cannot run the kernel.
     """
-    _check(query, key, cos, sin, first, packed)
+    _check(query, key, cos, sin, first, pairs, packed)
     check_device("route_heads", query=query, key=key)
-    logits, query_address, key_address = _route_heads(query, key, cos, sin, first, *packed, keep_logits)
+    logits, query_address, key_address = _route_heads(query, key, cos, sin, first, pairs, *packed, keep_logits)
     return logits if keep_logits else None, query_address, key_address
