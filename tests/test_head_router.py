@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft_helpers import HEADS, KV_HEADS, LAYERS, logits_of, loss_of, routed, router_gradients, tiny, tokens
 from safetensors.torch import load_file, save_file
+from test_gates import MLA, family
 from torch import Tensor
 
 import topo_adapter
@@ -26,7 +27,7 @@ from topo_adapter import (
     save_merged,
     why_not,
 )
-from topo_adapter.hf.rotary import _turns_halves
+from topo_adapter.hf import rotary
 from topo_adapter.layer import hosts
 from topo_adapter.ops.head_router import HeadLinear, HeadRouter
 
@@ -227,14 +228,32 @@ def test_the_report_says_why_it_is_routed_in_torch(monkeypatch: pytest.MonkeyPat
     model.peft_config["default"].homotopy = 1.0
     assert why_not(model) == {}
     for host in hosts(model):
-        host.rotation = replace(host.rotation, halves=False)
+        host.rotation = replace(host.rotation, pairs=None)
     (reason,) = why_not(model)[0]["route"]
-    assert reason.startswith("router_input must be 'hidden_states' where the rotary embedding does not turn halves")
+    assert reason.startswith("router_input must be 'hidden_states' where the rotary embedding turns neither halves")
     large = routed(tiny("qwen3"), arity=300, depth=1, visible_depth=1, **ON_HEADS)
     assert "must multiply to at most 256 with router_input='heads', got 512" in why_not(large)[0]["route"][0]
 
 
-@pytest.mark.parametrize(("family", "halves"), [("llama", True), ("gemma3", True), ("cohere", False), ("glm", False)])
-def test_which_rotary_embeddings_turn_halves(family: str, halves: bool) -> None:
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    assert _turns_halves(module.apply_rotary_pos_emb) is halves
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [
+        *((kind, "halves") for kind in ("llama", "phi3", "glm4_moe", "deepseek_v3")),
+        *((kind, "neighbours") for kind in ("cohere", "cohere2", "ernie4_5_vl_moe")),
+        *((kind, "neighbours_once") for kind in ("glm", "glm4", "helium", "ernie4_5")),
+        *((kind, None) for kind in ("nanochat", "gpt_oss")),  # the other way around; as many angles as pairs
+    ],
+)
+def test_which_channels_are_turned_with_each_other(kind: str, pairs: str | None) -> None:
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    assert rotary._pairs_of(module.apply_rotary_pos_emb) == pairs
+
+
+@pytest.mark.parametrize(("first", "pairs"), [(16, "neighbours"), (15, None)])
+def test_neighbours_from_an_odd_channel_on_stay_in_torch(
+    first: int, pairs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotary, "_pairs_of", lambda turn: "neighbours")
+    model = family("deepseek_v3", {**MLA, "qk_nope_head_dim": first})
+    found = rotary.rotation_of(model.model.layers[0].self_attn)
+    assert found is not None and found.last and found.pairs == pairs

@@ -9,8 +9,12 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
 
 from topo_adapter.core.tree import digits_to_address
+from topo_adapter.hf.rotary import Rotation, _pairs_of
 from topo_adapter.ops.head_router import HeadRouter
 from topo_kernels import pack_head_router, route_heads
 from topo_kernels.heads import PackedHeadRouter, Pairs
@@ -237,6 +241,21 @@ def test_other_pairs_show(pairs: Pairs, turned: int) -> None:
         assert all((a != b).float().mean() > 0.1 for a, b in zip(right[1:], wrong[1:], strict=True))
         with pytest.raises(AssertionError):
             check(problem, wrong)
+
+
+@pytest.mark.parametrize("turned", [8, 24])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("turn", [llama, cohere, glm], ids=["llama", "cohere", "glm"])
+def test_it_turns_back_as_the_models_own_function_does(turn: Any, last: bool, turned: int) -> None:
+    """Cosines and sines are any numbers here, so that it shows which of them are read."""
+    problem = make(Case(dim=24, turned=turned, last=last))
+    angles = (torch.randn_like(problem.cos), torch.randn_like(problem.sin))  # type: ignore[arg-type]
+    rotation = Rotation(turn, last, _pairs_of(turn))
+    query, key = problem.router(*rotation.undo(problem.query, problem.key, angles))
+    found = run(problem, cos=angles[0], sin=angles[1], pairs=rotation.pairs)
+    torch.testing.assert_close(found[0], query, atol=1e-4, rtol=1e-5)
+    same = found[2] == digits_to_address(key.argmax(-1), problem.case.arity)
+    assert same.float().mean() > 0.999
 
 
 def test_pairs_that_do_not_fit_are_named() -> None:

@@ -166,10 +166,12 @@ class Arrival:
         angles = self._angles(query)
         if rotation is None or angles is None:
             return router.turned(query, key, None, None, keep_logits=keep_logits, merged=self.merged)
-        if not rotation.halves:
+        if rotation.pairs is None:
             return None
         first = query.shape[3] - angles[0].shape[-1] if rotation.last else 0
-        return router.turned(query, key, *angles, first=first, keep_logits=keep_logits, merged=self.merged)
+        return router.turned(
+            *(query, key, *angles), first=first, pairs=rotation.pairs, keep_logits=keep_logits, merged=self.merged
+        )
 
     def _angles(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines that the new tokens were turned by, if they were."""

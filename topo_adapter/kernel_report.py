@@ -47,7 +47,7 @@ def why_not(model: nn.Module) -> dict[int, dict[Operation, list[str]]]:
             of_heads = {
                 "digit_logits": digit_logits(config.depth, config.arity),
                 "channels": host.geometry.head_dim,
-                "turns_halves": host.rotation is None or host.rotation.halves,
+                "turns_pairs": host.rotation is None or host.rotation.pairs is not None,
             }
         for operation in LIMITS:
             if (in_force.merged and operation in leaves) or (operation == "visits" and visits == 1):

@@ -9,10 +9,13 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from topo_kernels.heads import Pairs
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Rotation:
     """How an attention module turns its queries and keys.
 
     turn: its model's function for it, of queries, keys, cosines and sines. last: of heads that are turned in part, the
-    last channels are (multi-head latent attention), not the first. halves: each channel of the first half of what is
-    turned is turned with the same one of the second, as `x cos + rotate_half(x) sin`.
+    last channels are (multi-head latent attention), not the first. pairs: which channels are turned with each other, as
+    `topo_kernels.route_heads` names it; None if in a way that it does not know.
     """
 
     turn: Callable[..., tuple[Tensor, Tensor]]
     last: bool
-    halves: bool
+    pairs: Pairs | None
 
     def angles(self, given: Any, width: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of a call; None where nothing is to be turned back.
@@ -72,19 +75,32 @@ def rotation_of(attention: Any) -> Rotation | None:
     conditions = _conditions_of(forward)
     if not all(bool(eval(test, {"self": attention})) == wanted for test, wanted in conditions):
         return None  # layers of some models do not turn at all: SmolLM3, Cohere 2, Llama 4
-    return Rotation(turn, last=hasattr(attention, "qk_rope_head_dim"), halves=_turns_halves(turn))
+    pairs, last = _pairs_of(turn), hasattr(attention, "qk_rope_head_dim")
+    if pairs != "halves" and last and getattr(attention, "qk_nope_head_dim", 0) % 2:
+        pairs = None  # the kernel takes neighbours from an even channel on
+    return Rotation(turn, last, pairs)
 
 
-def _turns_halves(turn: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+def _pairs_of(turn: Callable[..., tuple[Tensor, Tensor]]) -> Pairs | None:
+    """Which channels a function turns with each other: it does to random numbers what one of the known ways does."""
     generator = torch.Generator().manual_seed(0)
     x, cos, sin = (torch.randn(shape, generator=generator) for shape in ((1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
-    first, second = x.chunk(2, -1)
-    expected = x * cos + torch.cat([-second, first], -1) * sin
+    low, high = x.chunk(2, -1)
+    across = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    once = [angle[..., :4].repeat_interleave(2, -1) for angle in (cos, sin)]
+    ways: dict[Pairs, Tensor] = {
+        "halves": x * cos + torch.cat([-high, low], -1) * sin,
+        "neighbours": x * cos + across * sin,
+        "neighbours_once": x * once[0] + across * once[1],
+    }
     try:
         found = turn(x, x, cos, sin)
     except (RuntimeError, TypeError, ValueError):  # it wants angles of another shape
-        return False
-    return all(each.shape == x.shape and torch.allclose(each, expected) for each in found)
+        return None
+    for pairs, expected in ways.items():
+        if all(each.shape == x.shape and torch.allclose(each, expected) for each in found):
+            return pairs
+    return None
 
 
 def _each(turn: Callable[..., Tensor], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def misfits(
     visits: int = 1,
     digit_logits: int = 1,
     channels: int = 1,
-    turns_halves: bool = True,
+    turns_pairs: bool = True,
     homotopy: float = 1.0,
 ) -> list[str]:
     """Why an operation of these sizes would not run on kernels, whatever the device; empty if it would.
@@ -67,7 +67,7 @@ def misfits(
     Args:
         widths: head dimensions of queries, keys and values. leaves: `arity**depth`. router_dim: of the router.
         arity: of the tree. visits: of a query. digit_logits, channels: of a router on heads and of what it reads.
-        turns_halves: what it turns back are halves of the channels, or nothing. homotopy: of a bridge.
+        turns_pairs: what it turns back are pairs of channels that the kernel knows, or nothing. homotopy: of a bridge.
     """
     limits, found = LIMITS[operation], []
     if limits.head_dim is not None:
@@ -92,10 +92,10 @@ def misfits(
         )
     if limits.channels is not None and channels > limits.channels:
         found.append(f"heads must have at most {limits.channels} channels with router_input='heads', got {channels}")
-    if limits.channels is not None and not turns_halves:
+    if limits.channels is not None and not turns_pairs:
         found.append(
-            "router_input must be 'hidden_states' where the rotary embedding does not turn halves of the channels, got "
-            "'heads'"
+            "router_input must be 'hidden_states' where the rotary embedding turns neither halves of the channels nor "
+            "neighbours with each other, got 'heads'"
         )
     if operation == "bridge" and homotopy != 1:
         found.append(f"homotopy must be 1, got {homotopy:g}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from topo_kernels import PackedHeadRouter
+    from topo_kernels.heads import Pairs
 
 #: Principal directions of a head's keys that the digits of a fresh router are spread over.
 _PRINCIPAL = 32
@@ -148,6 +149,7 @@ class HeadRouter(Router):
         sin: Tensor | None,
         *,
         first: int = 0,
+        pairs: Pairs = "halves",
         keep_logits: bool = False,
         merged: bool = False,
     ) -> tuple[Tensor | None, Tensor, Tensor] | None:
@@ -155,8 +157,8 @@ class HeadRouter(Router):
 
         Args:
             query: `[B, H, T, D]`; key: `[B, H_kv, T, D]`, of the same tokens.
-            cos, sin: `[B or 1, T, n]`, of the `n` channels from `first` on, halves of which were turned with each
-                other; None where nothing was turned.
+            cos, sin: `[B or 1, T, n]`, of the `n` channels from `first` on; None where nothing was turned.
+            pairs: which of them were turned with each other, as `topo_kernels.route_heads` names it.
             keep_logits: whether the queries' logits are wanted. merged: as `addresses`.
 
         Returns:
@@ -179,7 +181,9 @@ class HeadRouter(Router):
         from topo_kernels import route_heads
 
         packed = self.packed(self._laid_out, merged)
-        logits, address, key_address = route_heads(query, key, cos, sin, packed, first=first, keep_logits=keep_logits)
+        logits, address, key_address = route_heads(
+            query, key, cos, sin, packed, first=first, pairs=pairs, keep_logits=keep_logits
+        )
         return logits, address, self.of_routes(key_address)
 
     def _laid_out(self) -> PackedHeadRouter:
