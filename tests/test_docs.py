@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + [
-    ROOT / folder / "README.md" for folder in ("kernels", "results", "examples/smollm2-135m-topology")
+    ROOT / folder / "README.md"
+    for folder in ("kernels", "results", "examples/smollm2-135m-topology", "examples/qwen2.5-coder-0.5b-topology")
 ]
 
 

@@ -28,6 +28,7 @@ UNITS: dict[str, str] = {
     **dict.fromkeys(("density", "density_map"), "visible over causal pairs"),
     **dict.fromkeys(("depths", "depth_counts", "dense_heads"), "levels, or heads at each number of levels"),
     "kept_mass": "share of the dense attention weight on visible keys",
+    "heads_without_ball": "share of sparse heads, at the lowest density; a list of step and share",
     **dict.fromkeys(("perplexity", "points_of_perplexity", "mean_points_of_perplexity"), "perplexity"),
     **dict.fromkeys(("over_dense_percent", "over_dense_percent_at_aim"), "% of the dense perplexity"),
     **dict.fromkeys(("copy_loss", "loss", "loss_difference", "needle_log_prob"), "nats per token"),
