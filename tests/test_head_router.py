@@ -257,3 +257,13 @@ def test_neighbours_from_an_odd_channel_on_stay_in_torch(
     model = family("deepseek_v3", {**MLA, "qk_nope_head_dim": first})
     found = rotary.rotation_of(model.model.layers[0].self_attn)
     assert found is not None and found.last and found.pairs == pairs
+
+
+def test_a_turn_that_cannot_be_undone_is_refused() -> None:
+    """DeepSeek-V2 turns by complex numbers: a router would read positions, and nobody would know."""
+    base = family("deepseek_v2", MLA)
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(UnsupportedModelError, match="router_input must be 'hidden_states' for layer 0, got 'heads'"):
+        routed(base, **ON_HEADS)
+    assert [name for name, _ in base.named_modules()] == before
+    assert logits_of(routed(base, router_input="hidden_states"), tokens(1, 12)).isfinite().all()

@@ -167,12 +167,12 @@ class TopologyModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, TopologyConfig)
-        layer = getattr(target, CHILD, None)
-        if layer is None:
-            layer = TopologyLayer(target, geometry_of(target, current_key))
+        known = getattr(target, CHILD, None)
+        layer = TopologyLayer(target, geometry_of(target, current_key)) if known is None else known
+        layer.update_layer(adapter_name, peft_config, execution_device(target))
+        if known is None:  # after what may refuse: a refused module stays as it was
             layer.train(target.training)
             install(target, layer)
-        layer.update_layer(adapter_name, peft_config, execution_device(target))
 
     def merge_adapter(
         self,

@@ -63,22 +63,35 @@ class Rotation:
 
 def rotation_of(attention: Any) -> Rotation | None:
     """How a module turns its queries and keys; None if it does not, or not by a function that is known."""
-    forward = inspect.unwrap(type(attention).forward)
-    turn = forward.__globals__.get("apply_rotary_pos_emb")
-    if turn is None or not any(name.startswith("apply_rotary") for name in forward.__code__.co_names):
+    turn = _known_turn(attention)
+    if turn is None or not _rotates(attention):
         return None
-    names = list(inspect.signature(turn).parameters)
-    if names[:3] in (["x", "cos", "sin"], ["tensor", "cos", "sin"]):
-        turn = functools.partial(_each, turn)
-    elif names[:4] != ["q", "k", "cos", "sin"]:
-        return None
-    conditions = _conditions_of(forward)
-    if not all(bool(eval(test, {"self": attention})) == wanted for test, wanted in conditions):
-        return None  # layers of some models do not turn at all: SmolLM3, Cohere 2, Llama 4
     pairs, last = _pairs_of(turn), hasattr(attention, "qk_rope_head_dim")
     if pairs != "halves" and last and getattr(attention, "qk_nope_head_dim", 0) % 2:
         pairs = None  # the kernel takes neighbours from an even channel on
     return Rotation(turn, last, pairs)
+
+
+def rotates_otherwise(attention: Any) -> bool:
+    """Whether a module turns its queries and keys by a function that is not known."""
+    return _rotates(attention) and _known_turn(attention) is None
+
+
+def _rotates(attention: Any) -> bool:
+    forward = inspect.unwrap(type(attention).forward)
+    if not any(name.startswith("apply_rotary") for name in forward.__code__.co_names):
+        return False
+    # layers of some models do not turn at all: SmolLM3, Cohere 2, Llama 4
+    return all(bool(eval(test, {"self": attention})) == wanted for test, wanted in _conditions_of(forward))
+
+
+def _known_turn(attention: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function of queries, keys, cosines and sines that a module's model turns them with."""
+    turn = inspect.unwrap(type(attention).forward).__globals__.get("apply_rotary_pos_emb")
+    names = [] if turn is None else list(inspect.signature(turn).parameters)
+    if names[:3] in (["x", "cos", "sin"], ["tensor", "cos", "sin"]):
+        return functools.partial(_each, turn)
+    return turn if names[:4] == ["q", "k", "cos", "sin"] else None
 
 
 def _pairs_of(turn: Callable[..., tuple[Tensor, Tensor]]) -> Pairs | None:
