@@ -101,7 +101,9 @@ def test_embedded_is_a_base_everywhere(folder: Path, tmp_path: Path, monkeypatch
     expected = topo("generate", folder / "adapter", *given).stdout.strip().splitlines()[-1]
     found = topo("generate", config.parent, *given, "--base", "embedded")
     assert found.stdout.strip().splitlines()[-1] == expected
-    assert topo("merge", config.parent, tmp_path / "merged", "--base", "embedded").exit_code == 0
+    dense = ["--dense-until", 1]  # every token sees itself anyway
+    assert topo("merge", config.parent, tmp_path / "merged", "--base", "embedded", *dense).exit_code == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dense_until"] == 1
     found = topo("generate", tmp_path / "merged", *given)
     assert found.stdout.strip().splitlines()[-1] == expected
 

@@ -320,7 +320,7 @@ def scattered(tensor: Tensor) -> Tensor:
     [
         Case(layout="left_padding", length=70, queries=(-2, None)),
         Case(layout="middle_padding", length=130, dtype=HALF, dim=40, queries=(-2, None)),
-        Case(layout="unfilled", length=300, queries=(100, 103), heads=4, kv_heads=2, routes=4, dim=20),
+        Case(layout="unfilled", length=300, queries=(100, 103), heads=4, kv_heads=2, routes=4, dim=20, visits=3),
     ],
     ids=str,
 )
@@ -416,18 +416,21 @@ def test_offsets_beyond_32_bits() -> None:
 # ---------------------------------------------------------------- graphs
 
 
-def test_custom_op() -> None:
-    given = step(replace(ONE, length=40, queries=(-2, None)))
+@pytest.mark.parametrize("visits", [1, 3])
+def test_custom_op(visits: int) -> None:
+    given = step(replace(ONE, length=40, queries=(-2, None), visits=visits))
     *arguments, scoring = given.arguments.values()
     arguments += [scoring.scale, scoring.softcap]
     torch.library.opcheck(decode._decode, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("dense_until", [0, 2001])
+@pytest.mark.parametrize("visits", [1, 8])
+def test_cuda_graph(visits: int, dense_until: int) -> None:
     """The replay follows what the graph's tensors hold: the cache has grown by a token."""
-    given = step(replace(_MODEL, length=5000, layout="unfilled", queries=(2000, 2001)))
-    later = step(replace(_MODEL, length=5000, layout="unfilled", queries=(2001, 2002)))
+    case = replace(_MODEL, length=5000, layout="unfilled", visits=visits, dense_until=dense_until)
+    given, later = (step(replace(case, queries=(at, at + 1))) for at in (2000, 2001))
     attend(given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -441,8 +444,9 @@ def test_cuda_graph() -> None:
     check(replace(later.problem, q=given.problem.q), out)
 
 
-def test_compiles_without_a_break() -> None:
-    given = step(replace(ONE, length=40))
+@pytest.mark.parametrize("visits", [1, 3])
+def test_compiles_without_a_break(visits: int) -> None:
+    given = step(replace(ONE, length=40, visits=visits))
     compiled = torch.compile(decode_attention, fullgraph=True, backend="inductor" if GPU else "eager")
     assert torch.equal(compiled(**given.arguments), attend(given))
 

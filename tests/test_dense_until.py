@@ -157,6 +157,7 @@ def test_it_lasts_until_the_adapter_is_unmerged(model: PeftModel) -> None:
 def test_it_is_saved_with_merged_models(model: PeftModel, tmp_path: Path) -> None:
     ours = merged(model, "unloaded", dense_until=9)
     save_merged(ours, tmp_path)
+    assert "The first\n9 tokens of a text see all tokens before them" in (tmp_path / "README.md").read_text()
     again = load_merged(tmp_path)
     assert torch.equal(logits_of(again, IDS), logits_of(ours, IDS))
     save_merged(again, tmp_path / "again")

@@ -78,13 +78,18 @@ def write_adapter_card(config: TopologyConfig, folder: Path, repository: str = R
 
 
 def write_merged_card(
-    config: TopologyConfig, folder: Path, causal: bool, earlier: Path | None = None, repository: str = REPOSITORY
+    config: TopologyConfig,
+    folder: Path,
+    causal: bool,
+    earlier: Path | None = None,
+    repository: str = REPOSITORY,
+    dense_until: int = 0,
 ) -> None:
     """The same for a merged model's folder. A card in which somebody wrote without our marks is left as it is.
 
     Args:
         causal: whether transformers' auto class for causal LMs opens it.
-        earlier: folder of the card that is there already; None: `folder`.
+        earlier: folder of the card that is there already; None: `folder`. dense_until: as `merge_adapter` takes it.
     """
     card, text = _opened((earlier or folder) / NAME)
     if not _is_blank(text) and _BEGIN not in text:
@@ -94,6 +99,11 @@ def write_merged_card(
         f"The model {_base(config)} with a learned sparse attention, merged: the base's weights, and in `topology/` "
         "the routers\nthat decide what each query sees."
     )
+    if dense_until:
+        about += (
+            f" The first\n{dense_until:,} tokens of a text see all tokens before them; the densities below leave that "
+            "out."
+        )
     lines += _turns(config, "topo_adapter.set_density(model, ", "turns the dial")
     part = _part(config, about, lines, _drawn(config, folder))
     if card is not None:

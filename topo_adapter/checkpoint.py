@@ -132,8 +132,8 @@ def save_merged(model: Any, directory: str | os.PathLike, **kwargs: Any) -> None
 
 
 def _write_card(model: Any, folder: Path, **where: Any) -> None:
-    config = next(host.topology_config for host in model.modules() if isinstance(host, MergedTopology))
-    write_merged_card(config, folder, _is_causal_lm(model), **where)
+    host = next(host for host in model.modules() if isinstance(host, MergedTopology))
+    write_merged_card(host.topology_config, folder, _is_causal_lm(model), dense_until=host.dense_until, **where)
 
 
 def _is_causal_lm(model: Any) -> bool:
