@@ -339,7 +339,8 @@ class TopologyModel(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, TopologyConfig)
         config.before_saving()
-        return _AdapterTensors({key: value for key, value in state_dict.items() if _marker(adapter_name) in key})
+        own = {key: value for key, value in state_dict.items() if _marker(adapter_name) in key}
+        return _AdapterTensors(_as_narrow_as_they_were(own))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -378,6 +379,25 @@ class _AdapterTensors(dict):
 
     def update(self, tensors: dict[str, Tensor]) -> None:  # type: ignore[override]
         super().update({key: value for key, value in tensors.items() if not auxiliary.of_an_adapter(key)})
+
+
+def _as_narrow_as_they_were(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Routers' tensors, those of 8-bit routers in 8 bits again: PEFT loads adapters as float32.
+
+    Nothing is rounded: matrices that 8 bits do not hold exactly were trained since, and stay with their biases.
+    """
+
+    def exact(value: Tensor, dtype: torch.dtype) -> bool:
+        return not value.is_meta and bool((value.to(dtype).to(value.dtype) == value).all())
+
+    matrices = [value for key, value in tensors.items() if key.endswith("weight")]
+    if not all(exact(value, torch.float8_e4m3fn) for value in matrices):
+        return tensors
+    narrow = {}
+    for key, value in tensors.items():
+        dtype = torch.float8_e4m3fn if key.endswith("weight") else torch.bfloat16
+        narrow[key] = value.to(dtype) if value.itemsize > dtype.itemsize and exact(value, dtype) else value
+    return narrow
 
 
 def _check_file(adapter_name: str, expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
