@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft_helpers import FAMILIES, Stranger, logits_of, routed, tiny, tokens
+from peft_helpers import FAMILIES, Stranger, logits_of, routed, tiny
+from test_merge_decode import FAR, IDS, LENGTH, ROTATED, SINKS, WINDOW, feed, gap
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -18,9 +19,6 @@ import topo_adapter.forward
 from topo_adapter import AdapterFileError, TopologyConfigError, load_merged, measure_density, record_routes, save_merged
 from topo_adapter.core.layout import contiguous_layout
 
-WINDOW, SINKS, LENGTH = 3, 2, 21  # of peft_helpers' adapters
-IDS = tokens(2, LENGTH)
-EXACT, FAR = 1e-5, 1e-2
 SETTINGS: dict[str, dict[str, Any]] = {
     "hidden states": {"router_input": "hidden_states", "visits": 1},
     "heads, 8 visits": {"router_input": "heads", "router_dim": 90, "visits": 8, "visible_depth": 4},
@@ -47,35 +45,18 @@ def strangers(model: PeftModel, dense_until: int, mask: Tensor | None = None, se
     return stranger.logits(IDS, records, mask, dense_until=dense_until if seen is None else seen)
 
 
-def largest(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max())
-
-
-@torch.no_grad()
-def feed(model: nn.Module, ids: Tensor, cache: Any, chunks: list[int], mask: Tensor | None = None) -> Tensor:
-    out, start = [], 0
-    for size in chunks:
-        part = None if mask is None else mask[:, : start + size]
-        given = {"input_ids": ids[:, start : start + size], "attention_mask": part, "past_key_values": cache}
-        out.append(model(**given, use_cache=True).logits)
-        start += size
-    assert start == ids.shape[1]
-    return torch.cat(out, 1)
-
-
 @pytest.mark.parametrize("form", ["merged", "unloaded"])
 @pytest.mark.parametrize("dense_until", [1, 9, LENGTH - 1, LENGTH, 1000])
 def test_whole_texts_are_the_strangers(model: PeftModel, dense_until: int, form: str) -> None:
     theirs = strangers(model, dense_until)
-    assert largest(logits_of(merged(model, form, dense_until=dense_until), IDS), theirs) < EXACT
+    assert gap(logits_of(merged(model, form, dense_until=dense_until), IDS), theirs) < ROTATED
     plain = logits_of(merged(model, form), IDS)
-    assert (largest(plain, theirs) > FAR) == (dense_until > WINDOW)  # within the window all is seen anyway
+    assert (gap(plain, theirs) > FAR) == (dense_until > WINDOW)  # within the window all is seen anyway
 
 
 def test_negative_control_one_token_more_is_noticed(model: PeftModel) -> None:
     theirs = strangers(model, 9, seen=10)
-    assert largest(logits_of(merged(model, "unloaded", dense_until=9), IDS), theirs) > FAR
+    assert gap(logits_of(merged(model, "unloaded", dense_until=9), IDS), theirs) > FAR
 
 
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [4, 17], [12, *[1] * 9]], ids=str)
@@ -84,9 +65,9 @@ def test_decoding_is_prefill(model: PeftModel, dense_until: int, chunks: list[in
     """Addresses are recorded while the model runs dense: what follows finds them."""
     theirs = strangers(model, dense_until)
     ours = merged(model, "unloaded", dense_until=dense_until)
-    assert largest(feed(ours, IDS, DynamicCache(), chunks), theirs) < EXACT
+    assert gap(feed(ours, IDS, DynamicCache(), chunks), theirs) < ROTATED
     static = StaticCache(config=ours.config, max_cache_len=LENGTH + 3)
-    assert largest(feed(ours, IDS, static, chunks), theirs) < EXACT
+    assert gap(feed(ours, IDS, static, chunks), theirs) < ROTATED
 
 
 def test_padded_and_packed_rows_count_from_their_own_beginning(model: PeftModel) -> None:
@@ -97,11 +78,11 @@ def test_padded_and_packed_rows_count_from_their_own_beginning(model: PeftModel)
     alone = logits_of(ours, IDS[1:, 6:])
     with torch.no_grad():
         padded = ours(input_ids=IDS, attention_mask=mask).logits
-    assert largest(padded[1:, 6:], alone) < EXACT and largest(padded[0], theirs[0]) < EXACT
-    assert largest(feed(ours, IDS, DynamicCache(), [10, *[1] * 11], mask)[1:, 6:], alone) < EXACT
+    assert gap(padded[1:, 6:], alone) < ROTATED and gap(padded[0], theirs[0]) < ROTATED
+    assert gap(feed(ours, IDS, DynamicCache(), [10, *[1] * 11], mask)[1:, 6:], alone) < ROTATED
     positions = torch.cat([torch.arange(8), torch.arange(LENGTH - 8)])[None]
     packed = logits_of(ours, IDS[:1], position_ids=positions)
-    assert largest(packed[:, 8:], logits_of(ours, IDS[:1, 8:])) < EXACT
+    assert gap(packed[:, 8:], logits_of(ours, IDS[:1, 8:])) < ROTATED
 
 
 def test_up_to_there_the_models_own_attention_runs(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +104,9 @@ def test_every_family(family: str) -> None:
     model = routed(copy.deepcopy(base))
     ours = model.merge_and_unload(dense_until=9)
     theirs = stranger.logits(IDS, record_routes(ours, IDS), dense_until=9)
-    assert largest(logits_of(ours, IDS), theirs) < EXACT
+    assert gap(logits_of(ours, IDS), theirs) < ROTATED
     cache = DynamicCache(config=base.config)
-    assert largest(feed(ours, IDS, cache, [6, *[1] * (LENGTH - 6)]), theirs) < EXACT
+    assert gap(feed(ours, IDS, cache, [6, *[1] * (LENGTH - 6)]), theirs) < ROTATED
 
 
 def test_density_counts_their_pairs(model: PeftModel) -> None:

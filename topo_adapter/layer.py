@@ -18,7 +18,7 @@ from .core.passes import Passes
 from .core.rule import Rule
 from .errors import MergeError, UnsupportedModelError
 from .hf.gates import Geometry, acting_arguments, eager_attention_of
-from .hf.rotary import rotates_otherwise, rotation_of
+from .hf.rotary import rotation_of
 from .ops.head_router import HeadRouter
 from .ops.router import Router, TopologyRouter
 
@@ -67,7 +67,6 @@ class TopologyHost(nn.Module):
         self.inputs = tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
         self.eager_attention, self.acting_arguments = eager_attention_of(kind), acting_arguments(kind)
         self.rotation = rotation_of(attention)
-        self.rotates_otherwise = rotates_otherwise(attention)
         # gradient of the auxiliary loss, set by the trainer, and factor on its weights, set by the callback
         self.auxiliary_scale: float | Tensor = 1.0
         self.auxiliary_ramp = 1.0
@@ -103,10 +102,8 @@ class TopologyHost(nn.Module):
         """
         window, sinks, dense_until = self.always(config, merged)
         visits = tuple(config.visits_of_layer(self.geometry.layer, self.geometry.num_heads))
-        values = (
-            *(config.arity, config.depth, tuple(self.depths(config)), routes),
-            *(window, sinks, visits, dense_until),
-        )
+        tree = config.arity, config.depth, tuple(self.depths(config)), routes
+        values = *tree, window, sinks, visits, dense_until
         known = self._rules.get(values)
         if known is None:
             known = Rule(*values)
@@ -146,13 +143,8 @@ class TopologyLayer(TopologyHost, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: TopologyConfig, device: torch.device) -> None:
-        """Add a router. Raises TopologyConfigError or UnsupportedModelError if `config` does not fit this layer."""
+        """Add a router. Raises TopologyConfigError if `config` does not fit this layer."""
         self.depths(config)
-        if config.router_input == "heads" and self.rotates_otherwise:
-            raise UnsupportedModelError(
-                f"router_input must be 'hidden_states' for layer {self.geometry.layer}, got 'heads': its queries and "
-                "keys are turned by a function that cannot be undone here, and a router would read positions"
-            )
         router = _router_for(config, self.geometry)
         # under PEFT's low_cpu_mem_usage the parameters are created on meta and stay there until loaded
         on_meta = next(router.parameters()).is_meta

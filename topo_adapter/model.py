@@ -25,6 +25,7 @@ from .files import WRAPPER, read_tensors
 from .fingerprint import facts_of, fingerprint, other_facts, same_base
 from .forward import install, uninstall
 from .hf.gates import execution_device, find_full_attention, geometry_of, shortest_names
+from .hf.rotary import rotates_otherwise
 from .layer import CHILD, MergedTopology, TopologyLayer, hosts
 
 
@@ -169,6 +170,11 @@ class TopologyModel(BaseTuner):
         assert isinstance(peft_config, TopologyConfig)
         known = getattr(target, CHILD, None)
         layer = TopologyLayer(target, geometry_of(target, current_key)) if known is None else known
+        if peft_config.router_input == "heads" and rotates_otherwise(target):
+            raise UnsupportedModelError(
+                f"router_input must be 'hidden_states' for layer {layer.geometry.layer}, got 'heads': its queries and "
+                "keys are turned by a function that cannot be undone here, and a router would read positions"
+            )
         layer.update_layer(adapter_name, peft_config, execution_device(target))
         if known is None:  # after what may refuse: a refused module stays as it was
             layer.train(target.training)
@@ -233,11 +239,8 @@ class TopologyModel(BaseTuner):
 
     @staticmethod
     def _check_dense_until(dense_until: int | None) -> None:
-        integer = isinstance(dense_until, int) and not isinstance(dense_until, bool)
-        if dense_until is not None and not (integer and 0 <= dense_until < 2**31):
-            raise TopologyConfigError(
-                f"dense_until must be an integer >= 0 and < 2**31, a number of tokens, or None, got {dense_until!r}"
-            )
+        if dense_until is not None:
+            TopologyConfig._check_int("dense_until", dense_until, 0)
 
     def _see_all(self, names: set[str], dense_until: int | None) -> None:
         for layer in _layers(self.model):

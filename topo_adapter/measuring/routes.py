@@ -40,8 +40,8 @@ class RecordedRoutes:
         keys = Keys(digits_to_address(self.key_digits, arity), layout)
         depths = tuple(self.visible_depth.tolist())
         visits = (self.visits.shape[2],) * len(depths)  # at most: those that a head has not are -1
-        levels, always = self.key_digits.shape[-1], (local_window, num_sink_tokens)
-        rule = Rule(arity, levels, depths, len(depths), *always, visits, dense_until)
+        levels = self.key_digits.shape[-1]
+        rule = Rule(arity, levels, depths, len(depths), local_window, num_sink_tokens, visits, dense_until)
         return Visibility(self.visits, layout, keys, rule)
 
     def balls(self, arity: int) -> tuple[Tensor, Tensor]:

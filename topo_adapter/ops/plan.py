@@ -90,7 +90,7 @@ def make_plan(visibility: Visibility) -> Plan:
     query, key = visibility.query, visibility.keys.layout
     rule = visibility.rule
     local, sizes = local_plan(query, key, *rule.always), rule.ball_sizes
-    if local.order is None and (max(sizes) == 1 or query.position.shape[1] <= rule.dense_until):
+    if max(sizes) == 1 and local.order is None:
         return _dense_plan(visibility.visits, len(sizes), local, rule.num_sink_tokens)
     if not kernels_serve("plan", visibility.visits, visits=rule.most_visits):
         tree = _sorted_tree(*visibility.balls(), query, key, *rule.always)
