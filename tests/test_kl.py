@@ -240,7 +240,7 @@ ONE_STEP = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_sche
 
 def trainer_of(path: Path, model: nn.Module | None = None, **settings: Any) -> KLTrainer:
     """A trainer of a tiny adapter; settings of TrainingArguments and of the trainer are told apart here."""
-    own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "train_dataset"}
+    own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "local_weight", "train_dataset"}
     own |= {"callbacks", "eval_dataset"}
     given = {name: settings.pop(name) for name in own & settings.keys()}
     model = adapter() if model is None else model
@@ -258,6 +258,42 @@ def brute_force(model: PeftModel, ids: Tensor) -> Tensor:
         with model.disable_adapter():
             dense = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     return (dense.exp() * (dense - student)).sum(-1)
+
+
+class TestLocalLosses:
+    """The layers' own, beside."""
+
+    @staticmethod
+    def change(path: Path, **settings: Any) -> list[Tensor]:
+        """Of the routers of a layer whose input no routing changes, by one step of gradient descent."""
+        model = adapter()
+        first = hosts(model)[0]
+        before = [weight.detach().clone() for weight in first.parameters()]
+        trainer_of(path, model, train_dataset=rows(2), **ONE_STEP, **settings).train()
+        return [weight.detach() - was for weight, was in zip(first.parameters(), before, strict=True)]
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_add_their_gradients_times_their_weight(self, accumulation: int, tmp_path: Path) -> None:
+        settings = {"gradient_accumulation_steps": accumulation}
+        without, once, half = (self.change(tmp_path, local_weight=weight, **settings) for weight in (0.0, 1.0, 0.5))
+        # next to nothing of the KL is left here, so this is the layer's own gradient and the auxiliary one
+        alone = self.change(tmp_path, kl_weight=1e-9, local_weight=1.0, **settings)
+        price = self.change(tmp_path, kl_weight=1e-9, **settings)
+        for plain, whole, some, own, auxiliary in zip(without, once, half, alone, price, strict=True):
+            local = own - auxiliary
+            assert local.abs().max() > 1e-4
+            torch.testing.assert_close(whole - plain, local, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(some - plain, local / 2, rtol=1e-3, atol=1e-6)
+
+    def test_are_weighted_by_what_the_step_s_map_is_expected_to_lose(self, tmp_path: Path) -> None:
+        """As the loss is; and logged."""
+        drawn = {"densities": (0.5, 0.9), "calibration_rows": tokens(2, LENGTH), "max_steps": 2}
+        model = adapter()
+        trainer = trainer_of(tmp_path, model, local_weight=1.0, **drawn)
+        trainer.train()
+        assert all(value > 0 for value in logged(trainer, "topology/local_loss"))
+        scale = torch.as_tensor(hosts(model)[0].auxiliary_scale)
+        torch.testing.assert_close(scale.float(), torch.tensor(trainer._loss_weight), rtol=1e-6, atol=0)
 
 
 class TestLoss:
@@ -795,7 +831,9 @@ class TestRefusals:
             ({"kl_weight": -1.0}, "kl_weight"),
             ({"lm_weight": float("inf")}, "lm_weight"),
             ({"lm_weight": float("nan")}, "lm_weight"),
+            ({"local_weight": -0.5}, "local_weight must be a finite number >= 0, got -0.5"),
             ({"kl_weight": 0.0}, "kl_weight or lm_weight must be > 0"),
+            ({"kl_weight": 0.0, "local_weight": 1.0}, "kl_weight or lm_weight must be > 0"),
         ],
     )
     def test_arguments_out_of_range(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -458,6 +458,7 @@ class TestRefusals:
             ({"local_density_weight": -1.0}, "local_density_weight"),
             ({"kl_weight": -1.0}, "kl_weight"),
             ({"lm_weight": float("inf")}, "lm_weight"),
+            ({"local_weight": -1.0}, "local_weight"),
             ({"kl_weight": 0.0}, "kl_weight or lm_weight must be > 0"),
             ({"lowest_density": 0.0}, "lowest_density"),
             ({"lowest_density": 0.95}, "lowest_density"),

@@ -13,7 +13,7 @@ from ..core.passes import Pass, changed
 from ..forward import Attention
 from ..layer import TopologyHost
 from ..ops.objective import attach_loss, distillation_loss, gradient_at_once
-from .densities import TrainAt
+from .densities import Map, TrainAt
 
 
 class Distil(Pass):
@@ -85,18 +85,27 @@ class DistilBeside(Distil):
 class TrainBeside(TrainAt):
     """`TrainAt`, where each layer's own loss rides on its output too.
 
-    What a loss on labels says of a router is noisy; the layer's dense attention says it of every pair.
+    What a loss at the model's end says of a router is noisy; the layer's dense attention says it of every pair.
+
+    Args:
+        weight: of the layers' own losses, > 0. local: what they are; None is the default.
     """
+
+    def __init__(
+        self, configs: list[TopologyConfig], maps: list[Map], weight: float = 1.0, local: Distil | None = None
+    ) -> None:
+        super().__init__(configs, maps)
+        self.weight, self.local = weight, Distil() if local is None else local
 
     def attend(self, attention: Attention) -> tuple[Tensor, Tensor | None]:
         out, weights = attention.topology()
         learning = any(weight.requires_grad for weight in attention.call.host.parameters())
         if not (learning and attention.call.training and torch.is_grad_enabled()):
             return out, weights
-        loss = Distil().loss(attention, keep_graph=True)  # of the routes, which the trainer's loss needs as well
-        return _beside(out, loss, attention.call.host), weights
+        loss = self.local.loss(attention, keep_graph=True)  # of the routes, which the trainer's loss needs as well
+        return _beside(out, loss, attention.call.host, self.weight), weights
 
 
-def _beside(out: Tensor, loss: Tensor, host: TopologyHost) -> Tensor:
+def _beside(out: Tensor, loss: Tensor, host: TopologyHost, weight: float = 1.0) -> Tensor:
     host.metrics["local_loss"] = loss.detach()
-    return attach_loss(out, loss, host)
+    return attach_loss(out, loss if weight == 1 else weight * loss, host)

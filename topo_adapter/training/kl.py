@@ -15,6 +15,7 @@ from ..errors import TopologyConfigError, UnsupportedModelError
 from ..layer import TopologyHost
 from .callback import TopologyCallback
 from .densities import TEMPERATURES, DrawnDensities, Map, TrainAt, check_densities, loss_weight, warn_of_sparsest_steps
+from .distil import Distil, TrainBeside
 from .losses import logits_head, next_tokens, token_losses
 from .routers import active_configs
 from .trainer import TopologyTrainerMixin
@@ -60,6 +61,8 @@ class KLTrainer(TopologyTrainerMixin):
             `check_padding`.
         kl_weight, lm_weight: weights of the KL and of the next-token loss (`labels`, or `input_ids` without them),
             >= 0, not both 0. Both are sums over tokens divided by the number of real tokens of the step.
+        local_weight: of the layers' own losses beside, >= 0. num_queries, local_density_weight: of those, see
+            `DistillationTrainer`.
         Other arguments: as `transformers.Trainer`.
 
     Raises:
@@ -75,6 +78,9 @@ class KLTrainer(TopologyTrainerMixin):
         check_padding: bool = True,
         kl_weight: float = 1.0,
         lm_weight: float = 0.0,
+        local_weight: float = 0.0,
+        num_queries: int = 256,
+        local_density_weight: float = 0.05,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -86,7 +92,7 @@ class KLTrainer(TopologyTrainerMixin):
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
             self.drawn = DrawnDensities(densities, calibration_rows, check_padding, self.args.seed)
             warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
-        for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight)):
+        for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight), ("local_weight", local_weight)):
             if not 0 <= weight < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
         if kl_weight == lm_weight == 0:
@@ -96,7 +102,8 @@ class KLTrainer(TopologyTrainerMixin):
                 f"model must be a PeftModel, got {type(self.model).__name__}: the teacher is the model with its "
                 "adapter disabled; see get_peft_model"
             )
-        self.kl_weight, self.lm_weight = kl_weight, lm_weight
+        self.kl_weight, self.lm_weight, self.local_weight = kl_weight, lm_weight, local_weight
+        self.local = Distil(num_queries, local_density_weight)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole accumulated batch
         self._loss_weight = 1.0
         self._target: dict[str, float] = {}  # what the last step drew, for its log
@@ -126,7 +133,10 @@ class KLTrainer(TopologyTrainerMixin):
             self._target = {"topology/target_density": density, "topology/heads_without_ball": dead}
             self._loss_weight = loss_weight(configs, maps, self.drawn.densities)
         # around the backward pass too: gradient checkpointing runs the layers again there
-        with during(model, TrainAt(configs, maps)):
+        new = TrainAt(configs, maps)
+        if self.local_weight:
+            new = TrainBeside(configs, maps, self.local_weight, self.local)
+        with during(model, new):
             return super().training_step(model, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -72,11 +72,16 @@ class DistillConfig(TrainingArguments):
     local_density_weight: float = field(
         default=0.05, metadata={"help": "Nats of kept mass that the density of evenly filled balls may cost, >= 0."}
     )
-    num_queries: int = field(default=256, metadata={"help": "Queries sampled per layer and step of that stage, >= 1."})
+    num_queries: int = field(
+        default=256, metadata={"help": "Queries sampled per step for each layer's own loss, >= 1."}
+    )
     kl_steps: int = field(default=1400, metadata={"help": "Steps of the end-to-end stage, >= 0; 0 skips it."})
     kl_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that stage, > 0."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(dense || topology) in that stage, >= 0."})
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss in that stage, >= 0."})
+    local_weight: float = field(
+        default=0.0, metadata={"help": "Weight, in that stage, of the losses that the layer-local stage has, >= 0."}
+    )
     kl_temperature: float = field(
         default=TEMPERATURES[0], metadata={"help": "First temperature of that stage, > 0; the last is a quarter of it."}
     )
@@ -112,7 +117,7 @@ class DistillConfig(TrainingArguments):
         for name in ("local_learning_rate", "kl_learning_rate", "kl_temperature"):
             if not getattr(self, name) > 0:
                 raise TopologyConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("local_density_weight", "kl_weight", "lm_weight"):
+        for name in ("local_density_weight", "kl_weight", "lm_weight", "local_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
         if self.kl_weight == self.lm_weight == 0:
@@ -278,6 +283,9 @@ def distill(
             check_padding=not cut_here,
             kl_weight=args.kl_weight,
             lm_weight=args.lm_weight,
+            local_weight=args.local_weight,
+            num_queries=args.num_queries,
+            local_density_weight=args.local_density_weight,
         )
         _train(end_to_end, rows, checkpoint, fresh)
     for each in active_configs(adapter):
