@@ -241,6 +241,7 @@ ONE_STEP = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_sche
 def trainer_of(path: Path, model: nn.Module | None = None, **settings: Any) -> KLTrainer:
     """A trainer of a tiny adapter; settings of TrainingArguments and of the trainer are told apart here."""
     own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "local_weight", "train_dataset"}
+    own |= {"num_queries", "local_density_weight"}
     own |= {"callbacks", "eval_dataset"}
     given = {name: settings.pop(name) for name in own & settings.keys()}
     model = adapter() if model is None else model
@@ -832,6 +833,8 @@ class TestRefusals:
             ({"lm_weight": float("inf")}, "lm_weight"),
             ({"lm_weight": float("nan")}, "lm_weight"),
             ({"local_weight": -0.5}, "local_weight must be a finite number >= 0, got -0.5"),
+            ({"local_density_weight": -1.0}, "local_density_weight"),
+            ({"num_queries": 0}, "num_queries"),
             ({"kl_weight": 0.0}, "kl_weight or lm_weight must be > 0"),
             ({"kl_weight": 0.0, "local_weight": 1.0}, "kl_weight or lm_weight must be > 0"),
         ],

@@ -92,9 +92,12 @@ class KLTrainer(TopologyTrainerMixin):
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
             self.drawn = DrawnDensities(densities, calibration_rows, check_padding, self.args.seed)
             warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
-        for name, weight in (("kl_weight", kl_weight), ("lm_weight", lm_weight), ("local_weight", local_weight)):
+        weights = {"kl_weight": kl_weight, "lm_weight": lm_weight, "local_weight": local_weight}
+        for name, weight in (weights | {"local_density_weight": local_density_weight}).items():
             if not 0 <= weight < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
+        if num_queries < 1:
+            raise TopologyConfigError(f"num_queries must be an integer >= 1, got {num_queries}")
         if kl_weight == lm_weight == 0:
             raise TopologyConfigError("kl_weight or lm_weight must be > 0, got 0 for both")
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
