@@ -240,9 +240,8 @@ ONE_STEP = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_sche
 
 def trainer_of(path: Path, model: nn.Module | None = None, **settings: Any) -> KLTrainer:
     """A trainer of a tiny adapter; settings of TrainingArguments and of the trainer are told apart here."""
-    own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "local_weight", "train_dataset"}
-    own |= {"num_queries", "local_density_weight"}
-    own |= {"callbacks", "eval_dataset"}
+    own = {"densities", "calibration_rows", "kl_weight", "lm_weight", "local_weight", "local_density_weight"}
+    own |= {"num_queries", "train_dataset", "eval_dataset", "callbacks"}
     given = {name: settings.pop(name) for name in own & settings.keys()}
     model = adapter() if model is None else model
     return KLTrainer(model=model, args=arguments(path, **settings), **{"train_dataset": rows(8), **given})

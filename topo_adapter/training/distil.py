@@ -108,4 +108,4 @@ class TrainBeside(TrainAt):
 
 def _beside(out: Tensor, loss: Tensor, host: TopologyHost, weight: float = 1.0) -> Tensor:
     host.metrics["local_loss"] = loss.detach()
-    return attach_loss(out, loss if weight == 1 else weight * loss, host)
+    return attach_loss(out, weight * loss, host)

@@ -92,8 +92,13 @@ class KLTrainer(TopologyTrainerMixin):
                 raise TopologyConfigError("calibration_rows must be given where densities are drawn, got None")
             self.drawn = DrawnDensities(densities, calibration_rows, check_padding, self.args.seed)
             warn_of_sparsest_steps(densities, calibration_rows, active_configs(self.model)[0])
-        weights = {"kl_weight": kl_weight, "lm_weight": lm_weight, "local_weight": local_weight}
-        for name, weight in (weights | {"local_density_weight": local_density_weight}).items():
+        weights = {
+            "kl_weight": kl_weight,
+            "lm_weight": lm_weight,
+            "local_weight": local_weight,
+            "local_density_weight": local_density_weight,
+        }
+        for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise TopologyConfigError(f"{name} must be a finite number >= 0, got {weight}")
         if num_queries < 1:
@@ -135,10 +140,9 @@ class KLTrainer(TopologyTrainerMixin):
             dead = self.drawn.without_ball
             self._target = {"topology/target_density": density, "topology/heads_without_ball": dead}
             self._loss_weight = loss_weight(configs, maps, self.drawn.densities)
+        beside = self.local_weight > 0
+        new = TrainBeside(configs, maps, self.local_weight, self.local) if beside else TrainAt(configs, maps)
         # around the backward pass too: gradient checkpointing runs the layers again there
-        new = TrainAt(configs, maps)
-        if self.local_weight:
-            new = TrainBeside(configs, maps, self.local_weight, self.local)
         with during(model, new):
             return super().training_step(model, *args, **kwargs)
 
